@@ -1,0 +1,159 @@
+"""Stage 3: train a LoRA whose hidden states land at base + α (h+ - h-) (paper section 3.3).
+
+    python align.py                                      after collect.py
+    python align.py --alpha 1 --layers 12 16
+
+On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same positions:
+
+    loss = mean over target layers l and recorded tokens of || A(π_lora, <q, r>, l) - (b_l + α (h+_l - h-_l)) ||_2
+
+The LoRA is on blocks 0 to the highest target; nothing above is loaded or run. One collection serves many α.
+Writes OUT/METHOD/align, a PEFT adapter that applies to the original base model alone.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+import data
+from files import UserError, checked, choose_method, inherit, new_stage, open_log, read_stage, run, setting
+from kernels import representation_loss, response_index
+from lora import CONFIG, WEIGHTS, LoRA, load_adapter, save_adapter, stack
+from model import hidden_states, load_model, load_tokenizer, model_digest, pick_device
+
+STRENGTH = {"scit": 0.5, "dual": 1.0}        # default α: chosen on the validation pairs of the embedded default
+
+
+@dataclass
+class Config:
+    out: str = setting("out", "folder of all stages")
+    method: Literal["scit", "dual"] | None = setting(None, "whose collection to use; empty takes the one that is there")
+    device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
+    alpha: float | None = setting(None, "α, the strength; empty: 0.5 for SCIT, 1 for DUAL")
+    kind: Literal["l2", "mse"] = setting("l2", "the norm, as in the authors' code, or its square, as in the paper")
+    layers: list[int] | None = setting(None, "target layers, of those collected; empty takes them all")
+    steps: int = setting(150, "optimiser steps", least=1)
+    batch_size: int = setting(16, "responses in a step", least=1)
+    lr: float = setting(1e-3, "learning rate, constant", least=0)
+    rank: int = setting(8, "rank of the adapter", least=1)
+    lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / rank")
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
+    lora_targets: str = setting("all", "linears to adapt: all, or names such as q_proj,v_proj")
+    limit: int | None = setting(None, "use the first collected responses only", least=1)
+    model: str | None = setting(None, "the base model, where it has moved; empty inherits from collect")
+    seed: int | None = setting(None, "seed of the adapter and the order; empty inherits")
+
+
+class Collection:
+    """Collected responses: token ids and, per target layer, packed states, mapped from shards as they are read."""
+
+    def __init__(self, paths, layers, store):
+        self.names, self.layers = ("base", "plus", "minus") if store == "full" else ("base", "v"), layers
+        self.items, self.lengths = [], []                  # (tensors of its shard, ids from:to, states from:to, prompt ids)
+        for path in paths:
+            with safe_open(path, "pt") as file:            # its tensors are views of the mapped file
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            lengths, starts = tensors["lengths"].tolist(), tensors["starts"].tolist()
+            at_id = at_state = 0
+            for length, start in zip(lengths, starts):
+                end_state = at_state + length - start
+                self.items.append((tensors, slice(at_id, at_id + length), slice(at_state, end_state), start))
+                at_id, at_state = at_id + length, end_state
+            self.lengths += lengths
+
+    def batch(self, indices, pad_id, device):
+        """A padded Batch whose response mask marks the recorded positions, and [base, plus, minus], lists of [T, D]; minus may be None."""
+        items = [self.items[i] for i in indices]
+        batch = data.collate([(tensors["ids"][at].tolist(), start) for tensors, at, _, start in items], pad_id, device)
+        states = [[torch.cat([tensors[f"{name}.{layer}"][at] for tensors, _, at, _ in items]).to(device) for layer in self.layers]
+                  for name in self.names]
+        return batch, states if len(states) == 3 else [*states, None]
+
+
+@torch.no_grad()
+def distances(trunk, held_out, layers, alpha, pad_id, device, batch_size):
+    """Mean over held-out tokens of ||h - (b + α v)|| per layer: [L]."""
+    norms = []
+    for i in range(0, len(held_out.items), batch_size):
+        batch, states = held_out.batch(range(len(held_out.items))[i:i + batch_size], pad_id, device)
+        hidden = hidden_states(trunk, layers, batch.ids, batch.attention)
+        norms.append(representation_loss(hidden, *states, response_index(batch.response), alpha)[1])
+    return torch.cat(norms, 1).mean(1)
+
+
+def main(config):
+    # what collect says
+    method = choose_method(config.out, config.method, {"scit": "collect", "dual": "collect"}, dict.fromkeys(STRENGTH, "python collect.py"))
+    folder = Path(config.out) / method / "collect"
+    record = read_stage(folder, "collect", "python collect.py")
+    settings = record["settings"]
+    inherit(config, settings, ("model", "seed", "layers"), folder)
+    missing = [layer for layer in config.layers if layer not in settings["layers"]]
+    if missing:
+        raise UserError(f"--layers {missing[0]}: {folder} holds layers {settings['layers']}: collect it with `python collect.py --layers ...`")
+    config.alpha = STRENGTH[method] if config.alpha is None else config.alpha
+    layers, device = sorted(set(config.layers)), pick_device(config.device)
+    torch.manual_seed(config.seed)
+    if model_digest(config.model) != record["model_digest"]:
+        raise UserError(f"{folder} was made for another model than --model {config.model}: run `python collect.py` again")
+    train = Collection([checked(folder, record, name) for name in record["shards"]], layers, settings["store"])
+    held_out = Collection([checked(folder, record, "heldout.safetensors")], layers, settings["store"])
+
+    # the base up to the highest target layer, with its adapter where there is one, and a fresh LoRA
+    pad_id = load_tokenizer(config.model).pad_token_id
+    trunk = load_model(config.model, getattr(torch, settings["dtype"]), device, blocks=layers[-1] + 1)
+    below = None
+    if settings["base"] == "instructed":
+        for name in (CONFIG, WEIGHTS):
+            checked(folder, record, f"base_adapter/{name}")
+        below = load_adapter(folder / "base_adapter", trunk)
+        LoRA(trunk, factors=below).requires_grad_(False).eval()
+    adapter = LoRA(trunk, config.rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
+    for layer, v, h in zip(settings["layers"], record["norm_v"], record["norm_h"]):
+        if layer in layers:
+            moved = abs(config.alpha) * v / h
+            print(f"  layer {layer}: α|v|/|h| {moved:.2f}" + ("  WARNING: near 1 or above, expect the model to collapse; lower --alpha" if moved > 0.8 else ""))
+    lengths = train.lengths[:config.limit]
+    print(f"α {config.alpha}, layers {layers}, base {settings['base']}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters, "
+          f"{len(lengths):,} responses, {config.steps} steps of {config.batch_size}")
+
+    # training
+    start = distances(trunk, held_out, layers, config.alpha, pad_id, device, config.batch_size)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+    draws = data.endless_batches(lengths, config.batch_size, config.seed)
+    with open_log(config.out, "align") as log:
+        adapter.train()
+        bar = tqdm(range(1, config.steps + 1), desc="align", unit="step")
+        for step in bar:
+            batch, (base, plus, minus) = train.batch(next(draws), pad_id, device)
+            hidden = hidden_states(trunk, layers, batch.ids, batch.attention)          # A(π_lora, <q, r>, l): L x [B, S, D]
+            loss, _ = representation_loss(hidden, base, plus, minus, response_index(batch.response), config.alpha, kind=config.kind)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % 10 == 0 or step == config.steps:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+                log(step=step, loss=loss.item())
+    adapter.eval()
+    end = distances(trunk, held_out, layers, config.alpha, pad_id, device, config.batch_size)
+
+    # saving: the written adapter applies to the original base alone
+    factors = adapter.factors() if below is None else stack(below, adapter.factors())
+    if factors.rank > 16:
+        print(f"WARNING: the adapter has rank {factors.rank}; some servers take 16 at most by default")
+    result = {"distance_start": start.tolist(), "distance_end": end.tolist()}
+    written = Path(config.out) / method / "align"
+    with new_stage(written, "align", {"settings": {**settings, **vars(config)}, "method": method, "model_digest": record["model_digest"], **result}) as new:
+        save_adapter(new, factors, trunk, config.model, config.lora_dropout)
+    for layer, a, b in zip(layers, *result.values()):
+        print(f"  layer {layer}: held-out distance to the target {a:.3f} -> {b:.3f}" + (f" ({b / a:.2f} of it)" if a else ""))
+    print(f"wrote {written}; held-out distance {start.mean():.3f} -> {end.mean():.3f}")
+    print("next: python evaluate.py" + (f" --out {config.out}" if config.out != "out" else ""))
+
+
+if __name__ == "__main__":
+    run(main, Config)

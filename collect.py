@@ -1,0 +1,188 @@
+"""Stage 2: record the hidden states under the preferred and the dispreferred stimulus (paper section 3.2).
+
+    python collect.py                                    after scit.py or dual.py
+    python collect.py --layers 10 12 14 16 18 --max-gb 200
+
+For each response r, chosen and rejected, and each target layer l, at the same token positions:
+
+    SCIT:  h+ = A(π_scit, <p+, q, r>, l)     h- = A(π_scit, <p-, q, r>, l)
+    DUAL:  h+ = A(π_good, <q, r>, l)         h- = A(π_bad, <q, r>, l)          (--stimulus instructed: with p+ and p-)
+    base:  b  = A(π_base, <q, r>, l)         what align.py will move by α (h+ - h-)
+
+A target layer l is the output of decoder block l, counted from 0. Recorded are the response's positions and the
+last prompt token, whose state predicts the response's first token. Nothing above the highest target is loaded
+or run. Writes OUT/METHOD/collect, which is all that align.py needs besides the base model.
+"""
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import data
+from files import UserError, checked, choose_method, inherit, new_stage, read_stage, run, setting
+from lora import CONFIG, WEIGHTS, LoRA, load_adapter, only
+from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers
+
+ADAPTERS = {"scit": {"scit": "adapter"}, "dual": {"good": "good", "bad": "bad"}}     # method: {kind: folder}
+
+
+@dataclass
+class Config:
+    out: str = setting("out", "folder of all stages")
+    method: Literal["scit", "dual"] | None = setting(None, "whose stage 1 to use; empty takes the one that is there")
+    device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
+    layers: list[int] | None = setting(None, "target layers from 0, negative from the top; empty takes the middle third")
+    base: Literal["instructed", "original"] | None = setting(
+        None, "base of target and LoRA: the SCIT or good model, or the original; empty: instructed for SCIT, original for DUAL")
+    stimulus: Literal["plain", "instructed"] = setting("plain", "DUAL: <q, r> to both models, or p+ to good and p- to bad (the paper)")
+    last_prompt_token: bool = setting(True, "record the last prompt token too; the authors leave it out")
+    store: Literal["full", "diff"] = setting("full", "plus and minus, or only their difference v")
+    max_gb: float = setting(20, "most gigabytes to write; only a random share of the pairs is used beyond", least=0)
+    shard_mb: float = setting(512, "size of a shard in megabytes", least=0)
+    batch_size: int = setting(32, "responses in a forward pass", least=1)
+    limit: int | None = setting(None, "use the first training pairs only", least=1)
+    model: str | None = setting(None, "model folder or hub name; empty inherits from stage 1")
+    data: str | None = setting(None, "preference pairs; empty inherits from stage 1")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the model and the states; empty inherits")
+    max_length: int | None = setting(None, "longest input in tokens; empty inherits", least=2)
+    seed: int | None = setting(None, "seed of the split and the order; empty inherits")
+
+
+def record_states(trunk, adapters, method, config, pairs, pad_id, device):
+    """The states of a batch of (pair, "chosen" | "rejected"), packed without padding, in the model's own dtype.
+
+    Returns (base, plus, minus): lists of L tensors [T, D], T the recorded positions of the batch, example by example.
+    """
+    def states(on, prompt):
+        batch = data.collate([pair.example(prompt, response) for pair, response in pairs], pad_id, device)
+        with only(adapters.values(), *on):
+            dense = hidden_states(trunk, config.layers, batch.ids, batch.attention)             # L x [B, S, D]
+        mask = recorded(batch.response, config.last_prompt_token)
+        return [h[mask] for h in dense]                                                         # L x [T, D]
+    if method == "scit":
+        up = down = [adapters["scit"]]
+    else:
+        up, down = [adapters["good"]], [adapters["bad"]]
+    instructed = method == "scit" or config.stimulus == "instructed"
+    base = states(up if config.base == "instructed" else [], "plain")                           # b
+    plus = states(up, "positive" if instructed else "plain")                                    # h+
+    minus = states(down, "negative" if instructed else "plain")                                 # h-
+    return base, plus, minus
+
+
+def recorded(response, last_prompt_token):
+    """Mask of the recorded positions: bool [B, S] of the response tokens -> the same plus the position before them."""
+    return response | response.roll(-1, 1) if last_prompt_token else response
+
+
+class Statistics:
+    """Means over tokens of |v| and |h| per layer."""
+
+    def __init__(self, layers):
+        self.sums, self.tokens = torch.zeros(2, layers, dtype=torch.float64), 0
+
+    def add(self, base, v):
+        self.sums += torch.stack([torch.stack([x.float().norm(dim=-1).sum().double().cpu() for x in states]) for states in (v, base)])
+        self.tokens += len(v[0])
+
+    def means(self):
+        return [x.tolist() for x in self.sums / self.tokens]
+
+
+def main(config):
+    # what the earlier stage says
+    method = choose_method(config.out, config.method, {"scit": "adapter", "dual": "good"}, {"scit": "python scit.py", "dual": "python dual.py"})
+    stage1 = {kind: Path(config.out) / method / folder for kind, folder in ADAPTERS[method].items()}
+    records = {kind: read_stage(folder, kind, f"python {method}.py") for kind, folder in stage1.items()}
+    first = next(iter(records.values()))
+    if any(record["settings"] != first["settings"] for record in records.values()):
+        raise UserError(f"{' and '.join(map(str, stage1.values()))} come from different runs: run `python {method}.py` again")
+    settings = first["settings"]
+    inherit(config, settings, ("model", "data", "dtype", "max_length", "seed"), f"{config.out}/{method}")
+    config.base = config.base or {"scit": "instructed", "dual": "original"}[method]
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    if model_digest(config.model) != first["model_digest"]:
+        raise UserError(f"--model {config.model} is not the model that {config.out}/{method} was trained on: run `python {method}.py` again")
+
+    # the model up to the highest target layer, and the pairs
+    config.layers = pick_layers(config.layers, load_config(config.model).num_hidden_layers)
+    tokenizer = load_tokenizer(config.model)
+    trunk = load_model(config.model, getattr(torch, config.dtype), device, blocks=config.layers[-1] + 1)
+    adapters = {}
+    for kind, folder in stage1.items():
+        for name in (CONFIG, WEIGHTS):
+            checked(folder, records[kind], name)
+        adapters[kind] = LoRA(trunk, factors=load_adapter(folder, trunk)).eval()
+    pairs = data.prepare(config.data, ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
+                         settings["positive"], settings["negative"])
+    examples = {split: [(pair, response) for pair in pairs[split] for response in ("chosen", "rejected")] for split in pairs}
+    examples["valid"] = examples["valid"][:128]
+
+    # what it will take
+    width, L = trunk.config.get_text_config().hidden_size, len(config.layers)
+    itemsize = torch.finfo(trunk.dtype).bits // 8
+    token_bytes = L * width * itemsize * (3 if config.store == "full" else 2) + 4
+    def size(split):
+        return sum((len(pair.responses[response]) + config.last_prompt_token) * token_bytes for pair, response in examples[split])
+    whole, most = size("train"), config.max_gb * 1e9
+    if whole > most:
+        keep = torch.randperm(len(pairs["train"]), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        keep = [pairs["train"][i] for i in keep[:int(len(keep) * most / whole)]]
+        examples["train"] = [(pair, response) for pair in keep for response in ("chosen", "rejected")]
+        if not keep:
+            raise UserError(f"--max-gb {config.max_gb} holds no pair: the whole takes {whole / 1e9:.3g} GB")
+        print(f"--max-gb {config.max_gb}: using {len(keep) / len(pairs['train']):.1%} of the training pairs")
+    total, free = size("train") + size("valid"), shutil.disk_usage(config.out).free
+    print(f"layers {config.layers}, hidden size {width}, {trunk.dtype}: {token_bytes:,} bytes a token, {total / 1e6:,.1f} MB in all")
+    if total > free:
+        raise UserError(f"{config.out}: {total / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: lower --max-gb or use --store diff")
+    print("one input: " + repr(tokenizer.decode(examples["train"][0][0].example("positive", "chosen")[0])))
+
+    # recording, shard by shard
+    record = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": first["model_digest"], "hidden_size": width,
+              "adapters": {kind: r["digests"][WEIGHTS] for kind, r in records.items()}, "shards": [], "token_bytes": token_bytes}
+    folder, statistics = Path(config.out) / method / "collect", Statistics(L)
+    with new_stage(folder, "collect", record) as new, torch.no_grad():
+        for split in examples:
+            lengths = [len(pair.example("plain", response)[0]) for pair, response in examples[split]]
+            groups = data.batches(lengths, config.batch_size, torch.Generator().manual_seed(config.seed))
+            shard, held, number = {}, 0, 0
+            bar = tqdm(groups, desc=f"collect {split}", unit="batch")
+            for i, group in enumerate(bar):
+                batch = [examples[split][j] for j in group]
+                base, plus, minus = record_states(trunk, adapters, method, config, batch, tokenizer.pad_token_id, device)
+                v = [p - m for p, m in zip(plus, minus)]
+                statistics.add(base, v)
+                stored = {"base": base, "plus": plus, "minus": minus} if config.store == "full" else {"base": base, "v": v}
+                for name, states in stored.items():
+                    for layer, state in zip(config.layers, states):
+                        shard.setdefault(f"{name}.{layer}", []).append(state.cpu())
+                plain = [pair.example("plain", response) for pair, response in batch]
+                shard.setdefault("ids", []).append(torch.tensor([t for ids, _ in plain for t in ids], dtype=torch.int32))
+                shard.setdefault("lengths", []).append(torch.tensor([len(ids) for ids, _ in plain], dtype=torch.int32))
+                shard.setdefault("starts", []).append(torch.tensor([start - config.last_prompt_token for _, start in plain], dtype=torch.int32))
+                held += len(base[0])
+                if held * token_bytes >= config.shard_mb * 1e6 or i == len(groups) - 1:
+                    name = "heldout.safetensors" if split == "valid" else f"shard-{number:05d}.safetensors"
+                    save_file({key: torch.cat(parts) for key, parts in shard.items()}, new / name, metadata={"kind": "collect"})
+                    if split == "train":
+                        record["shards"].append(name)
+                    shard, held, number = {}, 0, number + 1
+        if config.base == "instructed":           # align needs no other stage's folder
+            (new / "base_adapter").mkdir()
+            for name in (CONFIG, WEIGHTS):
+                shutil.copy(next(iter(stage1.values())) / name, new / "base_adapter" / name)
+        record["norm_v"], record["norm_h"] = statistics.means()
+    for layer, v, h in zip(config.layers, record["norm_v"], record["norm_h"]):
+        print(f"  layer {layer}: |v| {v:.3f}, |h| {h:.3f}, |v|/|h| {v / h:.3f}")
+    print(f"wrote {folder}: {statistics.tokens:,} tokens of {sum(map(len, examples.values())):,} responses in {len(record['shards'])} shards and heldout.safetensors")
+    print("next: python align.py" + (f" --out {config.out}" if config.out != "out" else "") + (f" --method {method}" if config.method else ""))
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,121 @@
+"""Stage 1b, DUAL: two models, one that answers well and one that answers badly (paper section 3.1).
+
+    python dual.py                                       the embedded default
+    python dual.py --model PATH_OR_HUB_NAME --data pairs.jsonl --steps 500 --lr 2e-4
+
+Maximum likelihood on the chosen responses gives the "good" model, on the rejected ones the "bad" one:
+
+    loss(good) = -Σ log π_good(r_h | q) / tokens          loss(bad) = -Σ log π_bad(r_l | q) / tokens
+
+Unlike the paper, they are two LoRA adapters over one base, which is in memory once. The good model is
+preferred-SFT, the usual baseline. Writes OUT/dual/good and OUT/dual/bad, the input of collect.py.
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import data
+import toy
+from files import UserError, new_stage, open_log, run, setting
+from lora import LoRA, only, save_adapter
+from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs
+
+
+@dataclass
+class Config:
+    model: str = setting("", "model folder or hub name; empty takes the embedded default")
+    data: str = setting("", "preference pairs, see data.py; empty takes the embedded default")
+    out: str = setting("out", "folder of all stages")
+    seed: int = setting(0, "seed of the split, the adapters and the order of the pairs")
+    device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the base; empty takes bfloat16 on a GPU, float32 on the CPU")
+    max_length: int = setting(768, "longest input in tokens; pairs over it are left out", least=2)
+    limit: int | None = setting(None, "use the first training pairs only", least=1)
+    steps: int = setting(100, "optimiser steps of each model", least=1)
+    batch_size: int = setting(16, "responses in a step", least=1)
+    lr: float = setting(1e-3, "peak learning rate; cosine, 10% warm-up", least=0)
+    rank: int = setting(8, "rank of the adapters", least=1)
+    lora_alpha: float = setting(16, "the adapters' scale is lora_alpha / rank")
+    lora_dropout: float = setting(0.0, "dropout on the adapters' input", least=0)
+    lora_targets: str = setting("all", "linears to adapt: all, or names such as q_proj,v_proj")
+
+
+def response_nll(model, pairs, response, pad_id, device):
+    """-Σ log π(r_t | q, r_<t) over the response tokens of the batch, and their number. response: "chosen" or "rejected"."""
+    logprobs, mask = response_logprobs(model, data.collate([pair.example("plain", response) for pair in pairs], pad_id, device))
+    return -logprobs.sum(), mask.sum()
+
+
+@torch.no_grad()
+def held_out(model, pairs, response, pad_id, device, batch_size):
+    """NLL a token over held-out pairs."""
+    sums = [response_nll(model, pairs[i:i + batch_size], response, pad_id, device) for i in range(0, len(pairs), batch_size)]
+    return (sum(nll for nll, _ in sums) / sum(tokens for _, tokens in sums)).item()
+
+
+def main(config):
+    torch.manual_seed(config.seed)
+    device = pick_device(config.device)
+    source = {"model": config.model, "data": config.data}
+    if not config.model and not config.data:
+        source = toy.ensure(toy.Config(out=config.out, seed=config.seed, device=config.device))
+    elif not config.model or not config.data:
+        raise UserError("--model and --data go together: give both, or none for the embedded default")
+
+    # the pairs, the base and its two adapters
+    tokenizer = load_tokenizer(source["model"])
+    config.max_length = min(config.max_length, context_length(source["model"]))
+    pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit)
+    train, valid, pad_id = pairs["train"], pairs["valid"][:64], tokenizer.pad_token_id
+    model = load_model(source["model"], pick_dtype(config.dtype, device), device)
+    adapters = {name: LoRA(model.base_model, config.rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
+                for name in ("good", "bad")}
+    print("one input: " + repr(tokenizer.decode(train[0].example("plain", "chosen")[0])))
+    print(f"{model.num_parameters():,} parameters and twice {sum(p.numel() for p in adapters['good'].parameters()):,} trained ones; "
+          f"twice {config.steps} steps of {config.batch_size} responses")
+
+    # training, one model after the other
+    results = {}
+    with open_log(config.out, "dual") as log:
+        for (name, adapter), response in zip(adapters.items(), ("chosen", "rejected")):
+            with only(adapters.values(), adapter):
+                start = held_out(model, valid, response, pad_id, device, config.batch_size)
+                optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+                warm_up = max(1, config.steps // 10)
+                schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+                    (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / config.steps))))
+                draws = data.endless_batches([len(pair.example("plain", response)[0]) for pair in train], config.batch_size, config.seed)
+                adapter.train()
+                bar = tqdm(range(1, config.steps + 1), desc=f"dual {name}", unit="step")
+                for step in bar:
+                    nll, tokens = response_nll(model, [train[i] for i in next(draws)], response, pad_id, device)
+                    loss = nll / tokens
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    schedule.step()
+                    if step % 10 == 0 or step == config.steps:
+                        bar.set_postfix(loss=f"{loss.item():.3f}")
+                        log(model=name, step=step, loss=loss.item(), lr=schedule.get_last_lr()[0])
+                adapter.eval()
+                results[name] = {"nll_start": start, "nll_end": held_out(model, valid, response, pad_id, device, config.batch_size)}
+
+    # saving
+    settings = {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch."),
+                "positive": data.POSITIVE, "negative": data.NEGATIVE}
+    digest = model_digest(source["model"])
+    for name, adapter in adapters.items():
+        folder = Path(config.out) / "dual" / name
+        with new_stage(folder, name, {"settings": settings, "model_digest": digest, "held_out": results[name]}) as new:
+            save_adapter(new, adapter.factors(), model.base_model, source["model"], config.lora_dropout)
+        print(f"wrote {folder}; held-out NLL a token {results[name]['nll_start']:.3f} -> {results[name]['nll_end']:.3f}")
+    print(f"next: python collect.py --out {config.out}" if config.out != "out" else "next: python collect.py")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,172 @@
+"""Stage folders and user errors: how the stages hand off, and how they refuse.
+
+Every stage writes one folder. It is written aside as `.name.partial`, its `stage.json` goes in
+last, and the whole is renamed when complete, so a folder with a `stage.json` is a whole one:
+
+    {"kind": "scit", "version": 1, "made_by": {...versions}, "settings": {...}, "digests": {file: sha256}, ...}
+
+A later stage reads that record, checks kind, version and digests, and inherits the settings.
+"""
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+VERSION = 1                                   # of the files: a stage refuses another one
+RECORD = "stage.json"
+
+
+class UserError(Exception):
+    """Bad input. Printed as one line that names the file, row or setting and the remedy; exit code 2."""
+
+
+def setting(default, help, least=None):
+    """A field of a stage's Config: its default, its one line of help, the least value allowed."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least})
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser with one-line errors and a least value for numbers."""
+
+    def add_argument(self, *names, least=None, **kwargs):
+        if least is not None:
+            number = kwargs["type"]
+            def at_least(text):
+                value = number(text)
+                if not value >= least:
+                    raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+                return value
+            at_least.__name__ = number.__name__
+            kwargs["type"] = at_least
+        return super().add_argument(*names, **kwargs)
+
+    def error(self, message):                 # argparse would print several lines of usage
+        raise UserError(f"{message} (see --help)")
+
+
+def run(main, config_class):
+    """Parse the command line into `config_class` and call main(config); user errors end with exit code 2."""
+    try:
+        parser = Parser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__.split("\n\n")[0])
+        config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+            raise UserError(f"unknown setting {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+        main(config)
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def versions():
+    """The versions that made a file or a figure."""
+    names = ("torch", "transformers", "safetensors", "numpy")
+    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in names}}
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_stage(folder, kind, record):
+    """Write a stage folder: yields the folder to write into, renamed to `folder` when whole.
+
+    `record` (a dict; the body may still add to it) becomes stage.json. An exception leaves what was there.
+    """
+    folder = Path(folder)
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+        whole = {"kind": kind, "version": VERSION, "made_by": versions(), **record,
+                 "digests": {name: sha256(partial / name) for name in names}}
+        write_json(partial / RECORD, whole)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def open_log(out, name):
+    """A log of JSON lines, OUT/NAME.log: yields a function that writes its keywords as a line. The first line tells versions."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with open(Path(out) / f"{name}.log", "w", buffering=1) as file:
+        def log(**fields):
+            file.write(json.dumps(fields) + "\n")
+        log(**versions())
+        yield log
+
+
+def write_json(path, value):
+    """Write JSON aside, flush it to the disk and rename it."""
+    aside = Path(path).with_name(f".{Path(path).name}.partial")
+    with open(aside, "w") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def read_stage(folder, kind, command):
+    """The record of a stage folder; UserError if it is missing, unfinished, or of another kind or version."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: run `{command}` first")
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder} is unfinished (no {RECORD}): run `{command}` again")
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        found = record["kind"], record["version"]
+        record["settings"], record["digests"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / RECORD} is not a stage record: run `{command}` again") from None
+    if found != (kind, VERSION):
+        raise UserError(f"{folder} is {found[0]} version {found[1]}, not {kind} version {VERSION}: run `{command}` again")
+    return record
+
+
+def checked(folder, record, name):
+    """Path of a file of a stage folder, its digest compared with the record."""
+    path = Path(folder) / name
+    if name not in record["digests"] or not path.is_file() or sha256(path) != record["digests"][name]:
+        raise UserError(f"{path} is missing or not the file that its {RECORD} describes: run that stage again")
+    return path
+
+
+def inherit(config, settings, names, source):
+    """Fill the settings that the user left empty (None) from those of an earlier stage, and say which."""
+    taken = [name for name in names if getattr(config, name) is None]
+    for name in taken:
+        setattr(config, name, settings[name])
+    print(f"from {source}: " + ", ".join(f"{name} {settings[name]}" for name in taken))
+
+
+def choose_method(out, method, needed, command):
+    """The method ("scit" or "dual") that a stage works on: the one whose folder is there, or the one asked for.
+
+    needed: {method: folder under `out`/method that must exist}; command: {method: what makes it}.
+    """
+    found = [name for name in needed if (Path(out) / name / needed[name]).is_dir()]
+    if method is None and len(found) > 1:
+        raise UserError(f"{out} holds both {' and '.join(found)}: say which with --method {' or --method '.join(found)}")
+    if method is None and not found:
+        raise UserError(f"nothing in {out} to start from: run {' or '.join(f'`{c}`' for c in dict.fromkeys(command.values()))} first")
+    return method or found[0]

@@ -1,0 +1,173 @@
+"""LoRA by hand (Hu et al. 2021): y = W x + s B A x on chosen linears, s = alpha / rank.
+
+The adapter lives beside the model: a forward hook adds s B A x to each target's output. So the base's
+weights and module names stay untouched, `enabled = False` gives the base bit for bit, and several adapters
+on one model simply add up. Files are PEFT's: adapter_model.safetensors and adapter_config.json.
+"""
+import contextlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from files import UserError
+from model import find_blocks, find_linears
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass
+class Factors:
+    """An adapter as plain tensors: {path of a linear in the trunk: (A [rank, in], B [out, rank])}, scale = alpha / rank."""
+    pairs: dict
+    rank: int
+    alpha: float
+
+
+class LoRA(nn.Module):
+    """A trainable adapter on the linears of blocks 0..blocks-1 of a trunk; the identity until trained (B = 0)."""
+
+    def __init__(self, trunk, rank=8, alpha=16, dropout=0.0, blocks=None, targets="all", factors=None):
+        """targets: see model.find_linears. factors: take A and B (and rank and alpha) from there instead of fresh ones;
+        those of blocks that the trunk lacks are left out."""
+        super().__init__()
+        self.enabled, self.dropout = True, dropout
+        self.rank, self.alpha = (factors.rank, factors.alpha) if factors else (rank, alpha)
+        self.scale = self.alpha / self.rank
+        path, stack = find_blocks(trunk)
+        linears = {f"{path}.{i}.{name}": linear for i, block in enumerate(stack[:blocks])
+                   for name, linear in find_linears(block, targets).items()}
+        if factors:
+            linears = {name: linear for name, linear in linears.items() if name in factors.pairs}
+        self.names, self.A, self.B, self.handles = list(linears), nn.ParameterList(), nn.ParameterList(), []
+        self.linears = list(linears.values())                 # a plain list: not submodules of the adapter
+        for i, (name, linear) in enumerate(linears.items()):
+            if factors:
+                A, B = factors.pairs[name]
+            else:
+                A, B = torch.empty(rank, in_features(linear)), torch.zeros(out_features(linear), rank)
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            # fp32 whatever the base's dtype: AdamW's small steps would be lost in bf16
+            self.A.append(nn.Parameter(A.to(linear.weight.device, torch.float32)))
+            self.B.append(nn.Parameter(B.to(linear.weight.device, torch.float32)))
+            self.handles.append(linear.register_forward_hook(self._hook(i)))
+
+    def _hook(self, i):
+        def add(linear, args, output):
+            if self.enabled:
+                x = F.dropout(args[0], self.dropout, self.training)
+                low = F.linear(x, self.A[i].to(x.dtype))                                     # A x: [..., rank]
+                return output + F.linear(low, self.B[i].to(x.dtype)) * self.scale            # W x + s B A x
+        return add
+
+    def remove(self):
+        """Take the hooks off: the model is its base again for good."""
+        for handle in self.handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def merge(self):
+        """Add s B A to the base's weights and take the hooks off."""
+        for linear, A, B in zip(self.linears, self.A, self.B):
+            delta = self.scale * B @ A                                                       # [out, in]
+            delta = delta.T if isinstance(linear, Conv1D) else delta                         # Conv1D stores [in, out]
+            linear.weight.copy_(linear.weight.float() + delta)
+        self.remove()
+
+    def factors(self):
+        """The adapter's tensors, detached, on the CPU."""
+        pairs = {name: (A.detach().cpu(), B.detach().cpu()) for name, A, B in zip(self.names, self.A, self.B)}
+        return Factors(pairs, self.rank, self.alpha)
+
+
+def in_features(linear):
+    return linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.in_features
+
+
+def out_features(linear):
+    return linear.weight.shape[1] if isinstance(linear, Conv1D) else linear.out_features
+
+
+@contextlib.contextmanager
+def only(adapters, *on):
+    """Within the block, just the adapters `on` are enabled, of all those given."""
+    before = [adapter.enabled for adapter in adapters]
+    for adapter in adapters:
+        adapter.enabled = any(adapter is o for o in on)
+    try:
+        yield
+    finally:
+        for adapter, enabled in zip(adapters, before):
+            adapter.enabled = enabled
+
+
+def stack(first, second):
+    """Two adapters that add up as one of rank r1 + r2, with scale 1:
+
+        s1 B1 A1 x + s2 B2 A2 x = [s1 B1, s2 B2] [A1; A2] x
+
+    Where only one of them has a linear, the other's rows and columns are zero, so that the rank is uniform.
+    """
+    pairs = {}
+    for name in {**first.pairs, **second.pairs}:
+        shape_A, shape_B = (next(f.pairs[name][i].shape for f in (first, second) if name in f.pairs) for i in (0, 1))
+        As, Bs = [], []
+        for f in (first, second):
+            A, B = f.pairs.get(name) or (torch.zeros(f.rank, shape_A[1]), torch.zeros(shape_B[0], f.rank))
+            As.append(A.float())
+            Bs.append(B.float() * (f.alpha / f.rank))
+        pairs[name] = torch.cat(As, 0), torch.cat(Bs, 1)
+    rank = first.rank + second.rank
+    return Factors(pairs, rank, alpha=rank)
+
+
+# ---------------------------------------------------------------- PEFT's on-disk form
+
+def save_adapter(folder, factors, trunk, base_model, dropout=0.0):
+    """Write an adapter as PEFT does. `trunk` gives the paths and layouts; it may be a cut one."""
+    prefix = f"base_model.model.{trunk.base_model_prefix}."
+    tensors = {f"{prefix}{name}.lora_{x}.weight": tensor.contiguous()
+               for name, pair in factors.pairs.items() for x, tensor in zip("AB", pair)}
+    path, blocks = find_blocks(trunk)
+    inside = [name.removeprefix(path + ".").partition(".") for name in factors.pairs]        # (block, ".", linear)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
+        "r": factors.rank, "lora_alpha": factors.alpha, "lora_dropout": dropout, "bias": "none",
+        "target_modules": sorted({linear for _, _, linear in inside}),
+        "layers_to_transform": sorted({int(block) for block, _, _ in inside}),
+        "layers_pattern": path.rpartition(".")[2],
+        "fan_in_fan_out": any(isinstance(m, Conv1D) for m in blocks.modules()),
+        "inference_mode": True, "modules_to_save": None,
+    }
+    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+    (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def load_adapter(folder, trunk):
+    """Read a PEFT LoRA adapter as Factors; UserError where it is not a plain one or does not fit the trunk's family."""
+    folder = Path(folder)
+    try:
+        config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a readable LoRA adapter ({error})") from None
+    special = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or special:
+        raise UserError(f"{folder}: not a plain LoRA adapter ({', '.join(special) or config.get('peft_type')})")
+    prefix, names = f"base_model.model.{trunk.base_model_prefix}.", {}
+    for key in tensors:
+        if not key.startswith(prefix) or not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise UserError(f"{folder}: tensor {key} does not belong to an adapter of {type(trunk).__name__}")
+        names[key.removeprefix(prefix).rsplit(".lora_", 1)[0]] = None
+    try:
+        pairs = {name: (tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"]) for name in names}
+    except KeyError as error:
+        raise UserError(f"{folder}: tensor {error} is missing") from None
+    return Factors(pairs, rank, alpha)

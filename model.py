@@ -1,0 +1,182 @@
+"""Models: loading all or the first blocks, finding the blocks and their linears, hidden states, log-probabilities.
+
+A "trunk" is a causal language model without its head: embeddings, decoder blocks, final norm.
+"""
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file, logging
+
+from files import UserError
+
+
+def pick_device(device):
+    """torch.device from a setting; None takes the GPU where there is one."""
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+def pick_dtype(dtype, device):
+    """torch.dtype from a setting; None takes bfloat16 on a GPU and float32 on the CPU."""
+    return getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def read_model(what, name, read):
+    """read() with its many ways to fail turned into one line."""
+    if ("/" in name and not Path(name).is_dir()) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"--model {name}: no such folder")
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"--model {name}: cannot read its {what}: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_config(name):
+    """The text configuration of a model folder or hub name."""
+    return read_model("config", name, lambda: AutoConfig.from_pretrained(name).get_text_config())
+
+
+def context_length(name):
+    """The longest input that the model was made for (no limit known: 2**30)."""
+    return getattr(load_config(name), "max_position_embeddings", None) or 2**30
+
+
+def load_tokenizer(name):
+    """The model's tokenizer; where it has no padding token, the end-of-text token pads (masks tell them apart)."""
+    tokenizer = read_model("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_model(name, dtype, device, blocks=None):
+    """A frozen causal language model, or, with `blocks`, the trunk of its first `blocks` blocks.
+
+    The cut trunk ends at its last block: later blocks and the head are not read, the final norm is dropped.
+    """
+    verbosity = logging.get_verbosity()
+    if blocks is not None:                    # the weights of the blocks cut off are reported as unexpected
+        logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        if blocks is None:
+            model = read_model("weights", name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype))
+        else:
+            model = read_model("weights", name, lambda: AutoModel.from_pretrained(name, dtype=dtype, num_hidden_layers=blocks))
+            drop_final_norm(model)
+    finally:
+        logging.set_verbosity(verbosity)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def drop_final_norm(trunk):
+    """Replace the norm after the last block by the identity (norms of the embeddings stay)."""
+    path, _ = find_blocks(trunk)
+    owner = trunk.get_submodule(path.rpartition(".")[0])
+    for name, child in owner.named_children():
+        if "Norm" in type(child).__name__ and "embed" not in name:
+            setattr(owner, name, nn.Identity())
+
+
+def model_digest(name):
+    """sha256 over the names, shapes and first 4 kB of every tensor in a model's safetensors files.
+
+    Enough to tell two models apart, and quick at any size.
+    """
+    folder = Path(read_model("config", name, lambda: cached_file(name, "config.json"))).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        with open(path, "rb") as file:
+            size, = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+            for key, entry in sorted(header.items()):
+                digest.update(f"{key} {entry}".encode())
+                if key != "__metadata__":
+                    begin, end = entry["data_offsets"]
+                    file.seek(8 + size + begin)
+                    digest.update(file.read(min(4096, end - begin)))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- blocks, linears, hidden states
+
+def find_blocks(trunk):
+    """(path, ModuleList) of the decoder blocks: the list that is as long as the config says there are blocks."""
+    count = trunk.config.get_text_config().num_hidden_layers
+    found = [(path, m) for path, m in trunk.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(found) != 1:
+        raise UserError(f"{type(trunk).__name__}: found {len(found)} lists of {count} blocks, need exactly one plain stack of decoder blocks")
+    return found[0]
+
+
+def find_linears(block, names="all"):
+    """{path in the block: linear} of a decoder block; `names` is "all", or last names such as "q_proj,v_proj"."""
+    linears = {path: m for path, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    if names == "all":
+        return linears
+    wanted = [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if not any(path.split(".")[-1] == name for path in linears):
+            raise UserError(f"--lora-targets {name}: not a linear of this model; its blocks have {', '.join(linears)}")
+    return {path: m for path, m in linears.items() if path.split(".")[-1] in wanted}
+
+
+def pick_layers(layers, n):
+    """Sorted target layers, counted from 0; negative ones from the top; None takes the middle third, every second if n >= 12."""
+    if layers is None:
+        return list(range(n // 3, 2 * n // 3, 2 if n >= 12 else 1)) or [0]
+    for layer in layers:
+        if not -n <= layer < n:
+            raise UserError(f"--layers {layer}: the model has blocks 0 to {n - 1} (or -{n} to -1 from the top)")
+    return sorted({layer % n for layer in layers})
+
+
+def hidden_states(trunk, layers, ids, attention):
+    """A(π, x, l): the output of decoder block l for each l in layers, by a forward hook. List of [B, S, D]."""
+    _, blocks = find_blocks(trunk)
+    states = {}
+
+    def keep(layer):
+        def hook(module, args, output):       # some families hand a tuple: (hidden states, ...)
+            states[layer] = output[0] if isinstance(output, tuple) else output
+        return hook
+    handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        trunk(input_ids=ids, attention_mask=attention.long(), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [states[layer] for layer in layers]
+
+
+def response_logprobs(model, batch):
+    """log π(r_t | p, q, r_<t), shifted by one. Returns fp32 [B, S-1], 0 outside the response, and its mask bool [B, S-1].
+
+    A hook packs the head's input to the N positions that predict a response token, so that logits are
+    [1, N, V] instead of [B, S, V]; whatever the model does to its logits afterwards still happens.
+    """
+    predicts = batch.response[:, 1:]                                            # [B, S-1]: position t predicts t+1
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][predicts][None],))
+    try:
+        logits = model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False).logits[0]
+    finally:
+        handle.remove()
+    logprobs = -F.cross_entropy(logits.float(), batch.ids[:, 1:][predicts], reduction="none")      # [N]
+    return torch.zeros(predicts.shape, device=logits.device).masked_scatter(predicts, logprobs), predicts
+
+
+def token_mean(values, mask):
+    """Mean over the marked tokens of each example: [B, S], bool [B, S] -> [B]."""
+    return (values * mask).sum(1) / mask.sum(1)

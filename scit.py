@@ -1,0 +1,145 @@
+"""Stage 1a, SCIT: one model learns to tell good from bad, by contrastive instruction tuning (paper section 3.1).
+
+    python scit.py                                       the embedded default
+    python scit.py --model PATH_OR_HUB_NAME --data pairs.jsonl --steps 500 --lr 2e-4
+
+Every pair gives two examples, (p+, q, r_h) and (p-, q, r_l): the instruction asks for just the response that it
+comes with. The model learns the response (NLL) and that the opposite instruction makes it less likely (contrast).
+Unlike the paper, a LoRA is trained instead of all weights, and some examples without instruction anchor the plain
+prompt (see `anchor`). Writes OUT/scit/adapter, the input of collect.py.
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import toy
+from files import UserError, new_stage, open_log, run, setting
+from lora import LoRA, save_adapter
+from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs, token_mean
+
+
+@dataclass
+class Config:
+    model: str = setting("", "model folder or hub name; empty takes the embedded default")
+    data: str = setting("", "preference pairs, see data.py; empty takes the embedded default")
+    out: str = setting("out", "folder of all stages")
+    seed: int = setting(0, "seed of the split, the adapter and the order of the pairs")
+    device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the base; empty takes bfloat16 on a GPU, float32 on the CPU")
+    max_length: int = setting(768, "longest input in tokens; pairs over it are left out", least=2)
+    limit: int | None = setting(None, "use the first training pairs only", least=1)
+    steps: int = setting(240, "optimiser steps", least=1)
+    batch_size: int = setting(8, "pairs in a step; each is 2 examples under 2 instructions", least=1)
+    lr: float = setting(6e-3, "peak learning rate; cosine, 10% warm-up", least=0)
+    smoothing: float = setting(0.2, "ε of the contrast, as in the authors' code", least=0)
+    anchor: float = setting(0.375, "examples without instruction for each example with one; 0 is the paper", least=0)
+    rank: int = setting(8, "rank of the adapter", least=1)
+    lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / rank")
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
+    lora_targets: str = setting("all", "linears to adapt: all, or names such as q_proj,v_proj")
+
+
+def scit_loss(own, opposite, nll, smoothing):
+    """NLL + contrast. own, opposite: P(p) and P(p~) [m], P = mean log π(r_t | p, q, r_<t); nll: scalar.
+
+        loss = NLL + (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~))
+
+    where softplus(P~ - P) = -log(e^P / (e^P + e^P~)). Returns (loss, contrast).
+    """
+    contrast = ((1 - smoothing) * F.softplus(opposite - own) + smoothing * F.softplus(own - opposite)).mean()
+    return nll + contrast, contrast
+
+
+def instructed(pair):
+    """Four inputs of a pair: r_h and r_l under their own instruction, then both under the opposite one."""
+    return [pair.example(*names) for names in (("positive", "chosen"), ("negative", "rejected"),
+                                                ("negative", "chosen"), ("positive", "rejected"))]
+
+
+def batch_loss(model, pairs, anchors, pad_id, device, smoothing):
+    """scit_loss of some pairs; NLL is the mean over the response tokens of the own-instruction and anchor examples."""
+    inputs = [example for pair in pairs for example in instructed(pair)]
+    inputs += [pair.example("plain", response) for pair in anchors for response in ("chosen", "rejected")]
+    logprobs, mask = response_logprobs(model, data.collate(inputs, pad_id, device))             # [4n + 2a, S-1]
+    P = token_mean(logprobs, mask)[:4 * len(pairs)].view(-1, 2, 2)                              # [n, own | opposite, r_h | r_l]
+    learned = torch.ones(len(inputs), dtype=torch.bool, device=device)
+    learned[:4 * len(pairs)] = torch.tensor([True, True, False, False], device=device).repeat(len(pairs))
+    nll = -logprobs[learned].sum() / mask[learned].sum()
+    return *scit_loss(P[:, 0].flatten(), P[:, 1].flatten(), nll, smoothing), P.detach()
+
+
+@torch.no_grad()
+def held_out(model, pairs, pad_id, device, config):
+    """(contrast, mean P(p) - P(p~), share of it above 0) over both examples of each pair."""
+    P = torch.cat([batch_loss(model, pairs[i:i + config.batch_size], [], pad_id, device, config.smoothing)[2]
+                   for i in range(0, len(pairs), config.batch_size)])                           # [n, own | opposite, 2]
+    own, opposite = P[:, 0].flatten(), P[:, 1].flatten()
+    contrast = scit_loss(own, opposite, 0.0, config.smoothing)[1]
+    return contrast.item(), (own - opposite).mean().item(), (own > opposite).float().mean().item()
+
+
+def main(config):
+    torch.manual_seed(config.seed)
+    device = pick_device(config.device)
+    source = {"model": config.model, "data": config.data}
+    if not config.model and not config.data:
+        source = toy.ensure(toy.Config(out=config.out, seed=config.seed, device=config.device))
+    elif not config.model or not config.data:
+        raise UserError("--model and --data go together: give both, or none for the embedded default")
+
+    # the pairs, the model and its adapter
+    tokenizer = load_tokenizer(source["model"])
+    config.max_length = min(config.max_length, context_length(source["model"]))
+    pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit)
+    model = load_model(source["model"], pick_dtype(config.dtype, device), device)
+    adapter = LoRA(model.base_model, config.rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
+    print("one input: " + repr(tokenizer.decode(pairs["train"][0].example("positive", "chosen")[0])))
+    print(f"{model.num_parameters():,} parameters and {sum(p.numel() for p in adapter.parameters()):,} trained ones; "
+          f"{config.steps} steps of {config.batch_size} pairs")
+
+    # training
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+    warm_up = max(1, config.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / config.steps))))
+    train, n_anchors = pairs["train"], round(config.anchor * config.batch_size)
+    draws = data.endless_batches([len(pair.example("positive", "chosen")[0]) for pair in train], config.batch_size, config.seed)
+    with open_log(config.out, "scit") as log:
+        adapter.train()
+        bar = tqdm(range(1, config.steps + 1), desc="scit", unit="step")
+        for step in bar:
+            drawn = [train[i] for i in next(draws)]
+            loss, contrast, _ = batch_loss(model, drawn, drawn[:n_anchors], tokenizer.pad_token_id, device, config.smoothing)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            if step % 10 == 0 or step == config.steps:
+                bar.set_postfix(loss=f"{loss.item():.3f}", contrast=f"{contrast.item():.3f}")
+                log(step=step, loss=loss.item(), contrast=contrast.item(), lr=schedule.get_last_lr()[0])
+    adapter.eval()
+    contrast, margin, accuracy = held_out(model, pairs["valid"][:64], tokenizer.pad_token_id, device, config)
+
+    # saving
+    record = {"settings": {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch."),
+                           "positive": data.POSITIVE, "negative": data.NEGATIVE},
+              "model_digest": model_digest(source["model"]), "held_out": {"contrast": contrast, "margin": margin, "accuracy": accuracy}}
+    folder = Path(config.out) / "scit" / "adapter"
+    with new_stage(folder, "scit", record) as new:
+        save_adapter(new, adapter.factors(), model.base_model, source["model"], config.lora_dropout)
+    print(f"wrote {folder}; held-out pairs: contrast {contrast:.3f} (ln 2 = 0.693 is untrained), "
+          f"log-probability a token under the right instruction {margin:+.2f}, right for {accuracy:.0%}")
+    if contrast > 0.95 * math.log(2):
+        print("WARNING: the contrast has not left ln 2: the model does not tell p+ from p-. Raise --lr or --steps")
+    print(f"next: python collect.py --out {config.out}" if config.out != "out" else "next: python collect.py")
+
+
+if __name__ == "__main__":
+    run(main, Config)
