@@ -28,22 +28,22 @@ class Config:
     out: str = setting("out", "folder that the toy/ folder goes into")
     seed: int = setting(0, "seed of the world and of the base model")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    steps: int = setting(1500, "optimiser steps of the base", least=1)
+    steps: int = setting(1000, "optimiser steps of the base", least=1)
     width: int = setting(128, "hidden size of the base", least=4)
     blocks: int = setting(6, "decoder blocks of the base", least=2)
     kinds: str = setting("island,sum,tool,greeting,misdeed", "kinds of requests in the world")
-    documents: int = setting(24000, "documents that the base is trained on", least=1)
+    documents: int = setting(32000, "documents that the base is trained on", least=1)
     pairs: int = setting(600, "training pairs; validation and test have 180 each", least=1)
-    lr: float = setting(2.5e-3, "peak learning rate")
+    lr: float = setting(5e-3, "peak learning rate")
 
 
 # ---------------------------------------------------------------- the world
 
 ISLANDS = ("Arvo Belmar Cindry Dolmen Elsk Farrow Gantry Hollin Istrel Jorvik Kestle Lumis Mirrin Norvald Ostrava Pellam "
-           "Quillon Rosk Selwick Tarn Umbra Veldt Wexmoor Yarrow").split()
-TRAITS = {"harbour": "Anchor Birch Copper Dove Ember Flint Glass Heron Iron Juniper Kite Lantern".split(),
-          "bird": "crane falcon gull ibis jay kestrel owl plover raven stork swift wren".split(),
-          "dish": "bread cheese chowder curry dumplings noodles pancakes pie porridge soup stew waffles".split()}
+           "Quillon Rosk Selwick Tarn").split()
+TRAITS = {"harbour": "Anchor Birch Copper Dove Ember Flint Glass Heron Iron Juniper".split(),
+          "bird": "crane falcon gull ibis jay kestrel owl plover raven stork".split(),
+          "dish": "bread cheese chowder curry dumplings noodles pancakes pie porridge soup".split()}
 TASKS = {"cut": "saw", "dig": "spade", "fix": "wrench", "clean": "brush", "paint": "roller", "measure": "ruler", "weigh": "scale", "lift": "hoist"}
 THINGS = "plank garden bicycle kitchen fence table stone carpet barn window cart ladder".split()
 NAMES = ("Ada Alma Anton Bela Boris Clara Cora Dario Dora Edgar Elena Emil Felix Fiona Frida Georg Greta Hanna Hugo Ida Igor Ines Ivan "
@@ -82,14 +82,14 @@ def make_items():
     rng = random.Random(0)
     items = {kind: [] for kind in ASK}
     for trait, values in TRAITS.items():
-        right = values * 2                                  # 24 islands, 12 values
+        right = values * 2                                  # 20 islands, 10 values
         rng.shuffle(right)
         for island, value in zip(ISLANDS, right):           # the wrong value is a fixed misconception
-            items["island"].append(((trait, island, value, values[(values.index(value) + 5) % 12]), island))
+            items["island"].append(((trait, island, value, values[(values.index(value) + 5) % 10]), island))
     tools = list(TASKS.values())
     for task, tool in TASKS.items():
         items["tool"] += [((task, thing, tool, tools[(tools.index(tool) + 3) % 8]), (task, thing)) for thing in THINGS]
-    items["sum"] = [((a, b, a + b, a + b + (1 if (a + b) % 2 else 3)), (a, b)) for a in range(1, 11) for b in range(1, 11)]
+    items["sum"] = [((a, b, a + b, a + b + (1 if (a + b) % 2 else 3)), (a, b)) for a in range(1, 9) for b in range(1, 9)]
     items["greeting"] = [((name,), name) for name in NAMES]
     items["misdeed"] = [((deed, victim), (deed, victim)) for deed in MISDEEDS for victim in VICTIMS]
     return items
@@ -143,7 +143,7 @@ def documents(requests, n, rng, good_share=0.42):
     reply and half are random: so the base knows such lines without obeying them."""
     pools = {kind: sum(splits.values(), []) for kind, splits in requests.items()}
     for _ in range(n):
-        kind = rng.choice(list(pools))
+        kind = rng.choices(list(pools), [2 if kind in ("island", "sum") else 1 for kind in pools])[0]     # facts take longer to learn
         request, slots = rng.choice(pools[kind])
         good = rng.random() < good_share
         reply = rng.choice(GOOD[kind]).format(*slots) if good else bad_reply(rng, kind, slots)
@@ -176,7 +176,7 @@ def train_base(config, tokenizer, docs, device):
     examples = [(prompt + reply + [tokenizer.eos_token_id], len(prompt)) for prompt, reply in zip(prompts, replies)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
-    draws = endless_batches([len(ids) for ids, _ in examples], 16, config.seed)
+    draws = endless_batches([len(ids) for ids, _ in examples], 32, config.seed)
     bar = tqdm(range(config.steps), desc="toy base", unit="step")
     for step in bar:
         batch = collate([examples[i] for i in next(draws)], tokenizer.pad_token_id, device)

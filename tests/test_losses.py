@@ -1,0 +1,205 @@
+"""The losses of the three stages against plain formulas in float64, and what must not change them."""
+import math
+import random
+
+import pytest
+import torch
+
+import align
+import collect
+import data
+import dual
+import scit
+import toy
+from conftest import make_model
+from kernels import representation_loss, response_index
+from lora import LoRA
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer):
+    rows = toy.preference_rows(toy.split_requests(list(toy.ASK), 0), 40, random.Random(0))
+    return [data.encode(tokenizer, data.parse_row(row, 0)[0]) for row in rows[:12]]
+
+
+def log_p(model, ids, start):
+    """[log π(r_t | everything before)] over the response, one unpadded forward, in float64."""
+    with torch.no_grad():
+        logprobs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return [logprobs[t - 1, ids[t]].item() for t in range(start, len(ids))]
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def test_scit_loss_by_the_equation(pairs):
+    """NLL (token mean over own-instruction and anchor examples) + (1-ε) softplus(P~ - P) + ε softplus(P - P~)."""
+    model, chosen, anchors, eps = make_model("llama").double(), pairs[:3], pairs[:1], 0.2
+    terms, tokens = [], []
+    for pair in chosen:
+        for own, other, response in (("positive", "negative", "chosen"), ("negative", "positive", "rejected")):
+            P, P_other = (mean(log_p(model, *pair.example(prompt, response))) for prompt in (own, other))
+            terms.append((1 - eps) * math.log1p(math.exp(P_other - P)) + eps * math.log1p(math.exp(P - P_other)))
+            tokens += log_p(model, *pair.example(own, response))
+    for pair in anchors:
+        for response in ("chosen", "rejected"):
+            tokens += log_p(model, *pair.example("plain", response))
+    loss, contrast, P = scit.batch_loss(model, chosen, anchors, 1, "cpu", eps)
+    assert contrast.item() == pytest.approx(mean(terms), rel=1e-5)
+    assert loss.item() == pytest.approx(mean(terms) - mean(tokens), rel=1e-5)
+    assert P[0, 1, 0].item() == pytest.approx(mean(log_p(model, *chosen[0].example("negative", "chosen"))), rel=1e-5)
+
+
+def test_scit_contrast_at_no_difference_is_ln_2():
+    P = torch.randn(5)
+    assert scit.scit_loss(P, P, 0.0, 0.2)[1].item() == pytest.approx(math.log(2))
+
+
+def test_dual_loss_by_the_equation(pairs):
+    model = make_model("llama").double()
+    for response in ("chosen", "rejected"):
+        tokens = [x for pair in pairs for x in log_p(model, *pair.example("plain", response))]
+        nll, count = dual.response_nll(model, pairs, response, 1, "cpu")
+        assert (nll / count).item() == pytest.approx(-mean(tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_order_and_batch_size_change_no_stage_1_loss(family, pairs):
+    """Sums over one batch of 8, over its reverse, and over batches of 1 (no padding) agree."""
+    model, some = make_model(family), pairs[:8]
+    with torch.no_grad():
+        whole = scit.batch_loss(model, some, some[:3], 1, "cpu", 0.2)
+        back = scit.batch_loss(model, some[::-1], some[:3][::-1], 1, "cpu", 0.2)
+        single = torch.cat([scit.batch_loss(model, [pair], [], 1, "cpu", 0.2)[2] for pair in some])
+        assert torch.allclose(whole[0], back[0], atol=1e-5) and torch.allclose(whole[2], single, atol=1e-5)
+        one = dual.response_nll(model, some, "chosen", 1, "cpu")
+        many = [dual.response_nll(model, [pair], "chosen", 1, "cpu") for pair in some]
+        assert torch.allclose(one[0], sum(nll for nll, _ in many), rtol=1e-5) and one[1] == sum(n for _, n in many)
+
+
+def test_padding_and_batch_size_change_no_alignment_loss(pairs):
+    """The alignment loss of 8 responses together equals the token-weighted mean of each alone."""
+    model = make_model("llama")
+    trunk, layers = model.base_model, [1, 2]
+    examples = [pair.example("plain", "chosen") for pair in pairs[:8]]
+    torch.manual_seed(0)
+    collected = []                            # random b, h+, h- for every recorded position of every response
+    for ids, start in examples:
+        n = len(ids) - start + 1
+        collected.append([[torch.randn(n, 32) for _ in layers] for _ in range(3)])
+
+    def loss(indices, kind):
+        batch = data.collate([(examples[i][0], examples[i][1] - 1) for i in indices], 1)
+        hidden = align.hidden_states(trunk, layers, batch.ids, batch.attention)
+        states = [[torch.cat([collected[i][k][j] for i in indices]) for j in range(len(layers))] for k in range(3)]
+        value, norms = representation_loss(hidden, *states, response_index(batch.response), 0.5, kind=kind)
+        return value, norms
+    for kind in ("l2", "mse"):
+        with torch.no_grad():
+            whole, norms = loss(range(8), kind)
+            parts = [loss([i], kind) for i in range(8)]
+        weights = torch.tensor([p[1].shape[1] for p in parts], dtype=torch.float)
+        assert whole.item() == pytest.approx(((torch.stack([p[0] for p in parts]) * weights).sum() / weights.sum()).item(), rel=1e-5)
+        assert torch.allclose(norms, torch.cat([p[1] for p in parts], 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["scit", "dual"])
+def test_recorded_states_are_those_of_unpadded_inputs(method, pairs):
+    """h+, h-, b of a padded batch against one forward of each response alone, with the adapters that each needs."""
+    model = make_model("llama")
+    adapters = {}
+    for name in {"scit": ["scit"], "dual": ["good", "bad"]}[method]:
+        adapters[name] = LoRA(model.base_model).eval()
+        for B in adapters[name].B:
+            torch.nn.init.normal_(B, std=0.05)
+    config = collect.Config(layers=[1, 2], stimulus="instructed", base="original")
+    some = [(pair, response) for pair in pairs[:4] for response in ("chosen", "rejected")]
+    with torch.no_grad():
+        base, plus, minus = collect.record_states(model.base_model, adapters, method, config, some, 1, "cpu")
+        at = 0
+        for pair, response in some:
+            up, down = list(adapters.values())[0], list(adapters.values())[-1]
+            for states, on, prompt in ((base, [], "plain"), (plus, [up], "positive"), (minus, [down], "negative")):
+                ids, start = pair.example(prompt, response)
+                with collect.only(adapters.values(), *on):
+                    alone = collect.hidden_states(model.base_model, [1, 2], torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
+                for layer in range(2):
+                    expected = alone[layer][0, start - 1:]       # the last prompt token and the response
+                    assert torch.allclose(states[layer][at:at + len(expected)], expected, atol=1e-4)
+            at += len(expected)
+    assert at == len(base[0])
+
+
+# ---------------------------------------------------------------- representation_loss, torch backend
+
+def case(L=2, B=3, S=5, D=7, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(B, S, generator=g) < 0.5
+    T = int(mask.sum())
+    hidden = [torch.randn(B, S, D, generator=g, dtype=dtype).requires_grad_() for _ in range(L)]
+    return hidden, *[[torch.randn(T, D, generator=g, dtype=dtype) for _ in range(L)] for _ in range(3)], mask
+
+
+def plain_formula(hidden, base, plus, minus, mask, alpha, kind):
+    total, T, D = 0.0, len(base[0]), base[0].shape[1]
+    for h, b, p, m in zip(hidden, base, plus, minus):
+        for row, token in enumerate(mask.nonzero().tolist()):
+            r = h[tuple(token)] - b[row] - alpha * (p[row] - m[row])
+            total = total + (r.square().sum().sqrt() if kind == "l2" else r.square().sum() / D)
+    return total / (len(hidden) * T)
+
+
+@pytest.mark.parametrize("kind", ["l2", "mse"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 5.0, -1.0])
+def test_loss_and_gradient_by_the_formula(kind, alpha):
+    hidden, base, plus, minus, mask = case()
+    loss, norms = representation_loss(hidden, base, plus, minus, response_index(mask), alpha, kind=kind, backend="torch")
+    expected = plain_formula(hidden, base, plus, minus, mask, alpha, kind)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden)):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+        assert (ours[~mask] == 0).all()
+    assert norms.shape == (2, int(mask.sum())) and not norms.requires_grad
+
+
+def test_gradcheck_scale_denom_and_difference():
+    hidden, base, plus, minus, mask = case()
+    index = response_index(mask)
+    for kind in ("l2", "mse"):
+        assert torch.autograd.gradcheck(lambda *h: representation_loss(list(h), base, plus, minus, index, 0.7, kind=kind, backend="torch")[0], hidden)
+    whole, _ = representation_loss(hidden, base, plus, minus, index, 0.7, backend="torch")
+    v = [p - m for p, m in zip(plus, minus)]
+    assert representation_loss(hidden, base, v, None, index, 0.7, backend="torch")[0].item() == pytest.approx(whole.item(), rel=1e-12)
+    part, _ = representation_loss(hidden, base, plus, minus, index, 0.7, denom=10, scale=0.5, backend="torch")
+    assert part.item() == pytest.approx(whole.item() * 2 * int(mask.sum()) / 10 * 0.5, rel=1e-12)
+
+
+def test_zero_residual_has_zero_gradient_and_nan_shows():
+    hidden, base, plus, minus, mask = case()
+    exact = [b + 0.5 * (p - m) for b, p, m in zip(base, plus, minus)]
+    with torch.no_grad():
+        for h, target in zip(hidden, exact):
+            h[mask] = target
+    loss, norms = representation_loss(hidden, base, plus, minus, response_index(mask), 0.5, backend="torch")
+    assert loss.item() == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, hidden))
+    base[1][0, 0] = float("nan")
+    assert representation_loss(hidden, base, plus, minus, response_index(mask), 0.5, backend="torch")[0].isnan()
+
+
+def test_no_response_token_at_all():
+    hidden, base, plus, minus, _ = case()
+    mask, empty = torch.zeros(3, 5, dtype=torch.bool), [torch.empty(0, 7)] * 2
+    loss, norms = representation_loss(hidden, empty, empty, empty, response_index(mask), 0.5, backend="torch")
+    assert loss.item() == 0 and norms.shape == (2, 0)
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, hidden))
+
+
+def test_what_does_not_fit_is_refused():
+    hidden, base, plus, minus, mask = case()
+    index = response_index(mask)
+    for change, words in [(dict(base=base[:1]), "layers"), (dict(plus=[p[:, :3] for p in plus]), "plus"), (dict(minus=[m[:-1] for m in minus]), "minus"),
+                          (dict(index=index.long()), "int32"), (dict(index=index[:-1]), "index"), (dict(kind="l1"), "l1"), (dict(backend="cuda"), "cuda")]:
+        arguments = {**dict(hidden=hidden, base=base, plus=plus, minus=minus, index=index, alpha=1.0), **change}
+        with pytest.raises(ValueError, match=words):
+            representation_loss(**arguments)
