@@ -21,7 +21,7 @@ from tqdm import tqdm
 import data
 from files import UserError, checked, choose_method, inherit, new_stage, open_log, read_stage, run, setting
 from kernels import representation_loss, response_index
-from lora import CONFIG, WEIGHTS, LoRA, load_adapter, save_adapter, stack
+from lora import LoRA, load_adapter, save_adapter, stack
 from model import hidden_states, load_model, load_tokenizer, model_digest, pick_device
 
 STRENGTH = {"scit": 0.5, "dual": 1.0}        # default α: chosen on the validation pairs of the embedded default
@@ -107,9 +107,7 @@ def main(config):
     trunk = load_model(config.model, getattr(torch, settings["dtype"]), device, blocks=layers[-1] + 1)
     below = None
     if settings["base"] == "instructed":
-        for name in (CONFIG, WEIGHTS):
-            checked(folder, record, f"base_adapter/{name}")
-        below = load_adapter(folder / "base_adapter", trunk)
+        below = load_adapter(checked(folder, record, "base_adapter"), trunk)
         LoRA(trunk, factors=below).requires_grad_(False).eval()
     adapter = LoRA(trunk, config.rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
     for layer, v, h in zip(settings["layers"], record["norm_v"], record["norm_h"]):

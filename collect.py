@@ -13,6 +13,7 @@ A target layer l is the output of decoder block l, counted from 0. Recorded are 
 last prompt token, whose state predicts the response's first token. Nothing above the highest target is loaded
 or run. Writes OUT/METHOD/collect, which is all that align.py needs besides the base model.
 """
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,18 +80,42 @@ def recorded(response, last_prompt_token):
     return response | response.roll(-1, 1) if last_prompt_token else response
 
 
-class Statistics:
-    """Means over tokens of |v| and |h| per layer."""
+class Writer:
+    """Gathers tensors and writes them, concatenated, to safetensors files of about `size` bytes."""
 
-    def __init__(self, layers):
-        self.sums, self.tokens = torch.zeros(2, layers, dtype=torch.float64), 0
+    def __init__(self, folder, pattern, size):
+        self.folder, self.pattern, self.size, self.names, self.parts, self.held = folder, pattern, size, [], {}, 0
 
-    def add(self, base, v):
-        self.sums += torch.stack([torch.stack([x.float().norm(dim=-1).sum().double().cpu() for x in states]) for states in (v, base)])
-        self.tokens += len(v[0])
+    def add(self, tensors):
+        for key, tensor in tensors.items():
+            self.parts.setdefault(key, []).append(tensor.cpu())
+            self.held += tensor.nbytes
+        if self.held >= self.size:
+            self.close()
 
-    def means(self):
-        return [x.tolist() for x in self.sums / self.tokens]
+    def close(self):
+        """Write what is held."""
+        if self.parts:
+            self.names.append(self.pattern.format(len(self.names)))
+            save_file({key: torch.cat(parts) for key, parts in self.parts.items()}, self.folder / self.names[-1])
+            self.parts, self.held = {}, 0
+
+
+def record_split(examples, writer, statistics, trunk, adapters, method, config, pad_id, device):
+    """Record every example of a split in batches of similar length; adds Σ|v| and Σ|b| per layer to statistics [2, L]."""
+    plain = [pair.example("plain", response) for pair, response in examples]
+    groups = data.batches([len(ids) for ids, _ in plain], config.batch_size, torch.Generator().manual_seed(config.seed))
+    for group in tqdm(groups, desc=f"collect {writer.pattern.partition('-')[0].partition('.')[0]}", unit="batch"):
+        base, plus, minus = record_states(trunk, adapters, method, config, [examples[i] for i in group], pad_id, device)
+        v = [p - m for p, m in zip(plus, minus)]                                                # h+ - h-
+        for row, states in zip(statistics, (v, base)):
+            row += torch.stack([state.float().norm(dim=-1).sum() for state in states]).cpu()
+        stored = {"base": base, "plus": plus, "minus": minus} if config.store == "full" else {"base": base, "v": v}
+        writer.add({f"{name}.{layer}": state for name, states in stored.items() for layer, state in zip(config.layers, states)} | {
+            "ids": torch.tensor([token for i in group for token in plain[i][0]], dtype=torch.int32),
+            "lengths": torch.tensor([len(plain[i][0]) for i in group], dtype=torch.int32),
+            "starts": torch.tensor([plain[i][1] - config.last_prompt_token for i in group], dtype=torch.int32)})
+    writer.close()
 
 
 def main(config):
@@ -115,72 +140,47 @@ def main(config):
     trunk = load_model(config.model, getattr(torch, config.dtype), device, blocks=config.layers[-1] + 1)
     adapters = {}
     for kind, folder in stage1.items():
-        for name in (CONFIG, WEIGHTS):
-            checked(folder, records[kind], name)
-        adapters[kind] = LoRA(trunk, factors=load_adapter(folder, trunk)).eval()
+        adapters[kind] = LoRA(trunk, factors=load_adapter(checked(folder, records[kind]), trunk)).eval()
     pairs = data.prepare(config.data, ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
                          settings["positive"], settings["negative"])
     examples = {split: [(pair, response) for pair in pairs[split] for response in ("chosen", "rejected")] for split in pairs}
     examples["valid"] = examples["valid"][:128]
 
     # what it will take
-    width, L = trunk.config.get_text_config().hidden_size, len(config.layers)
-    itemsize = torch.finfo(trunk.dtype).bits // 8
-    token_bytes = L * width * itemsize * (3 if config.store == "full" else 2) + 4
-    def size(split):
-        return sum((len(pair.responses[response]) + config.last_prompt_token) * token_bytes for pair, response in examples[split])
-    whole, most = size("train"), config.max_gb * 1e9
-    if whole > most:
-        keep = torch.randperm(len(pairs["train"]), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        keep = [pairs["train"][i] for i in keep[:int(len(keep) * most / whole)]]
-        examples["train"] = [(pair, response) for pair in keep for response in ("chosen", "rejected")]
-        if not keep:
-            raise UserError(f"--max-gb {config.max_gb} holds no pair: the whole takes {whole / 1e9:.3g} GB")
-        print(f"--max-gb {config.max_gb}: using {len(keep) / len(pairs['train']):.1%} of the training pairs")
-    total, free = size("train") + size("valid"), shutil.disk_usage(config.out).free
-    print(f"layers {config.layers}, hidden size {width}, {trunk.dtype}: {token_bytes:,} bytes a token, {total / 1e6:,.1f} MB in all")
+    width, itemsize = trunk.config.get_text_config().hidden_size, torch.finfo(trunk.dtype).bits // 8
+    token_bytes = len(config.layers) * width * itemsize * (3 if config.store == "full" else 2) + 4
+    tokens = {split: [len(pair.responses[response]) + config.last_prompt_token for pair, response in examples[split]] for split in examples}
+    share = min(1.0, config.max_gb * 1e9 / (sum(tokens["train"]) * token_bytes))
+    if share < 1:                             # a random share of the pairs, both responses of each
+        kept = torch.randperm(len(pairs["train"]), generator=torch.Generator().manual_seed(config.seed))[:int(share * len(pairs["train"]))].tolist()
+        if not kept:
+            raise UserError(f"--max-gb {config.max_gb:g} holds no pair: all of them take {sum(tokens['train']) * token_bytes / 1e9:.3g} GB")
+        examples["train"], tokens["train"] = ([values[2 * i + j] for i in kept for j in (0, 1)] for values in (examples["train"], tokens["train"]))
+        print(f"--max-gb {config.max_gb:g} holds {len(kept):,} training pairs, {share:.1%} of them")
+    total, free = sum(map(sum, tokens.values())) * token_bytes, shutil.disk_usage(config.out).free
+    print(f"layers {config.layers} of width {width} in {config.dtype}: {token_bytes:,} bytes a token, {total / 1e6:,.1f} MB in all")
     if total > free:
         raise UserError(f"{config.out}: {total / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: lower --max-gb or use --store diff")
-    print("one input: " + repr(tokenizer.decode(examples["train"][0][0].example("positive", "chosen")[0])))
+    seen = "positive" if method == "scit" or config.stimulus == "instructed" else "plain"
+    print("one input: " + repr(tokenizer.decode(examples["train"][0][0].example(seen, "chosen")[0])))
 
-    # recording, shard by shard
+    # recording
     record = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": first["model_digest"], "hidden_size": width,
-              "adapters": {kind: r["digests"][WEIGHTS] for kind, r in records.items()}, "shards": [], "token_bytes": token_bytes}
-    folder, statistics = Path(config.out) / method / "collect", Statistics(L)
+              "adapters": {kind: r["digests"][WEIGHTS] for kind, r in records.items()}, "token_bytes": token_bytes}
+    folder, statistics = Path(config.out) / method / "collect", torch.zeros(2, len(config.layers), dtype=torch.float64)
     with new_stage(folder, "collect", record) as new, torch.no_grad():
-        for split in examples:
-            lengths = [len(pair.example("plain", response)[0]) for pair, response in examples[split]]
-            groups = data.batches(lengths, config.batch_size, torch.Generator().manual_seed(config.seed))
-            shard, held, number = {}, 0, 0
-            bar = tqdm(groups, desc=f"collect {split}", unit="batch")
-            for i, group in enumerate(bar):
-                batch = [examples[split][j] for j in group]
-                base, plus, minus = record_states(trunk, adapters, method, config, batch, tokenizer.pad_token_id, device)
-                v = [p - m for p, m in zip(plus, minus)]
-                statistics.add(base, v)
-                stored = {"base": base, "plus": plus, "minus": minus} if config.store == "full" else {"base": base, "v": v}
-                for name, states in stored.items():
-                    for layer, state in zip(config.layers, states):
-                        shard.setdefault(f"{name}.{layer}", []).append(state.cpu())
-                plain = [pair.example("plain", response) for pair, response in batch]
-                shard.setdefault("ids", []).append(torch.tensor([t for ids, _ in plain for t in ids], dtype=torch.int32))
-                shard.setdefault("lengths", []).append(torch.tensor([len(ids) for ids, _ in plain], dtype=torch.int32))
-                shard.setdefault("starts", []).append(torch.tensor([start - config.last_prompt_token for _, start in plain], dtype=torch.int32))
-                held += len(base[0])
-                if held * token_bytes >= config.shard_mb * 1e6 or i == len(groups) - 1:
-                    name = "heldout.safetensors" if split == "valid" else f"shard-{number:05d}.safetensors"
-                    save_file({key: torch.cat(parts) for key, parts in shard.items()}, new / name, metadata={"kind": "collect"})
-                    if split == "train":
-                        record["shards"].append(name)
-                    shard, held, number = {}, 0, number + 1
-        if config.base == "instructed":           # align needs no other stage's folder
+        shards = Writer(new, "shard-{:05d}.safetensors", config.shard_mb * 1e6)
+        for split, writer in (("train", shards), ("valid", Writer(new, "heldout.safetensors", math.inf))):
+            record_split(examples[split], writer, statistics, trunk, adapters, method, config, tokenizer.pad_token_id, device)
+        if config.base == "instructed":       # align needs no other stage's folder
             (new / "base_adapter").mkdir()
             for name in (CONFIG, WEIGHTS):
                 shutil.copy(next(iter(stage1.values())) / name, new / "base_adapter" / name)
-        record["norm_v"], record["norm_h"] = statistics.means()
+        record["shards"], record["tokens"] = shards.names, sum(map(sum, tokens.values()))
+        record["norm_v"], record["norm_h"] = (statistics / record["tokens"]).tolist()
     for layer, v, h in zip(config.layers, record["norm_v"], record["norm_h"]):
         print(f"  layer {layer}: |v| {v:.3f}, |h| {h:.3f}, |v|/|h| {v / h:.3f}")
-    print(f"wrote {folder}: {statistics.tokens:,} tokens of {sum(map(len, examples.values())):,} responses in {len(record['shards'])} shards and heldout.safetensors")
+    print(f"wrote {folder}: {record['tokens']:,} tokens of {sum(map(len, examples.values())):,} responses in {len(record['shards'])} shards and heldout.safetensors")
     print("next: python align.py" + (f" --out {config.out}" if config.out != "out" else "") + (f" --method {method}" if config.method else ""))
 
 

@@ -146,7 +146,7 @@ def encode(tokenizer, pair, positive=POSITIVE, negative=NEGATIVE):
     p+ and p- inputs then differ in the instruction's tokens only, and the tokens of r are the same in all.
     """
     def ids(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     dialogue = render(pair.prompt)

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 import data
 from files import RECORD, UserError, checked, inherit, new_stage, read_stage, run, setting, versions, write_json
-from lora import CONFIG, WEIGHTS, LoRA, load_adapter
+from lora import LoRA, load_adapter
 from model import load_model, load_tokenizer, model_digest, pick_device, response_logprobs, token_mean
 
 MODELS = {                                    # name: (folder of its adapter under OUT, kind, prompt that it gets)
@@ -166,13 +166,10 @@ def main(config):
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, getattr(torch, config.dtype), device)
 
+    factors = {name: load_adapter(checked(out / MODELS[name][0], record), model.base_model) for name, record in records.items()}
+
     def attach(name):
-        folder = MODELS[name][0]
-        if folder is None:
-            return None
-        for file in (CONFIG, WEIGHTS):
-            checked(out / folder, records[name], file)
-        return LoRA(model.base_model, factors=load_adapter(out / folder, model.base_model)).eval()
+        return LoRA(model.base_model, factors=factors[name]).eval() if name in factors else None
 
     if config.prompt is not None:
         pair = data.encode(tokenizer, data.Pair((("user", config.prompt),), "", "", "test"))

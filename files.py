@@ -143,12 +143,14 @@ def read_stage(folder, kind, command):
     return record
 
 
-def checked(folder, record, name):
-    """Path of a file of a stage folder, its digest compared with the record."""
-    path = Path(folder) / name
-    if name not in record["digests"] or not path.is_file() or sha256(path) != record["digests"][name]:
-        raise UserError(f"{path} is missing or not the file that its {RECORD} describes: run that stage again")
-    return path
+def checked(folder, record, name=""):
+    """Path of a file or folder in a stage folder (or of all of it), the digests compared with the record."""
+    digests = {file: digest for file, digest in record["digests"].items() if file.startswith(name)}
+    for file, digest in digests.items() or {name: None}.items():
+        path = Path(folder) / file
+        if not path.is_file() or sha256(path) != digest:
+            raise UserError(f"{path} is missing or not the file that {RECORD} describes: run that stage again")
+    return Path(folder) / name
 
 
 def inherit(config, settings, names, source):

@@ -28,13 +28,13 @@ class Config:
     out: str = setting("out", "folder that the toy/ folder goes into")
     seed: int = setting(0, "seed of the world and of the base model")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    steps: int = setting(1000, "optimiser steps of the base", least=1)
+    steps: int = setting(1500, "optimiser steps of the base", least=1)
     width: int = setting(128, "hidden size of the base", least=4)
     blocks: int = setting(6, "decoder blocks of the base", least=2)
     kinds: str = setting("island,sum,tool,greeting,misdeed", "kinds of requests in the world")
-    documents: int = setting(32000, "documents that the base is trained on", least=1)
+    documents: int = setting(48000, "documents that the base is trained on", least=1)
     pairs: int = setting(600, "training pairs; validation and test have 180 each", least=1)
-    lr: float = setting(5e-3, "peak learning rate")
+    lr: float = setting(6e-3, "peak learning rate")
 
 
 # ---------------------------------------------------------------- the world

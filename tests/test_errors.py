@@ -1,0 +1,176 @@
+"""Bad input ends with one clear line on standard error, exit code 2, no traceback, and nothing half-written.
+
+The scripts' main is called in this process (a fresh interpreter for each case would take minutes).
+"""
+import json
+import shutil
+import sys
+
+import pytest
+
+import align
+import collect
+import dual
+import evaluate
+import files
+import scit
+from conftest import ROOT, call, make_model
+
+QUICK = ["--steps", "2", "--batch-size", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def done(tiny, tmp_path_factory):
+    """A folder in which all stages of both methods have run, two steps each."""
+    out = tmp_path_factory.mktemp("done")
+    source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", out]
+    for stage, args in [(scit, [*source, *QUICK]), (dual, [*source, *QUICK])]:
+        go(stage, *args)
+    for method in ("scit", "dual"):
+        go(collect, "--out", out, "--method", method, "--device", "cpu")
+        go(align, "--out", out, "--method", method, *QUICK)
+    return out
+
+
+def go(stage, *args):
+    """A stage's command line in this process."""
+    before, sys.argv = sys.argv, [f"{stage.__name__}.py", *map(str, args)]
+    try:
+        files.run(stage.main, stage.Config)
+    finally:
+        sys.argv = before
+
+
+def listing(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def refused(capfd, tmp_path):
+    """Call a stage that must refuse: one line on standard error that holds the words; the folder as it was."""
+    def check(stage, *args, words, folder=None):
+        folder = folder or tmp_path
+        before = listing(folder)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            go(stage, *args)
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+        assert stop.value.code == 2
+        assert len(lines) == 1 and lines[0].startswith(f"{stage.__name__}.py: error: "), lines
+        for word in words if isinstance(words, tuple) else (words,):
+            assert word in lines[0]
+        assert listing(folder) == before
+    return check
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    """A copy of the finished folder that a test may spoil."""
+    shutil.copytree(done, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_as_a_user_sees_it(tmp_path):
+    """One case through a real interpreter: exit code 2, one line, no traceback."""
+    result = call("collect.py", "--out", tmp_path)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert "run `python scit.py` or `python dual.py` first" in result.stderr
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--stepz", "3"], ("--stepz", "did you mean --steps?")),
+    (["--steps", "many"], ("--steps", "many")), (["--steps", "0"], ("--steps", "less than 1")), (["--lr", "-1"], "--lr"),
+    (["--dtype", "int8"], "--dtype"), (["--device", "tpu"], "--device tpu"),
+    (["--model", "somewhere"], "--data go together"),
+    (["--model", "./nowhere", "--data", "x"], ("--model ./nowhere", "no such folder"))])
+def test_settings(refused, tmp_path, args, words):
+    refused(scit, "--out", tmp_path, *args, words=words)
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "No such file"), (b"\xff\xfe\x00", "utf-8"), (b"\x1f\x8bgarbage", "rows.jsonl"), (b"not json\n", ("line 1", "not JSON")), (b'[{"chosen": ', "not JSON"),
+    (b'{"chosen": "a"}\n', ("line 1", "'rejected' is missing")), (b'{"prompt": "q", "chosen": "a", "rejected": 3}\n', ("line 1", "not a string")),
+    (b"", "no train pair is left"), (b'{"prompt": "q", "chosen": "a", "rejected": "a"}\n', ("no train pair is left", "1 identical"))])
+def test_rows(refused, tiny, tmp_path, content, words):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    for stage in (scit, dual):
+        refused(stage, "--model", tiny / "model", "--data", path, "--out", tmp_path, words=words)
+
+
+def test_nothing_left_after_max_length(refused, tiny, tmp_path):
+    refused(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--max-length", "5", words=("no train pair is left", "over 5 tokens", "--max-length"))
+
+
+def test_missing_earlier_stage_names_the_command(refused, tmp_path):
+    refused(collect, "--out", tmp_path, "--method", "dual", words="run `python dual.py` first")
+    refused(align, "--out", tmp_path, words="run `python collect.py` first")
+    refused(align, "--out", tmp_path, "--method", "scit", words="run `python collect.py` first")
+    refused(evaluate, "--out", tmp_path, words="run `python scit.py` or `python dual.py` first")
+
+
+def test_both_methods_need_a_choice(refused, done):
+    for stage in (collect, align):
+        refused(stage, "--out", done, words=("--method scit", "--method dual"), folder=done)
+
+
+def test_layers_out_of_range_or_not_collected(refused, done):
+    refused(collect, "--out", done, "--method", "scit", "--layers", "4", words=("--layers 4", "0 to 3"), folder=done)
+    refused(align, "--out", done, "--method", "scit", "--layers", "0", words=("--layers 0", "holds layers [1]"), folder=done)
+
+
+def test_unknown_linears(refused, done):
+    refused(align, "--out", done, "--method", "scit", "--lora-targets", "q_porj", words=("q_porj", "self_attn.q_proj"), folder=done)
+
+
+def test_unfinished_other_kind_other_version(refused, copy):
+    path = copy / "scit" / "collect" / "stage.json"
+    record = json.loads(path.read_text())
+    for change, words in [({"version": 99}, "version 99"), ({"kind": "align"}, "is align")]:
+        path.write_text(json.dumps({**record, **change}))
+        refused(align, "--out", copy, "--method", "scit", words=(words, "python collect.py"), folder=copy)
+    path.write_text("{")
+    refused(align, "--out", copy, "--method", "scit", words="not a stage record", folder=copy)
+    path.unlink()
+    refused(align, "--out", copy, "--method", "scit", words="unfinished", folder=copy)
+
+
+def test_changed_files_are_noticed(refused, copy):
+    for name, stage in [("scit/adapter/adapter_model.safetensors", collect), ("scit/collect/shard-00000.safetensors", align),
+                        ("scit/collect/base_adapter/adapter_model.safetensors", align), ("scit/align/adapter_model.safetensors", evaluate)]:
+        whole = (copy / name).read_bytes()
+        (copy / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        refused(stage, "--out", copy, *(["--method", "scit"] if stage is not evaluate else []), words=name.rpartition("/")[2], folder=copy)
+        (copy / name).write_bytes(whole)
+
+
+def test_another_model(refused, done, tmp_path, tokenizer):
+    make_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    for stage in (collect, align):
+        refused(stage, "--out", done, "--method", "scit", "--model", tmp_path / "other", words=("another model" if stage is align else "is not the model"), folder=done)
+    refused(evaluate, "--out", done, "--model", tmp_path / "other", words="another model", folder=done)
+
+
+def test_not_enough_disk(refused, done, monkeypatch):
+    usage = shutil.disk_usage(done)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    refused(collect, "--out", done, "--method", "dual", words=("GB are free", "--max-gb"), folder=done)
+    refused(collect, "--out", done, "--method", "dual", "--max-gb", "1e-9", words="--max-gb", folder=done)
+
+
+@pytest.mark.parametrize("judge", ["nonsense", "toy:nothing", "no_such_module:f"])
+def test_judge(refused, done, judge):
+    refused(evaluate, "--out", done, "--judge", judge, words=("--judge", "module:function"), folder=done)
+
+
+def test_a_failing_stage_leaves_what_was_there(copy, monkeypatch):
+    """A crash while writing: the earlier folder stays whole, nothing half-written stays beside it."""
+    before = listing(copy)
+    monkeypatch.setattr(align, "save_adapter", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        go(align, "--out", copy, "--method", "scit", *QUICK)
+    after = listing(copy)
+    after.pop("align.log"), before.pop("align.log")
+    assert after == before and (ROOT / "align.py").exists()
