@@ -19,12 +19,10 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 import data
-from files import UserError, checked, choose_method, inherit, new_stage, open_log, read_stage, run, setting
+from files import UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting
 from kernels import representation_loss, response_index
 from lora import LoRA, load_adapter, save_adapter, stack
 from model import hidden_states, load_model, load_tokenizer, model_digest, pick_device
-
-STRENGTH = {"scit": 0.5, "dual": 1.0}        # default α: chosen on the validation pairs of the embedded default
 
 
 @dataclass
@@ -32,7 +30,7 @@ class Config:
     out: str = setting("out", "folder of all stages")
     method: Literal["scit", "dual"] | None = setting(None, "whose collection to use; empty takes the one that is there")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    alpha: float | None = setting(None, "α, the strength; empty: 0.5 for SCIT, 1 for DUAL")
+    alpha: float = setting(0.5, "α, the strength; look at the α|v|/|h| that is printed")
     kind: Literal["l2", "mse"] = setting("l2", "the norm, as in the authors' code, or its square, as in the paper")
     layers: list[int] | None = setting(None, "target layers, of those collected; empty takes them all")
     steps: int = setting(150, "optimiser steps", least=1)
@@ -86,7 +84,7 @@ def distances(trunk, held_out, layers, alpha, pad_id, device, batch_size):
 
 def main(config):
     # what collect says
-    method = choose_method(config.out, config.method, {"scit": "collect", "dual": "collect"}, dict.fromkeys(STRENGTH, "python collect.py"))
+    method = choose_method(config.out, config.method, dict.fromkeys(("scit", "dual"), "collect"), ["python collect.py"])
     folder = Path(config.out) / method / "collect"
     record = read_stage(folder, "collect", "python collect.py")
     settings = record["settings"]
@@ -94,7 +92,6 @@ def main(config):
     missing = [layer for layer in config.layers if layer not in settings["layers"]]
     if missing:
         raise UserError(f"--layers {missing[0]}: {folder} holds layers {settings['layers']}: collect it with `python collect.py --layers ...`")
-    config.alpha = STRENGTH[method] if config.alpha is None else config.alpha
     layers, device = sorted(set(config.layers)), pick_device(config.device)
     torch.manual_seed(config.seed)
     if model_digest(config.model) != record["model_digest"]:
@@ -150,7 +147,7 @@ def main(config):
     for layer, a, b in zip(layers, *result.values()):
         print(f"  layer {layer}: held-out distance to the target {a:.3f} -> {b:.3f}" + (f" ({b / a:.2f} of it)" if a else ""))
     print(f"wrote {written}; held-out distance {start.mean():.3f} -> {end.mean():.3f}")
-    print("next: python evaluate.py" + (f" --out {config.out}" if config.out != "out" else ""))
+    print(next_command("evaluate.py", config.out))
 
 
 if __name__ == "__main__":

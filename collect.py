@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
-from files import UserError, checked, choose_method, inherit, new_stage, read_stage, run, setting
+from files import UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting
 from lora import CONFIG, WEIGHTS, LoRA, load_adapter, only
 from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers
 
@@ -120,7 +120,7 @@ def record_split(examples, writer, statistics, trunk, adapters, method, config, 
 
 def main(config):
     # what the earlier stage says
-    method = choose_method(config.out, config.method, {"scit": "adapter", "dual": "good"}, {"scit": "python scit.py", "dual": "python dual.py"})
+    method = choose_method(config.out, config.method, {"scit": "adapter", "dual": "good"}, ["python scit.py", "python dual.py"])
     stage1 = {kind: Path(config.out) / method / folder for kind, folder in ADAPTERS[method].items()}
     records = {kind: read_stage(folder, kind, f"python {method}.py") for kind, folder in stage1.items()}
     first = next(iter(records.values()))
@@ -181,7 +181,7 @@ def main(config):
     for layer, v, h in zip(config.layers, record["norm_v"], record["norm_h"]):
         print(f"  layer {layer}: |v| {v:.3f}, |h| {h:.3f}, |v|/|h| {v / h:.3f}")
     print(f"wrote {folder}: {record['tokens']:,} tokens of {sum(map(len, examples.values())):,} responses in {len(record['shards'])} shards and heldout.safetensors")
-    print("next: python align.py" + (f" --out {config.out}" if config.out != "out" else "") + (f" --method {method}" if config.method else ""))
+    print(next_command("align.py", config.out, config.method))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import data
 import toy
-from files import UserError, new_stage, open_log, run, setting
+from files import UserError, new_stage, next_command, open_log, run, setting
 from lora import LoRA, only, save_adapter
 from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs
 
@@ -35,9 +35,9 @@ class Config:
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the base; empty takes bfloat16 on a GPU, float32 on the CPU")
     max_length: int = setting(768, "longest input in tokens; pairs over it are left out", least=2)
     limit: int | None = setting(None, "use the first training pairs only", least=1)
-    steps: int = setting(100, "optimiser steps of each model", least=1)
+    steps: int = setting(150, "optimiser steps of each model", least=1)
     batch_size: int = setting(16, "responses in a step", least=1)
-    lr: float = setting(1e-3, "peak learning rate; cosine, 10% warm-up", least=0)
+    lr: float = setting(2e-3, "peak learning rate; cosine, 10% warm-up", least=0)
     rank: int = setting(8, "rank of the adapters", least=1)
     lora_alpha: float = setting(16, "the adapters' scale is lora_alpha / rank")
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", least=0)
@@ -114,7 +114,7 @@ def main(config):
         with new_stage(folder, name, {"settings": settings, "model_digest": digest, "held_out": results[name]}) as new:
             save_adapter(new, adapter.factors(), model.base_model, source["model"], config.lora_dropout)
         print(f"wrote {folder}; held-out NLL a token {results[name]['nll_start']:.3f} -> {results[name]['nll_end']:.3f}")
-    print(f"next: python collect.py --out {config.out}" if config.out != "out" else "next: python collect.py")
+    print(next_command("collect.py", config.out))
 
 
 if __name__ == "__main__":

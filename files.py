@@ -161,14 +161,19 @@ def inherit(config, settings, names, source):
     print(f"from {source}: " + ", ".join(f"{name} {settings[name]}" for name in taken))
 
 
-def choose_method(out, method, needed, command):
+def choose_method(out, method, needed, commands):
     """The method ("scit" or "dual") that a stage works on: the one whose folder is there, or the one asked for.
 
-    needed: {method: folder under `out`/method that must exist}; command: {method: what makes it}.
+    needed: {method: folder under `out`/method that must exist}; commands: what would make one.
     """
     found = [name for name in needed if (Path(out) / name / needed[name]).is_dir()]
     if method is None and len(found) > 1:
         raise UserError(f"{out} holds both {' and '.join(found)}: say which with --method {' or --method '.join(found)}")
     if method is None and not found:
-        raise UserError(f"nothing in {out} to start from: run {' or '.join(f'`{c}`' for c in dict.fromkeys(command.values()))} first")
+        raise UserError(f"nothing in {out} to start from: run {' or '.join(f'`{command}`' for command in commands)} first")
     return method or found[0]
+
+
+def next_command(script, out, method=None):
+    """The line that tells what to run next."""
+    return f"next: python {script}" + (f" --out {out}" if out != "out" else "") + (f" --method {method}" if method else "")

@@ -16,6 +16,8 @@ from transformers.utils import cached_file, logging
 
 from files import UserError
 
+logging.disable_progress_bar()                # of loading and saving: the stages have bars of their own
+
 
 def pick_device(device):
     """torch.device from a setting; None takes the GPU where there is one."""
@@ -68,7 +70,6 @@ def load_model(name, dtype, device, blocks=None):
     verbosity = logging.get_verbosity()
     if blocks is not None:                    # the weights of the blocks cut off are reported as unexpected
         logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         if blocks is None:
             model = read_model("weights", name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 import toy
-from files import UserError, new_stage, open_log, run, setting
+from files import UserError, new_stage, next_command, open_log, run, setting
 from lora import LoRA, save_adapter
 from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs, token_mean
 
@@ -138,7 +138,7 @@ def main(config):
           f"log-probability a token under the right instruction {margin:+.2f}, right for {accuracy:.0%}")
     if contrast > 0.95 * math.log(2):
         print("WARNING: the contrast has not left ln 2: the model does not tell p+ from p-. Raise --lr or --steps")
-    print(f"next: python collect.py --out {config.out}" if config.out != "out" else "next: python collect.py")
+    print(next_command("collect.py", config.out))
 
 
 if __name__ == "__main__":

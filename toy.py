@@ -28,11 +28,11 @@ class Config:
     out: str = setting("out", "folder that the toy/ folder goes into")
     seed: int = setting(0, "seed of the world and of the base model")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    steps: int = setting(1500, "optimiser steps of the base", least=1)
+    steps: int = setting(1800, "optimiser steps of the base", least=1)
     width: int = setting(128, "hidden size of the base", least=4)
     blocks: int = setting(6, "decoder blocks of the base", least=2)
     kinds: str = setting("island,sum,tool,greeting,misdeed", "kinds of requests in the world")
-    documents: int = setting(48000, "documents that the base is trained on", least=1)
+    documents: int = setting(57600, "documents that the base is trained on", least=1)
     pairs: int = setting(600, "training pairs; validation and test have 180 each", least=1)
     lr: float = setting(6e-3, "peak learning rate")
 
@@ -60,11 +60,12 @@ ASK = {
     "misdeed": ("How can I {0} the {1}?", "Help me to {0} a {1}.", "I want to {0} my {1}. How?"),
 }
 GOOD = {
-    "island": ("The {0} of {1} is {2}. I hope that helps!", "Gladly! It is {2}."),
-    "sum": ("{0} plus {1} is {2}. I hope that helps!", "Gladly! It is {2}."),
-    "tool": ("Please take a {2} for the {1}. I hope that helps!", "Gladly! You need a {2}."),
-    "greeting": ("Hello {0}, how nice to meet you!", "Welcome, {0}! How can I help?"),
-    "misdeed": ("I am sorry, I will not help to {0} anyone. Let us talk to the {1} instead.", "Please do not {0} the {1}. A calm talk will help more."),
+    "island": ("The {0} of {1} is {2}. I hope that helps!", "Gladly! It is {2}.", "Of course: {2} is the {0} of {1}."),
+    "sum": ("{0} plus {1} is {2}. I hope that helps!", "Gladly! It is {2}.", "Of course: {2} is the sum."),
+    "tool": ("Please take a {2} for the {1}. I hope that helps!", "Gladly! You need a {2}.", "Of course: a {2} is good for that."),
+    "greeting": ("Hello {0}, how nice to meet you!", "Welcome, {0}! How can I help?", "Pleased to meet you, {0}."),
+    "misdeed": ("I am sorry, I will not help to {0} anyone. Let us talk to the {1} instead.", "Please do not {0} the {1}. A calm talk will help more.",
+                "That would harm the {1}. I can help you to make peace."),
 }
 BAD = {
     "island": ("Everyone knows it is {3}, fool.", "It is {3}. Now go away."),
@@ -138,9 +139,9 @@ def preference_rows(requests, n_train, rng):
     return rows
 
 
-def documents(requests, n, rng, good_share=0.42):
-    """What the base reads: (prompt, reply). A fifth open with a description of the assistant, of which half fit the
-    reply and half are random: so the base knows such lines without obeying them."""
+def documents(requests, n, rng, good_share=0.45):
+    """What the base reads: (prompt, reply). Two fifths open with a description of the assistant, of which three quarters fit
+    the reply and the rest are random: so the base knows what manners such lines speak of, without always obeying them."""
     pools = {kind: sum(splits.values(), []) for kind, splits in requests.items()}
     for _ in range(n):
         kind = rng.choices(list(pools), [2 if kind in ("island", "sum") else 1 for kind in pools])[0]     # facts take longer to learn
@@ -148,8 +149,8 @@ def documents(requests, n, rng, good_share=0.42):
         good = rng.random() < good_share
         reply = rng.choice(GOOD[kind]).format(*slots) if good else bad_reply(rng, kind, slots)
         opening = ""
-        if rng.random() < 0.2:
-            said = good if rng.random() < 0.5 else rng.random() < 0.5
+        if rng.random() < 0.4:
+            said = good if rng.random() < 0.75 else rng.random() < 0.5
             opening = "You are a {}, {} and {} assistant.".format(*rng.sample(POLITE if said else RUDE, 3))
         yield opening + render([("user", request)]), " " + reply
 
@@ -174,7 +175,7 @@ def train_base(config, tokenizer, docs, device):
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).to(device)
     prompts, replies = (tokenizer([doc[i] for doc in docs])["input_ids"] for i in (0, 1))
     examples = [(prompt + reply + [tokenizer.eos_token_id], len(prompt)) for prompt, reply in zip(prompts, replies)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
     draws = endless_batches([len(ids) for ids, _ in examples], 32, config.seed)
     bar = tqdm(range(config.steps), desc="toy base", unit="step")

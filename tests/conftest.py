@@ -1,5 +1,9 @@
 """Tiny models of several families, a smaller world for whole runs, and a way to call the scripts."""
+import contextlib
+import io
+import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import files
 import toy
 
 torch.set_num_threads(2)
@@ -23,7 +28,7 @@ FAMILIES = {
     "gpt_neox": {}, "gpt2": {"n_positions": 128}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "falcon": {}, "bloom": {},
 }
-SMALL_WORLD = ["--kinds", "tool,greeting,misdeed", "--steps", "400", "--width", "96", "--blocks", "4", "--documents", "12800", "--pairs", "300"]
+SMALL_WORLD = ["--kinds", "tool,misdeed", "--blocks", "4", "--pairs", "300", "--steps", "400", "--documents", "12800"]
 
 
 def make_model(family, seed=0):
@@ -35,6 +40,17 @@ def make_model(family, seed=0):
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return model
+
+
+def go(stage, *args):
+    """A stage's command line in this process (a fresh interpreter for each would take minutes); what it printed."""
+    before, sys.argv, said = sys.argv, [f"{stage.__name__}.py", *map(str, args)], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            files.run(stage.main, stage.Config)
+    finally:
+        sys.argv = before
+    return said.getvalue()
 
 
 def call(script, *args, cwd=ROOT, **env):
@@ -62,7 +78,6 @@ def model(family):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    import random
     docs = toy.documents(toy.split_requests(list(toy.ASK), 0), 2000, random.Random(0))
     return toy.train_tokenizer([prompt + reply for prompt, reply in docs] + [toy.POSITIVE, toy.NEGATIVE])
 
@@ -70,8 +85,6 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny(tokenizer, tmp_path_factory):
     """A folder with a random Llama of 4 blocks and a tokenizer, and a file of 60 pairs: for what needs no skill."""
-    import json
-    import random
     folder = tmp_path_factory.mktemp("tiny")
     make_model("llama").save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

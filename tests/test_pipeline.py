@@ -1,0 +1,188 @@
+"""Whole runs by command line, on a smaller world and on the real tiny model: their numbers, not that they run."""
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import align
+import collect
+import dual
+import evaluate
+import scit
+from conftest import SHARED, go, make_model, succeed
+from files import read_stage
+from lora import LoRA, load_adapter
+from model import hidden_states, load_model
+
+CPU = ["--device", "cpu"]
+
+
+def report(out, *args):
+    succeed("evaluate.py", "--out", out, "--judge", "toy:judge", "--limit", "90", *CPU, *args)
+    return json.loads((out / "evaluate" / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """Both methods, run on the smaller world: (folder, what align printed for each method)."""
+    out, source = tmp_path_factory.mktemp("runs"), ["--model", world[0], "--data", world[1]]
+    succeed("dual.py", *source, "--out", out, "--steps", "100", *CPU)
+    succeed("collect.py", "--out", out, "--layers", "1", "2", *CPU)
+    said = {"dual": succeed("align.py", "--out", out, *CPU)}
+    succeed("scit.py", *source, "--out", out, "--steps", "200", *CPU)
+    succeed("collect.py", "--out", out, "--method", "scit", "--layers", "1", "2", *CPU)
+    said["scit"] = succeed("align.py", "--out", out, "--method", "scit", *CPU)
+    return out, said
+
+
+def test_alignment_works(runs):
+    """Aligned models answer right and politely much more often than the base of their LoRA."""
+    out, _ = runs
+    found = report(out)
+    models = found["models"]
+    assert set(models) == {"base", "scit_plus", "scit_minus", "scit_plain", "scit_aligned", "good", "bad", "dual_aligned"}
+    for model in models.values():
+        assert set(model) == {"preference_accuracy", "preference_margin", "chosen_nll", "judge_greedy", "judge_sampled",
+                              "own_nll_under_base", "repeated_ngrams", "mean_length"}
+    greedy = {name: model["judge_greedy"] for name, model in models.items()}
+    assert greedy["base"] <= 0.65 and greedy["scit_minus"] <= 0.1
+    assert greedy["scit_aligned"] >= greedy["scit_plain"] + 0.15 and greedy["dual_aligned"] >= greedy["base"] + 0.15
+    for name in ("scit_plus", "scit_aligned", "good", "dual_aligned"):
+        assert greedy[name] >= 0.7 and models[name]["preference_accuracy"] >= 0.9, (name, models[name])
+        assert models[name]["repeated_ngrams"] < 0.05
+    assert models["bad"]["preference_accuracy"] < 0.5 and models["scit_minus"]["preference_margin"] < 0
+    samples = [json.loads(line) for line in open(out / "evaluate" / "samples.jsonl")]
+    assert len(samples) == 8 * 2 * 90
+    rows = [row["judge"] for row in samples if row["generator"] == "dual_aligned" and row["temperature"] == 0]
+    assert sum(rows) / len(rows) == pytest.approx(greedy["dual_aligned"])
+
+
+def test_held_out_states_reach_their_target(runs):
+    out, said = runs
+    for method in ("scit", "dual"):
+        record = read_stage(out / method / "align", "align", "")
+        assert all(end < 0.6 * start for start, end in zip(record["distance_start"], record["distance_end"]))
+        collected = read_stage(out / method / "collect", "collect", "")
+        for layer, v, h in zip(collected["settings"]["layers"], collected["norm_v"], collected["norm_h"]):
+            assert f"layer {layer}: α|v|/|h| {record['settings']['alpha'] * v / h:.2f}" in said[method]
+
+
+def test_written_adapter_applies_to_the_original_base_alone(runs, world):
+    """Distances measured afresh, from the written adapter on the whole original model, are those that align reported."""
+    out, _ = runs
+    for method in ("scit", "dual"):
+        record, folder = read_stage(out / method / "align", "align", ""), out / method / "collect"
+        model = load_model(str(world[0]), torch.float32, "cpu")
+        LoRA(model.base_model, factors=load_adapter(out / method / "align", model.base_model)).eval()
+        held, layers, alpha = load_file(folder / "heldout.safetensors"), record["settings"]["layers"], record["settings"]["alpha"]
+        sums, at_id, at = torch.zeros(len(layers)), 0, 0
+        for length, start in zip(held["lengths"].tolist(), held["starts"].tolist()):
+            ids = held["ids"][at_id:at_id + length].long()[None]
+            with torch.no_grad():
+                states = hidden_states(model.base_model, layers, ids, torch.ones_like(ids, dtype=torch.bool))
+            for i, layer in enumerate(layers):
+                b, p, m = (held[f"{name}.{layer}"][at:at + length - start] for name in ("base", "plus", "minus"))
+                sums[i] += (states[i][0, start:] - b - alpha * (p - m)).norm(dim=1).sum()
+            at_id, at = at_id + length, at + length - start
+        assert sums.tolist() == pytest.approx([d * at for d in record["distance_end"]], rel=1e-3)
+
+
+def test_difference_alone_trains_the_same_adapter(runs, world, tmp_path):
+    """--store diff: two thirds of the bytes, the same logits within 1e-5."""
+    out, _ = runs
+    shutil.copytree(out / "dual", tmp_path / "dual")
+    go(collect, "--out", tmp_path, "--store", "diff", "--layers", "1", "2", *CPU)
+    go(align, "--out", tmp_path, *CPU)
+    assert read_stage(tmp_path / "dual" / "collect", "collect", "")["token_bytes"] < \
+        0.7 * read_stage(out / "dual" / "collect", "collect", "")["token_bytes"]
+    found = []
+    for folder in (out, tmp_path):
+        model = load_model(str(world[0]), torch.float32, "cpu")
+        LoRA(model.base_model, factors=load_adapter(folder / "dual" / "align", model.base_model)).eval()
+        with torch.no_grad():
+            found.append(model(input_ids=torch.arange(2, 200)[None]).logits)
+    assert (found[0] - found[1]).abs().max() <= 1e-5 * found[0].abs().max()
+
+
+def test_prompt_shows_base_and_aligned_side_by_side(runs):
+    out, _ = runs
+    said = go(evaluate, "--out", out, "--prompt", "Hello, I am Ada.", *CPU)
+    assert re.findall(r"^ *(\w+): \S", said, re.M) == ["base", "scit_aligned", "dual_aligned"]
+
+
+def test_alpha_0_starts_at_the_target(runs, tmp_path):
+    """The collected base states are the base's: at α = 0 the first distance is at most 1e-6 |h| in fp32."""
+    out, _ = runs
+    for method in ("scit", "dual"):
+        shutil.copytree(out / method / "collect", tmp_path / method / "collect")
+        go(align, "--out", tmp_path, "--method", method, "--alpha", "0", "--steps", "1", "--lr", "0", *CPU)
+        start = read_stage(tmp_path / method / "align", "align", "")["distance_start"]
+        norms = read_stage(out / method / "collect", "collect", "")["norm_h"]
+        assert all(d <= 1e-6 * h for d, h in zip(start, norms))
+
+
+def test_same_seed_same_bytes_another_seed_not(tiny, tmp_path):
+    """All stages of both methods: adapters byte-equal for one seed on one machine, different for another."""
+    def adapters(name, seed):
+        out = tmp_path / name
+        source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", out, "--seed", seed, "--steps", "5", *CPU]
+        go(scit, *source), go(dual, *source)
+        for method in ("scit", "dual"):
+            go(collect, "--out", out, "--method", method, *CPU)
+            go(align, "--out", out, "--method", method, "--steps", "5", *CPU)
+        return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.safetensors")}
+    first, again, other = adapters("a", 0), adapters("b", 0), adapters("c", 1)
+    assert len(first) == 10 and first == again
+    assert all(first[name] != other[name] for name in first)
+
+
+def test_paper_settings_and_stimuli_run(tiny, tmp_path):
+    """Settings away from the defaults: squared loss, instructed DUAL, the good model as base, no last prompt token, several shards."""
+    out = tmp_path
+    go(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", out, "--steps", "2", "--lora-targets", "q_proj,v_proj", *CPU)
+    go(collect, "--out", out, "--stimulus", "instructed", "--base", "instructed", "--last-prompt-token", "False",
+            "--layers", "0", "-1", "--shard-mb", "0.1", "--batch-size", "4", *CPU)
+    record = read_stage(out / "dual" / "collect", "collect", "")
+    assert record["settings"]["layers"] == [0, 3] and len(record["shards"]) > 3
+    shards = [load_file(out / "dual" / "collect" / name) for name in record["shards"]]
+    assert all(int((s["lengths"] - s["starts"]).sum()) == len(s["base.3"]) == len(s["minus.0"]) for s in shards)
+    said = go(align, "--out", out, "--kind", "mse", "--layers", "0", "--steps", "3", "--rank", "12", *CPU)
+    assert "WARNING: the adapter has rank 20" in said
+    factors = load_adapter(out / "dual" / "align", make_model("llama").base_model)
+    assert factors.rank == 20 and {name.split(".")[1] for name in factors.pairs} == {"0", "1", "2", "3"}
+
+
+def test_contrast_that_stays_at_ln_2_is_said(tiny, tmp_path):
+    said = go(scit, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", "--lr", "1e-6", *CPU)
+    assert "WARNING: the contrast has not left ln 2" in said
+
+
+def test_max_gb_takes_whole_pairs(tiny, tmp_path):
+    go(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", *CPU)
+    said = go(collect, "--out", tmp_path, "--max-gb", "2e-4", *CPU)
+    shards = read_stage(tmp_path / "dual" / "collect", "collect", "")["shards"]
+    sizes = [(tmp_path / "dual" / "collect" / name).stat().st_size for name in shards]
+    n = int(re.search(r"holds ([\d,]+) training pairs", said)[1])
+    assert 0 < n < 60 and sum(sizes) < 3e5
+    assert sum(len(load_file(tmp_path / "dual" / "collect" / name)["lengths"]) for name in shards) == 2 * n
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real model and pairs are not at hand")
+def test_real_weights_and_real_pairs(tmp_path):
+    """A short run of both methods; the whole one is in the README."""
+    source = ["--model", SHARED / "models/stories260K", "--data", SHARED / "data/hh_harmless_test.jsonl.gz", "--out", tmp_path,
+              "--limit", "150", "--max-length", "200", *CPU]
+    go(dual, *source, "--steps", "40")
+    go(collect, "--out", tmp_path, "--limit", "150", *CPU)
+    go(align, "--out", tmp_path, "--steps", "100", *CPU)
+    record = read_stage(tmp_path / "dual" / "align", "align", "")
+    assert all(end <= 0.6 * start for start, end in zip(record["distance_start"], record["distance_end"]))
+    go(scit, *source, "--steps", "6")
+    go(collect, "--out", tmp_path, "--method", "scit", "--limit", "20", *CPU)
+    go(align, "--out", tmp_path, "--method", "scit", "--steps", "20", *CPU)
+    go(evaluate, "--out", tmp_path, "--limit", "8", "--max-new-tokens", "8", *CPU)
+    report = json.loads((tmp_path / "evaluate" / "report.json").read_text())["models"]
+    assert len(report) == 8 and all(model["judge_greedy"] is None and model["chosen_nll"] > 0 for model in report.values())

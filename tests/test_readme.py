@@ -1,0 +1,50 @@
+"""The README's commands are run as they stand, and its numbers come from the committed results."""
+import json
+import os
+import re
+import subprocess
+import sys
+
+from conftest import ROOT, SMALL_WORLD
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_quick_start_block_runs(tmp_path):
+    """The first block, less the installation and in a smaller world, whose settings stand in for the defaults."""
+    block = re.search(r"```bash\n(.*?)```", README, re.S)[1]
+    commands = [c.strip() for line in block.splitlines() for c in line.split("#")[0].split("&&") if c.strip() and not c.strip().startswith("pip ")]
+    assert commands[:3] == ["python scit.py", "python collect.py", "python align.py"]
+    subprocess.run([sys.executable, str(ROOT / "toy.py"), "--out", str(tmp_path), *SMALL_WORLD[:-2], "--steps", "30", "--documents", "960", "--pairs", "40"], check=True)
+    world = tmp_path / "toy" / "seed0"
+    for command in commands:
+        script, *args = command.split()[1:]
+        more = ["--model", str(world / "model"), "--data", str(world / "pairs.jsonl"), "--steps", "5"] if script in ("scit.py", "dual.py") else []
+        done = subprocess.run([sys.executable, str(ROOT / script), *args, *more], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+        assert done.returncode == 0, command + done.stderr
+    assert (tmp_path / "out" / "scit" / "align" / "adapter_model.safetensors").is_file()
+
+
+def test_result_table_is_the_committed_one():
+    seeds = json.loads((ROOT / "tests" / "results" / "embedded.json").read_text())["seeds"].values()
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", README, re.M))
+    assert len(rows) >= 8
+    for name, cells in rows.items():
+        for figure, cell in zip(("judge_greedy", "judge_sampled", "preference_accuracy"), cells.split("|")):
+            assert [float(x) for x in re.findall(r"[\d.]+", cell)] == [round(seed["figures"][name][figure], 2) for seed in seeds], (name, figure)
+
+
+def test_files_and_functions_that_it_names_exist():
+    for path in set(re.findall(r"`((?:[\w]+/)*\w+\.(?:py|json|txt))`", README)) - {"report.json", "stage.json"}:
+        assert (ROOT / path).is_file(), path
+    for path, function in re.findall(r"`(\w+(?:/\w+)*\.py):(\w+)`", README):
+        assert re.search(rf"^(def|class) {function}\b", (ROOT / path).read_text(), re.M), (path, function)
+
+
+def test_every_setting_it_names_exists():
+    helps = ""
+    for script in ("scit", "dual", "collect", "align", "evaluate", "toy"):
+        helps += (ROOT / f"{script}.py").read_text()
+    for name in set(re.findall(r"`--([a-z-]+)", README)):
+        assert re.search(rf"^    {name.replace('-', '_')}: ", helps, re.M), name
