@@ -24,13 +24,15 @@ from kernels import representation_loss, response_index
 from lora import LoRA, load_adapter, save_adapter, stack
 from model import hidden_states, load_model, load_tokenizer, model_digest, pick_device
 
+ALPHA = {"scit": 0.5, "dual": 1.0}           # default α, chosen on the validation pairs of the embedded default
+
 
 @dataclass
 class Config:
     out: str = setting("out", "folder of all stages")
     method: Literal["scit", "dual"] | None = setting(None, "whose collection to use; empty takes the one that is there")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    alpha: float = setting(0.5, "α, the strength; look at the α|v|/|h| that is printed")
+    alpha: float | None = setting(None, "α, the strength; empty: 0.5 for SCIT, 1 for DUAL. Look at the α|v|/|h| that is printed")
     kind: Literal["l2", "mse"] = setting("l2", "the norm, as in the authors' code, or its square, as in the paper")
     layers: list[int] | None = setting(None, "target layers, of those collected; empty takes them all")
     steps: int = setting(150, "optimiser steps", least=1)
@@ -84,7 +86,8 @@ def distances(trunk, held_out, layers, alpha, pad_id, device, batch_size):
 
 def main(config):
     # what collect says
-    method = choose_method(config.out, config.method, dict.fromkeys(("scit", "dual"), "collect"), ["python collect.py"])
+    method = choose_method(config.out, config.method, dict.fromkeys(ALPHA, "collect"), ["python collect.py"])
+    config.alpha = ALPHA[method] if config.alpha is None else config.alpha
     folder = Path(config.out) / method / "collect"
     record = read_stage(folder, "collect", "python collect.py")
     settings = record["settings"]
