@@ -4,7 +4,7 @@
     python tests/results.py --seeds 0 1 2 --name embedded            writes tests/results/embedded.json
 
 A control changes the collected states and nothing else: h+ and h- swapped; v permuted across tokens (each
-layer's v keep their lengths and directions but sit at other tokens); α = -0.5.
+layer's v keep their lengths and directions but sit at other tokens), as they are or less their mean; α = -0.5.
 """
 import contextlib
 import io
@@ -80,6 +80,11 @@ def permuted(plus, minus, generator):
     return minus + (plus - minus)[torch.randperm(len(plus), generator=generator)], minus
 
 
+def permuted_centred(plus, minus, generator):
+    v = plus - minus                          # what all tokens share, the mean of v, survives a permutation: take it out
+    return minus + (v - v.mean(0))[torch.randperm(len(v), generator=generator)], minus
+
+
 def measure(config, seed):
     """Every figure of one seed."""
     out, seconds = Path(config.work) / f"seed{seed}", {}
@@ -119,7 +124,7 @@ def measure(config, seed):
             aligned(f"alpha_{alpha:g}", alpha=alpha)
         if config.controls:
             aligned("alpha_-0.5", alpha=-0.5)
-            for change in (swapped, permuted):
+            for change in (swapped, permuted, permuted_centred):
                 changed(folder, out / change.__name__ / method / "collect", change)
                 aligned(change.__name__, at=out / change.__name__)
             aligned("aligned")                                    # the defaults, last: this adapter stays
