@@ -97,14 +97,14 @@ def main(config):
         raise UserError(f"--layers {missing[0]}: {folder} holds layers {settings['layers']}: collect it with `python collect.py --layers ...`")
     layers, device = sorted(set(config.layers)), pick_device(config.device)
     torch.manual_seed(config.seed)
-    if model_digest(config.model) != record["model_digest"]:
-        raise UserError(f"{folder} was made for another model than --model {config.model}: run `python collect.py` again")
     train = Collection([checked(folder, record, name) for name in record["shards"]], layers, settings["store"])
     held_out = Collection([checked(folder, record, "heldout.safetensors")], layers, settings["store"])
 
     # the base up to the highest target layer, with its adapter where there is one, and a fresh LoRA
     pad_id = load_tokenizer(config.model).pad_token_id
     trunk = load_model(config.model, getattr(torch, settings["dtype"]), device, blocks=layers[-1] + 1)
+    if model_digest(config.model) != record["model_digest"]:
+        raise UserError(f"{folder} was made for another model than --model {config.model}: run `python collect.py` again")
     below = None
     if settings["base"] == "instructed":
         below = load_adapter(checked(folder, record, "base_adapter"), trunk)

@@ -131,13 +131,13 @@ def main(config):
     config.base = config.base or {"scit": "instructed", "dual": "original"}[method]
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    if model_digest(config.model) != first["model_digest"]:
-        raise UserError(f"--model {config.model} is not the model that {config.out}/{method} was trained on: run `python {method}.py` again")
 
     # the model up to the highest target layer, and the pairs
     config.layers = pick_layers(config.layers, load_config(config.model).num_hidden_layers)
     tokenizer = load_tokenizer(config.model)
     trunk = load_model(config.model, getattr(torch, config.dtype), device, blocks=config.layers[-1] + 1)
+    if model_digest(config.model) != first["model_digest"]:
+        raise UserError(f"--model {config.model} is not the model that {config.out}/{method} was trained on: run `python {method}.py` again")
     adapters = {}
     for kind, folder in stage1.items():
         adapters[kind] = LoRA(trunk, factors=load_adapter(checked(folder, records[kind]), trunk)).eval()

@@ -152,19 +152,22 @@ def main(config):
     # the models that are there, and what their stages say
     out = Path(config.out)
     names = [name for name, (folder, _, _) in MODELS.items() if folder is None or (out / folder / RECORD).is_file()]
-    records = {name: read_stage(out / MODELS[name][0], MODELS[name][1], "the stage") for name in names[1:]}
+    records = {}
+    for name in names[1:]:
+        folder, kind, _ = MODELS[name]
+        records[name] = read_stage(out / folder, kind, "python align.py" if kind == "align" else f"python {folder.partition('/')[0]}.py")
     if not records:
         raise UserError(f"no adapter in {out}: run `python scit.py` or `python dual.py` first")
     latest = records[names[-1]]
     settings = latest["settings"]
     inherit(config, {"judge": None, **settings}, ("model", "data", "dtype", "max_length", "seed", "judge"), out / MODELS[names[-1]][0])
+    judge, device = config.judge and load_judge(config.judge), pick_device(config.device)
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, getattr(torch, config.dtype), device)
     digest = model_digest(config.model)
     for name, record in records.items():
         if record["model_digest"] != digest:
             raise UserError(f"{out / MODELS[name][0]} was made for another model than {config.model}: run its stage again or use another --out")
-    judge, device = config.judge and load_judge(config.judge), pick_device(config.device)
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, getattr(torch, config.dtype), device)
 
     factors = {name: load_adapter(checked(out / MODELS[name][0], record), model.base_model) for name, record in records.items()}
 

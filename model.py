@@ -91,9 +91,9 @@ def drop_final_norm(trunk):
 
 
 def model_digest(name):
-    """sha256 over the names, shapes and first 4 kB of every tensor in a model's safetensors files.
+    """sha256 over the names, shapes and first 4 kB of every tensor in a model's safetensors files, once it was loaded.
 
-    Enough to tell two models apart, and quick at any size.
+    Enough to tell two models apart, and quick at any size. Of weights in other formats only names and sizes count.
     """
     folder = Path(read_model("config", name, lambda: cached_file(name, "config.json"))).parent
     digest = hashlib.sha256()
@@ -107,6 +107,8 @@ def model_digest(name):
                     begin, end = entry["data_offsets"]
                     file.seek(8 + size + begin)
                     digest.update(file.read(min(4096, end - begin)))
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()
 
 
