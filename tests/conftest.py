@@ -28,7 +28,7 @@ FAMILIES = {
     "gpt_neox": {}, "gpt2": {"n_positions": 128}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "falcon": {}, "bloom": {},
 }
-SMALL_WORLD = ["--kinds", "tool,misdeed", "--blocks", "4", "--pairs", "300", "--steps", "400", "--documents", "12800"]
+SMALL_WORLD = ["--kinds", "tool,misdeed", "--blocks", "4", "--lr", "6e-3", "--pairs", "300", "--steps", "400", "--documents", "12800"]
 
 
 def make_model(family, seed=0):
