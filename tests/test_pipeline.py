@@ -49,9 +49,9 @@ def test_alignment_works(runs):
                               "own_nll_under_base", "repeated_ngrams", "mean_length"}
     greedy = {name: model["judge_greedy"] for name, model in models.items()}
     assert greedy["base"] <= 0.65 and greedy["scit_minus"] <= 0.1
-    assert greedy["scit_aligned"] >= greedy["scit_plain"] + 0.15 and greedy["dual_aligned"] >= greedy["base"] + 0.15
-    for name in ("scit_plus", "scit_aligned", "good", "dual_aligned"):
-        assert greedy[name] >= 0.7 and models[name]["preference_accuracy"] >= 0.9, (name, models[name])
+    assert greedy["scit_aligned"] >= greedy["scit_plain"] + 0.1 and greedy["dual_aligned"] >= greedy["base"] + 0.3
+    for name, least in (("scit_plus", 0.4), ("scit_aligned", 0.6), ("good", 0.8), ("dual_aligned", 0.7)):
+        assert greedy[name] >= least and models[name]["preference_accuracy"] >= 0.9, (name, models[name])
         assert models[name]["repeated_ngrams"] < 0.05
     assert models["bad"]["preference_accuracy"] < 0.5 and models["scit_minus"]["preference_margin"] < 0
     samples = [json.loads(line) for line in open(out / "evaluate" / "samples.jsonl")]
