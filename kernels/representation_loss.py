@@ -1,13 +1,33 @@
 """RAHF's alignment loss (paper section 3.3) over L target layers and T packed response tokens:
 
     r    = h - (b + α (h+ - h-))                per layer, per response token
-    l2:    loss = Σ ||r||_2 / denom             the authors' code
-    mse:   loss = Σ ||r||² / D / denom          the paper's square, per element
+    l2:    loss = Σ ||r||_2 / denom             grad = r / ||r|| / denom, 0 where r = 0       (the authors' code)
+    mse:   loss = Σ ||r||² / D / denom          grad = 2 r / D / denom                        (the paper's square)
 
 h is the trained model's own hidden state, dense [B, S, D]; b, h+ and h- were collected and are packed [T, D].
 A row map joins the two: index[b * S + s] is the packed row of that token, or -1.
+
+There is next to no arithmetic in it, so what a GPU takes is the bytes it moves. Plain PyTorch goes over the states again
+and again: gather, difference, scale, add, subtract, square, sum, and all of it backwards. The Triton kernel goes over
+them once. One program has one row of [B, S] in registers, so that when it knows ||r|| it still holds r and writes the
+gradient in the forward pass already, zeros for rows that are no response included. In bytes per element of a response
+token, in bf16, where a share f of the rows are responses (Σ over L·T·D elements; counted, not measured):
+
+    read h, b, h+, h-  8    write the gradient of every row  2 / f      fused:  8 + 2/f   (10 at f = 1)
+                                                                        eager, packed: 62 + 2/f
 """
+from __future__ import annotations            # the kernels' annotations are then no need of Triton
+
 import torch
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:                           # there is none for macOS and Windows: the torch backend serves
+    triton, jit = None, lambda **options: lambda function: function
+
+MAX_WIDTH = 16384                             # of a row in one program's registers
 
 
 def response_index(mask):
@@ -20,22 +40,30 @@ def representation_loss(hidden, base, plus, minus, index, alpha, kind="l2", deno
     """The alignment loss and its per-token residual norms.
 
     hidden: list of L tensors [B, S, D] (float, need a gradient); base, plus, minus: lists of L tensors [T, D] of any
-    float dtype (minus None: plus already holds v = h+ - h-); index: int32 [B*S], see response_index; alpha: α;
-    kind: "l2" or "mse"; denom: default L*T; scale: a factor on the loss, such as 1 / accumulation steps.
+    float dtype (minus None: plus already holds v = h+ - h-); index: int32 [B*S], in which each packed row occurs once,
+    see response_index; alpha: α; kind: "l2" or "mse"; denom: default L*T; scale: a factor on the loss, such as
+    1 / accumulation steps; backend: "torch", "triton" (a GPU, or TRITON_INTERPRET=1), or "auto": Triton on a GPU.
     Returns (loss, norms): scalar and detached [L, T] = ||r||_2, in fp32 (fp64 where hidden is fp64).
     Raises ValueError where shapes, types or the backend don't fit.
     """
     check(hidden, base, plus, minus, index, kind, backend)
     denom = max(1, len(base) * len(base[0])) if denom is None else denom
-    return torch_loss(hidden, base, plus, minus, index, alpha, kind, denom, scale)
+    if backend == "auto":
+        backend = "triton" if hidden[0].is_cuda and not why_not_triton(hidden[0]) else "torch"
+    if backend == "torch":
+        return torch_loss(hidden, base, plus, minus, index, alpha, kind, denom, scale)
+    need_gradient = torch.is_grad_enabled() and any(h.requires_grad for h in hidden)
+    # fp16 would lose the small gradients of a mean over many tokens: there the backward computes them, times what comes in
+    in_forward = need_gradient and hidden[0].dtype != torch.float16
+    return FusedLoss.apply(base, plus, minus or [], index, float(alpha), scale / denom, kind == "mse", in_forward, *hidden)
 
 
 def check(hidden, base, plus, minus, index, kind, backend):
     """Refuse what does not fit, before any arithmetic."""
     if kind not in ("l2", "mse"):
         raise ValueError(f"kind {kind!r}: must be 'l2' or 'mse'")
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend {backend!r}: must be 'auto' or 'torch'")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend {backend!r}: must be 'auto', 'torch' or 'triton'")
     packed = {"base": base, "plus": plus, **({} if minus is None else {"minus": minus})}
     if not hidden or any(len(states) != len(hidden) for states in packed.values()):
         raise ValueError(f"hidden has {len(hidden)} layers, " + ", ".join(f"{name} {len(states)}" for name, states in packed.items()))
@@ -47,9 +75,30 @@ def check(hidden, base, plus, minus, index, kind, backend):
                 raise ValueError(f"{name}[{layer}] has shape {tuple(state.shape)}, expected {wanted}")
             if state.device != hidden[0].device:
                 raise ValueError(f"{name}[{layer}] is on {state.device}, hidden[0] on {hidden[0].device}")
-    if index.dtype != torch.int32 or index.shape != (B * S,):
-        raise ValueError(f"index is {index.dtype} {tuple(index.shape)}, expected torch.int32 {(B * S,)}")
+            if state.dtype != states[0].dtype or not state.is_floating_point():
+                raise ValueError(f"{name}[{layer}] is {state.dtype}, {name}[0] {states[0].dtype}: expected one float type")
+    if index.dtype != torch.int32 or index.shape != (B * S,) or index.device != hidden[0].device:
+        raise ValueError(f"index is {index.dtype} {tuple(index.shape)} on {index.device}, expected torch.int32 {(B * S,)} on {hidden[0].device}")
+    if backend == "triton" and (reason := why_not_triton(hidden[0])):
+        raise ValueError(f"backend 'triton': {reason}; use backend='torch'")
 
+
+def why_not_triton(h):
+    """Why the Triton kernel cannot run on states like h, or ""."""
+    if triton is None:
+        return "Triton is not installed"
+    if isinstance(loss_kernel, triton.JITFunction) and not h.is_cuda:
+        return f"it runs on a GPU, not on {h.device}, unless TRITON_INTERPRET=1 is set before the start"
+    return f"hidden size {h.shape[-1]} is over {MAX_WIDTH}" if h.shape[-1] > MAX_WIDTH else ""
+
+
+def bytes_moved(hidden, base, plus, minus):
+    """The fewest bytes that loss and gradient take: every state of a response token is read, every row's gradient written."""
+    packed = sum(state.nbytes for states in (base, plus, minus or []) for state in states)
+    return packed + sum(len(base[0]) * h.shape[-1] * h.itemsize + h.nbytes for h in hidden)
+
+
+# ---------------------------------------------------------------- plain PyTorch
 
 def torch_loss(hidden, base, plus, minus, index, alpha, kind, denom, scale):
     """The loss in plain PyTorch, differentiated by autograd: the reference, and the backend without a GPU."""
@@ -65,3 +114,126 @@ def torch_loss(hidden, base, plus, minus, index, alpha, kind, denom, scale):
         total = total + (norm.sum() if kind == "l2" else r.square().sum() / D)
         norms.append(torch.zeros(len(target), dtype=dtype, device=r.device).index_copy(0, order, norm.detach()))
     return total * (scale / denom), torch.stack(norms)
+
+
+# ---------------------------------------------------------------- Triton
+
+@jit()
+def pick(pointers, layer, L: tl.constexpr):
+    """pointers[layer] of a tuple of L pointers, where the layer is known at run time only."""
+    found = pointers[0]
+    for i in tl.static_range(1, L):
+        found = tl.where(layer == i, pointers[i], found)
+    return found
+
+
+@jit(do_not_specialize=["S", "N"])
+def loss_kernel(hidden, base, plus, minus, index, upstream, grad, terms, norms, alpha: tl.float64, scale: tl.float64,
+                stride_b, stride_s, S, N, T, D, L: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+                SQUARED: tl.constexpr, DIFFERENCED: tl.constexpr, GRADIENT: tl.constexpr, UPSTREAM: tl.constexpr):
+    """One program is one row of one layer: its term of the loss, its norm and its row of the gradient.
+
+    hidden, base, plus, minus: tuples of L pointers; grad [L, N, D]; terms [L, N] with N = B*S; norms [L, T]. Offsets are
+    64-bit: L·N·D passes 2^31 in real use. Rows go on grid axis 0, the only one that is not limited to 65,535.
+    """
+    program = tl.program_id(0).to(tl.int64)                              # layer * N + position in B*S
+    layer, position = (program // N).to(tl.int32), program % N
+    row = tl.load(index + position).to(tl.int64)                         # of the packed states
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    if row < 0:                                                          # no response token: its gradient is 0
+        tl.store(terms + program, tl.zeros([], ACC))
+        if GRADIENT:
+            tl.store(grad + program * D + columns, tl.zeros([BLOCK], grad.dtype.element_ty), mask=inside)
+    else:
+        start = position // S * stride_b + position % S * stride_s
+        h = tl.load(pick(hidden, layer, L) + start + columns, mask=inside, other=0.0).to(ACC)
+        b = tl.load(pick(base, layer, L) + row * D + columns, mask=inside, other=0.0).to(ACC)
+        v = tl.load(pick(plus, layer, L) + row * D + columns, mask=inside, other=0.0).to(ACC)
+        if not DIFFERENCED:
+            v -= tl.load(pick(minus, layer, L) + row * D + columns, mask=inside, other=0.0).to(ACC)     # h+ - h-
+        r = h - (b + tl.full([], alpha, ACC) * v)                        # h - (b + α (h+ - h-))
+        square = tl.sum(r * r)
+        norm = tl.sqrt(square)
+        factor = tl.full([], scale, ACC)                                 # scale / denom
+        tl.store(norms + layer * T + row, norm)
+        if SQUARED:
+            tl.store(terms + program, factor * square / D)
+        else:
+            tl.store(terms + program, factor * norm)
+        if GRADIENT:
+            if UPSTREAM:
+                factor *= tl.load(upstream).to(ACC)
+            if SQUARED:
+                factor = 2.0 * factor / D                                # d ||r||² / D  =  2 r / D
+            else:
+                factor = tl.where(norm == 0, 0.0, factor / norm)         # d ||r||  =  r / ||r||; NaN stays NaN
+            tl.store(grad + program * D + columns, (factor * r).to(grad.dtype.element_ty), mask=inside)
+
+
+@jit()
+def scale_kernel(grad, factor, n, BLOCK: tl.constexpr):
+    """grad *= factor, in place; nothing is read or written where the factor is 1, as it is after loss.backward()."""
+    by = tl.load(factor)
+    if by != 1:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(grad + at, mask=at < n)
+        tl.store(grad + at, (value.to(by.dtype) * by).to(value.dtype), mask=at < n)
+
+
+@torch.library.custom_op("rahf::fused", mutates_args=())                # an operator, so that torch.compile takes it as it is
+def fused(hidden: list[torch.Tensor], base: list[torch.Tensor], plus: list[torch.Tensor], minus: list[torch.Tensor], index: torch.Tensor,
+          upstream: torch.Tensor | None, alpha: float, scale: float, squared: bool, gradient: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the kernel: (loss, norms [L, T], gradient [L, B, S, D], empty unless asked for). upstream: the incoming gradient, or 1."""
+    loss, norms, grad = fused_shapes(hidden, base, plus, minus, index, upstream, alpha, scale, squared, gradient)
+    (B, S, D), L = hidden[0].shape, len(hidden)
+    if any(h.stride() != (*hidden[0].stride()[:2], 1) for h in hidden):
+        hidden = [h.contiguous() for h in hidden]
+    base, plus, minus = (tuple(state.contiguous() for state in states) for states in (base, plus, minus))
+    terms = torch.empty(L, B * S, dtype=loss.dtype, device=loss.device)
+    block = triton.next_power_of_2(D)
+    with torch.cuda.device_of(loss):
+        loss_kernel[(L * B * S,)](
+            tuple(hidden), base, plus, minus or plus, index, index if upstream is None else upstream, grad, terms, norms, alpha, scale,
+            *hidden[0].stride()[:2], S, B * S, len(base[0]), D, L=L, BLOCK=block, ACC=tl.float64 if loss.dtype == torch.float64 else tl.float32,
+            SQUARED=squared, DIFFERENCED=not minus, GRADIENT=gradient, UPSTREAM=upstream is not None,
+            num_warps=min(16, max(1, block // 512)))                     # 16 elements of each state a thread, as 16-byte loads
+    return terms.sum(), norms, grad
+
+
+@fused.register_fake
+def fused_shapes(hidden, base, plus, minus, index, upstream, alpha, scale, squared, gradient):
+    dtype = torch.promote_types(hidden[0].dtype, torch.float32)
+    return (hidden[0].new_empty((), dtype=dtype), hidden[0].new_empty(len(hidden), len(base[0]), dtype=dtype),
+            hidden[0].new_empty(len(hidden), *hidden[0].shape) if gradient else hidden[0].new_empty(0))
+
+
+@torch.library.custom_op("rahf::scale_", mutates_args=("grad",))
+def scale_(grad: torch.Tensor, factor: torch.Tensor) -> None:
+    """grad *= factor on the device: asking the host whether the factor is 1 would wait for the GPU."""
+    with torch.cuda.device_of(grad):
+        scale_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, factor, grad.numel(), BLOCK=4096, num_warps=8)
+
+
+class FusedLoss(torch.autograd.Function):
+    """The kernel as a differentiable function of the hidden states."""
+
+    @staticmethod
+    def forward(ctx, base, plus, minus, index, alpha, scale, squared, in_forward, *hidden):
+        loss, norms, grad = fused(hidden, base, plus, minus, index, None, alpha, scale, squared, in_forward)
+        ctx.mark_non_differentiable(norms)
+        ctx.settings, ctx.ready, ctx.lengths = (alpha, scale, squared), in_forward, (len(base), len(minus))
+        ctx.save_for_backward(grad, index, *hidden, *base, *plus, *minus)
+        return loss, norms
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, _):
+        grad, index, *states = ctx.saved_tensors
+        L, ends = ctx.lengths[0], len(states)
+        if ctx.ready:                          # .data: a buffer of our own, handed out once; a second backward computes afresh
+            ctx.ready, grad = False, grad.data
+            scale_(grad, upstream)
+        else:
+            *_, grad = fused(states[:L], states[L:2 * L], states[2 * L:3 * L], states[3 * L:ends], index, upstream, *ctx.settings, True)
+        return (None,) * 8 + grad.unbind(0)
