@@ -127,7 +127,7 @@ def pick(pointers, layer, L: tl.constexpr):
     return found
 
 
-@jit(do_not_specialize=["S", "N"])
+@jit(do_not_specialize=["S", "N", "T"])       # they change with every batch: no new compilation for them
 def loss_kernel(hidden, base, plus, minus, index, upstream, grad, terms, norms, alpha: tl.float64, scale: tl.float64,
                 stride_b, stride_s, S, N, T, D, L: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
                 SQUARED: tl.constexpr, DIFFERENCED: tl.constexpr, GRADIENT: tl.constexpr, UPSTREAM: tl.constexpr):
@@ -136,17 +136,18 @@ def loss_kernel(hidden, base, plus, minus, index, upstream, grad, terms, norms, 
     hidden, base, plus, minus: tuples of L pointers; grad [L, N, D]; terms [L, N] with N = B*S; norms [L, T]. Offsets are
     64-bit: L·N·D passes 2^31 in real use. Rows go on grid axis 0, the only one that is not limited to 65,535.
     """
-    program = tl.program_id(0).to(tl.int64)                              # layer * N + position in B*S
-    layer, position = (program // N).to(tl.int32), program % N
+    program = tl.program_id(0)                                           # layer * N + position in B*S
+    layer, position = program // N, program % N
     row = tl.load(index + position).to(tl.int64)                         # of the packed states
+    written = grad + program.to(tl.int64) * D
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     if row < 0:                                                          # no response token: its gradient is 0
         tl.store(terms + program, tl.zeros([], ACC))
         if GRADIENT:
-            tl.store(grad + program * D + columns, tl.zeros([BLOCK], grad.dtype.element_ty), mask=inside)
+            tl.store(written + columns, tl.zeros([BLOCK], grad.dtype.element_ty), mask=inside)
     else:
-        start = position // S * stride_b + position % S * stride_s
+        start = (position // S).to(tl.int64) * stride_b + (position % S).to(tl.int64) * stride_s
         h = tl.load(pick(hidden, layer, L) + start + columns, mask=inside, other=0.0).to(ACC)
         b = tl.load(pick(base, layer, L) + row * D + columns, mask=inside, other=0.0).to(ACC)
         v = tl.load(pick(plus, layer, L) + row * D + columns, mask=inside, other=0.0).to(ACC)
@@ -156,7 +157,7 @@ def loss_kernel(hidden, base, plus, minus, index, upstream, grad, terms, norms, 
         square = tl.sum(r * r)
         norm = tl.sqrt(square)
         factor = tl.full([], scale, ACC)                                 # scale / denom
-        tl.store(norms + layer * T + row, norm)
+        tl.store(norms + layer.to(tl.int64) * T + row, norm)
         if SQUARED:
             tl.store(terms + program, factor * square / D)
         else:
@@ -168,7 +169,7 @@ def loss_kernel(hidden, base, plus, minus, index, upstream, grad, terms, norms, 
                 factor = 2.0 * factor / D                                # d ||r||² / D  =  2 r / D
             else:
                 factor = tl.where(norm == 0, 0.0, factor / norm)         # d ||r||  =  r / ||r||; NaN stays NaN
-            tl.store(grad + program * D + columns, (factor * r).to(grad.dtype.element_ty), mask=inside)
+            tl.store(written + columns, (factor * r).to(grad.dtype.element_ty), mask=inside)
 
 
 @jit()

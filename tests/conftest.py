@@ -15,6 +15,10 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():             # read when the kernels are imported: without a GPU they run in Triton's interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import files
