@@ -2,6 +2,7 @@
 
     python align.py                                      after collect.py
     python align.py --alpha 1 --layers 12 16
+    python align.py --profile                            where a step's time goes; trains nothing
 
 On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same positions:
 
@@ -16,11 +17,12 @@ from typing import Literal
 
 import torch
 from safetensors import safe_open
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import data
 from files import UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting
-from kernels import representation_loss, response_index
+from kernels import bytes_moved, representation_loss, response_index
 from lora import LoRA, load_adapter, save_adapter, stack
 from model import hidden_states, load_model, load_tokenizer, model_digest, pick_device
 
@@ -43,6 +45,7 @@ class Config:
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
     lora_targets: str = setting("all", "linears to adapt: all, or names such as q_proj,v_proj")
     limit: int | None = setting(None, "use the first collected responses only", least=1)
+    profile: bool = setting(False, "trace a few steps, tell the loss kernel's share and bandwidth, and end")
     model: str | None = setting(None, "the base model, where it has moved; empty inherits from collect")
     seed: int | None = setting(None, "seed of the adapter and the order; empty inherits")
 
@@ -84,6 +87,19 @@ def distances(trunk, held_out, layers, alpha, pad_id, device, batch_size):
     return torch.cat(norms, 1).mean(1)
 
 
+def profile(step, loss, moved, path):
+    """Trace five calls of step() for a browser; time step() and loss(), which are loss and gradient alone and move `moved` bytes."""
+    step()                                                 # compilation and the allocator's first calls stay out
+    with torch.profiler.profile() as profiler:
+        for _ in range(5):
+            with torch.profiler.record_function("step"):
+                step()
+    profiler.export_chrome_trace(str(path))
+    whole, part = (Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=1).median for f in (step, loss))
+    print(f"a step {whole * 1e3:.3g} ms; loss and gradient {part * 1e3:.3g} ms of it ({part / whole:.1%}), {moved / 1e6:.3g} MB at {moved / part / 1e9:.3g} GB/s")
+    print(f"wrote {path}: open it in a browser at chrome://tracing or ui.perfetto.dev")
+
+
 def main(config):
     # what collect says
     method = choose_method(config.out, config.method, dict.fromkeys(ALPHA, "collect"), ["python collect.py"])
@@ -122,17 +138,27 @@ def main(config):
     start = distances(trunk, held_out, layers, config.alpha, pad_id, device, config.batch_size)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
     draws = data.endless_batches(lengths, config.batch_size, config.seed)
+    adapter.train()
+
+    def train_step():
+        batch, states = train.batch(next(draws), pad_id, device)                       # [b, h+, h-], each L x [T, D]
+        hidden = hidden_states(trunk, layers, batch.ids, batch.attention)              # A(π_lora, <q, r>, l): L x [B, S, D]
+        loss, _ = representation_loss(hidden, *states, response_index(batch.response), config.alpha, kind=config.kind)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    if config.profile:
+        batch, states = train.batch(next(draws), pad_id, device)
+        index, hidden = response_index(batch.response), [h.detach().requires_grad_() for h in hidden_states(trunk, layers, batch.ids, batch.attention)]
+        return profile(train_step, lambda: torch.autograd.grad(representation_loss(hidden, *states, index, config.alpha, kind=config.kind)[0], hidden),
+                       bytes_moved(hidden, *states), Path(config.out) / "align_trace.json")
     with open_log(config.out, "align") as log:
-        adapter.train()
         bar = tqdm(range(1, config.steps + 1), desc="align", unit="step")
         for step in bar:
-            batch, (base, plus, minus) = train.batch(next(draws), pad_id, device)
-            hidden = hidden_states(trunk, layers, batch.ids, batch.attention)          # A(π_lora, <q, r>, l): L x [B, S, D]
-            loss, _ = representation_loss(hidden, base, plus, minus, response_index(batch.response), config.alpha, kind=config.kind)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = train_step()
             if step % 10 == 0 or step == config.steps:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
                 log(step=step, loss=loss.item())

@@ -1,4 +1,4 @@
 """The alignment loss and the row map that joins dense hidden states with packed collected states."""
-from kernels.representation_loss import representation_loss, response_index
+from kernels.representation_loss import bytes_moved, representation_loss, response_index
 
-__all__ = ["representation_loss", "response_index"]
+__all__ = ["bytes_moved", "representation_loss", "response_index"]

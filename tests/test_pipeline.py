@@ -113,6 +113,18 @@ def test_prompt_shows_base_and_aligned_side_by_side(runs):
     assert re.findall(r"^ *(\w+): \S", said, re.M) == ["base", "scit_aligned", "dual_aligned"]
 
 
+def test_profile_traces_steps_and_trains_nothing(runs, tmp_path):
+    """A trace that a browser reads, with the steps in it; figures that hold together; no adapter."""
+    out, _ = runs
+    shutil.copytree(out / "dual" / "collect", tmp_path / "dual" / "collect")
+    said = go(align, "--out", tmp_path, "--profile", "True", *CPU)
+    step, part, share, moved, rate = map(float, re.search(r"a step (\S+) ms; loss and gradient (\S+) ms of it \((\S+)%\), (\S+) MB at (\S+) GB/s", said).groups())
+    assert 0 < part < step and share == pytest.approx(100 * part / step, rel=0.02) and rate == pytest.approx(moved / part, rel=0.02)
+    events = json.loads((tmp_path / "align_trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "step" and event.get("cat") == "user_annotation" for event in events) == 5
+    assert not (tmp_path / "dual" / "align").exists()
+
+
 def test_alpha_0_starts_at_the_target(runs, tmp_path):
     """The collected base states are the base's: at α = 0 the first distance is at most 1e-6 |h| in fp32."""
     out, _ = runs
