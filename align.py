@@ -1,12 +1,17 @@
 """Stage 3: train a LoRA whose hidden states land at base + α (h+ - h-) (paper section 3.3).
 
     python align.py                                      after collect.py
-    python align.py --alpha 1 --layers 12 16
+    python align.py --alpha 1 --layers 12 16             the paper's form
+    python align.py --strength 0.25 --rank 8             α by layer from the states themselves, v on its top 8 directions
     python align.py --profile                            where a step's time goes; trains nothing
 
 On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same positions:
 
     loss = mean over target layers l and recorded tokens of || A(π_lora, <q, r>, l) - (b_l + α (h+_l - h-_l)) ||_2
+
+Two things go beyond the paper. α does not carry over between models; a strength ρ does better: α_l = ρ / mean(|v_l|/|h_l|),
+so that states move by a share ρ of their length. And v may be replaced by v U^T U, its part in the span of the layer's
+top k uncentred principal directions U [k, D].
 
 The LoRA is on blocks 0 to the highest target; nothing above is loaded or run. One collection serves many α.
 Writes OUT/METHOD/align, a PEFT adapter that applies to the original base model alone.
@@ -17,16 +22,18 @@ from typing import Literal
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import data
 from files import UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting
 from kernels import bytes_moved, representation_loss, response_index
-from lora import LoRA, load_adapter, save_adapter, stack
-from model import hidden_states, load_model, load_tokenizer, model_digest, pick_device
+from lora import LoRA, load_adapter, only, save_adapter, stack
+from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
 
 ALPHA = {"scit": 0.5, "dual": 1.0}           # default α, chosen on the validation pairs of the embedded default
+SAMPLE = 4096                                 # responses, of which the directions of a full collection are found
 
 
 @dataclass
@@ -34,14 +41,16 @@ class Config:
     out: str = setting("out", "folder of all stages")
     method: Literal["scit", "dual"] | None = setting(None, "whose collection to use; empty takes the one that is there")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    alpha: float | None = setting(None, "α, the strength; empty: 0.5 for SCIT, 1 for DUAL. Look at the α|v|/|h| that is printed")
+    alpha: float | None = setting(None, "α, as in the paper; empty: 0.5 for SCIT, 1 for DUAL, or what --strength says")
+    strength: float | None = setting(None, "ρ instead of α: α per layer such that α|v|/|h| is ρ in the mean; 0.25 is a good start")
+    rank: int | None = setting(None, "use v's part on so many top directions a layer; empty: all of v, or what was collected", least=1)
     kind: Literal["l2", "mse"] = setting("l2", "the norm, as in the authors' code, or its square, as in the paper")
-    layers: list[int] | None = setting(None, "target layers, of those collected; empty takes them all")
+    layers: list[str] | None = setting(None, "target layers, of those collected, numbers or names as in collect.py; empty takes them all")
     steps: int = setting(150, "optimiser steps", least=1)
     batch_size: int = setting(16, "responses in a step", least=1)
     lr: float = setting(1e-3, "learning rate, constant", least=0)
-    rank: int = setting(8, "rank of the adapter", least=1)
-    lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / rank")
+    lora_rank: int = setting(8, "rank of the adapter", least=1)
+    lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / lora_rank")
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
     lora_targets: str = setting("all", "linears to adapt: all, or names such as q_proj,v_proj")
     limit: int | None = setting(None, "use the first collected responses only", least=1)
@@ -53,8 +62,9 @@ class Config:
 class Collection:
     """Collected responses: token ids and, per target layer, packed states, mapped from shards as they are read."""
 
-    def __init__(self, paths, layers, store):
-        self.names, self.layers = ("base", "plus", "minus") if store == "full" else ("base", "v"), layers
+    def __init__(self, paths, layers, store, directions=None):
+        self.layers, self.directions = layers, directions  # directions: a list of U [k, D] turns v into coefficients on them
+        self.names = {"full": ("plus", "minus"), "diff": ("v",), "lowrank": ("c",)}[store]
         self.items, self.lengths = [], []                  # (tensors of its shard, ids from:to, states from:to, prompt ids)
         for path in paths:
             with safe_open(path, "pt") as file:            # its tensors are views of the mapped file
@@ -68,22 +78,46 @@ class Collection:
             self.lengths += lengths
 
     def batch(self, indices, pad_id, device):
-        """A padded Batch whose response mask marks the recorded positions, and [base, plus, minus], lists of [T, D]; minus may be None."""
+        """A padded Batch whose response mask marks the recorded positions, and base, plus, minus as representation_loss takes
+        them: lists of [T, D]; base None where it was not stored; minus None where plus holds v, or coefficients [T, k]."""
         items = [self.items[i] for i in indices]
         batch = data.collate([(tensors["ids"][at].tolist(), start) for tensors, at, _, start in items], pad_id, device)
-        states = [[torch.cat([tensors[f"{name}.{layer}"][at] for tensors, _, at, _ in items]).to(device) for layer in self.layers]
-                  for name in self.names]
-        return batch, states if len(states) == 3 else [*states, None]
+
+        def states(name):
+            if f"{name}.{self.layers[0]}" in items[0][0]:
+                return [torch.cat([tensors[f"{name}.{layer}"][at] for tensors, _, at, _ in items]).to(device) for layer in self.layers]
+        base, plus, minus = states("base"), states(self.names[0]), states(self.names[-1]) if len(self.names) == 2 else None
+        if self.directions:
+            v = plus if minus is None else [p.float() - m.float() for p, m in zip(plus, minus)]
+            plus, minus = [x[:, :len(U)] if self.names == ("c",) else x.float() @ U.T.float() for x, U in zip(v, self.directions)], None
+        return batch, base, plus, minus
+
+
+def find_directions(collection, k, pad_id, device):
+    """Per layer, the top k directions U [k, D] of v over the first collected responses, and the share of Σ|v|² that they hold."""
+    moments = [0.0] * len(collection.layers)
+    for i in range(0, min(SAMPLE, len(collection.items)), 64):
+        _, _, plus, minus = collection.batch(range(len(collection.items))[i:i + 64], pad_id, device)
+        v = [p.float() if minus is None else p.float() - minus[j].float() for j, p in enumerate(plus)]
+        moments = [moment + x.T @ x for moment, x in zip(moments, v)]                  # Σ v v^T: [D, D]
+    return zip(*(principal_directions(moment, k) for moment in moments))
+
+
+def base_states(trunk, adapter, layers, batch):
+    """b of a collection that does not hold it: the states of the model with the adapter off. List of [T, D]."""
+    with torch.no_grad(), only([adapter]):
+        return [h[batch.response] for h in hidden_states(trunk, layers, batch.ids, batch.attention)]
 
 
 @torch.no_grad()
-def distances(trunk, held_out, layers, alpha, pad_id, device, batch_size):
+def distances(trunk, adapter, held_out, layers, alphas, pad_id, device, batch_size):
     """Mean over held-out tokens of ||h - (b + α v)|| per layer: [L]."""
     norms = []
     for i in range(0, len(held_out.items), batch_size):
-        batch, states = held_out.batch(range(len(held_out.items))[i:i + batch_size], pad_id, device)
+        batch, base, plus, minus = held_out.batch(range(len(held_out.items))[i:i + batch_size], pad_id, device)
+        base = base or base_states(trunk, adapter, layers, batch)
         hidden = hidden_states(trunk, layers, batch.ids, batch.attention)
-        norms.append(representation_loss(hidden, *states, response_index(batch.response), alpha)[1])
+        norms.append(representation_loss(hidden, base, plus, minus, response_index(batch.response), alphas, directions=held_out.directions)[1])
     return torch.cat(norms, 1).mean(1)
 
 
@@ -103,15 +137,22 @@ def profile(step, loss, moved, path):
 def main(config):
     # what collect says
     method = choose_method(config.out, config.method, dict.fromkeys(ALPHA, "collect"), ["python collect.py"])
-    config.alpha = ALPHA[method] if config.alpha is None else config.alpha
     folder = Path(config.out) / method / "collect"
     record = read_stage(folder, "collect", "python collect.py")
     settings = record["settings"]
+    layers = config.layers and pick_layers(config.layers, load_config(config.model or settings["model"]).num_hidden_layers)
+    config.layers = layers
     inherit(config, settings, ("model", "seed", "layers"), folder)
     missing = [layer for layer in config.layers if layer not in settings["layers"]]
     if missing:
         raise UserError(f"--layers {missing[0]}: {folder} holds layers {settings['layers']}: collect it with `python collect.py --layers ...`")
-    layers, device = sorted(set(config.layers)), pick_device(config.device)
+    layers, device = config.layers, pick_device(config.device)
+    if config.alpha is not None and config.strength is not None:
+        raise UserError("--alpha and --strength exclude each other: give one of them")
+    if config.alpha is None and config.strength is None:
+        config.alpha = ALPHA[method]
+    ratio = [record["ratio"][settings["layers"].index(layer)] for layer in layers]           # mean |v|/|h|
+    alphas = [config.strength / r if config.alpha is None else config.alpha for r in ratio]
     torch.manual_seed(config.seed)
     train = Collection([checked(folder, record, name) for name in record["shards"]], layers, settings["store"])
     held_out = Collection([checked(folder, record, "heldout.safetensors")], layers, settings["store"])
@@ -125,25 +166,45 @@ def main(config):
     if settings["base"] == "instructed":
         below = load_adapter(checked(folder, record, "base_adapter"), trunk)
         LoRA(trunk, factors=below).requires_grad_(False).eval()
-    adapter = LoRA(trunk, config.rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
-    for layer, v, h in zip(settings["layers"], record["norm_v"], record["norm_h"]):
-        if layer in layers:
-            moved = abs(config.alpha) * v / h
-            print(f"  layer {layer}: α|v|/|h| {moved:.2f}" + ("  WARNING: near 1 or above, expect the model to collapse; lower --alpha" if moved > 0.8 else ""))
-    lengths = train.lengths[:config.limit]
-    print(f"α {config.alpha}, layers {layers}, base {settings['base']}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters, "
+    adapter = LoRA(trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
+
+    # the directions, where v is used on some of them only
+    most, energy = settings["rank"] if settings["store"] == "lowrank" else record["hidden_size"], [1.0] * len(layers)
+    if (config.rank or 0) > most:
+        raise UserError(f"--rank {config.rank}: {folder} has {most} directions a layer" + (": collect it with a higher --rank" if settings["store"] == "lowrank" else ""))
+    if settings["store"] == "lowrank":
+        stored = load_file(checked(folder, record, "directions.safetensors"), device=str(device))
+        directions = [stored[f"directions.{layer}"][:config.rank] for layer in layers]
+    elif config.rank:
+        directions, energy = find_directions(train, config.rank, pad_id, device)
+        directions = [U.to(trunk.dtype) for U in directions]
+    else:
+        directions = None
+    train.directions = held_out.directions = directions
+    for layer, alpha, r, share in zip(layers, alphas, ratio, energy):
+        print(f"  layer {layer}: α {alpha:.3g}, α|v|/|h| {abs(alpha) * r:.2f}" + (f", {config.rank} directions hold {share:.0%} of |v|²" if share < 1 else "")
+              + ("  WARNING: near 1 or above, expect the model to collapse; lower the strength" if abs(alpha) * r > 0.8 else ""))
+    lengths, alphas = train.lengths[:config.limit], torch.tensor(alphas, dtype=torch.float64, device=device)
+    print(f"layers {layers}, base {settings['base']}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters, "
           f"{len(lengths):,} responses, {config.steps} steps of {config.batch_size}")
 
     # training
-    start = distances(trunk, held_out, layers, config.alpha, pad_id, device, config.batch_size)
+    start = distances(trunk, adapter, held_out, layers, alphas, pad_id, device, config.batch_size)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
     draws = data.endless_batches(lengths, config.batch_size, config.seed)
     adapter.train()
 
+    def drawn():
+        batch, base, plus, minus = train.batch(next(draws), pad_id, device)                # L x [T, D], or [T, k]
+        return batch, base or base_states(trunk, adapter, layers, batch), plus, minus
+
+    def loss_of(hidden, batch, base, plus, minus):
+        return representation_loss(hidden, base, plus, minus, response_index(batch.response), alphas, kind=config.kind, directions=directions)[0]
+
     def train_step():
-        batch, states = train.batch(next(draws), pad_id, device)                       # [b, h+, h-], each L x [T, D]
-        hidden = hidden_states(trunk, layers, batch.ids, batch.attention)              # A(π_lora, <q, r>, l): L x [B, S, D]
-        loss, _ = representation_loss(hidden, *states, response_index(batch.response), config.alpha, kind=config.kind)
+        batch, *states = drawn()
+        hidden = hidden_states(trunk, layers, batch.ids, batch.attention)                  # A(π_lora, <q, r>, l): L x [B, S, D]
+        loss = loss_of(hidden, batch, *states)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
@@ -151,10 +212,10 @@ def main(config):
         return loss
 
     if config.profile:
-        batch, states = train.batch(next(draws), pad_id, device)
-        index, hidden = response_index(batch.response), [h.detach().requires_grad_() for h in hidden_states(trunk, layers, batch.ids, batch.attention)]
-        return profile(train_step, lambda: torch.autograd.grad(representation_loss(hidden, *states, index, config.alpha, kind=config.kind)[0], hidden),
-                       bytes_moved(hidden, *states), Path(config.out) / "align_trace.json")
+        batch, *states = drawn()
+        hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, layers, batch.ids, batch.attention)]
+        return profile(train_step, lambda: torch.autograd.grad(loss_of(hidden, batch, *states), hidden), bytes_moved(hidden, *states, directions),
+                       Path(config.out) / "align_trace.json")
     with open_log(config.out, "align") as log:
         bar = tqdm(range(1, config.steps + 1), desc="align", unit="step")
         for step in bar:
@@ -163,7 +224,7 @@ def main(config):
                 bar.set_postfix(loss=f"{loss.item():.3f}")
                 log(step=step, loss=loss.item())
     adapter.eval()
-    end = distances(trunk, held_out, layers, config.alpha, pad_id, device, config.batch_size)
+    end = distances(trunk, adapter, held_out, layers, alphas, pad_id, device, config.batch_size)
 
     # saving: the written adapter applies to the original base alone
     factors = adapter.factors() if below is None else stack(below, adapter.factors())
@@ -171,7 +232,7 @@ def main(config):
         print(f"WARNING: the adapter has rank {factors.rank}; some servers take 16 at most by default")
     result = {"distance_start": start.tolist(), "distance_end": end.tolist()}
     written = Path(config.out) / method / "align"
-    with new_stage(written, "align", {"settings": {**settings, **vars(config)}, "method": method, "model_digest": record["model_digest"], **result}) as new:
+    with new_stage(written, "align", {"settings": {**settings, **vars(config)}, "method": method, "model_digest": record["model_digest"], "alphas": alphas.tolist(), **result}) as new:
         save_adapter(new, factors, trunk, config.model, config.lora_dropout)
     for layer, a, b in zip(layers, *result.values()):
         print(f"  layer {layer}: held-out distance to the target {a:.3f} -> {b:.3f}" + (f" ({b / a:.2f} of it)" if a else ""))

@@ -2,6 +2,7 @@
 
     python collect.py                                    after scit.py or dual.py
     python collect.py --layers 10 12 14 16 18 --max-gb 200
+    python collect.py --store lowrank --rank 8 --store-base no       some numbers a token instead of vectors
 
 For each response r, chosen and rejected, and each target layer l, at the same token positions:
 
@@ -12,6 +13,9 @@ For each response r, chosen and rejected, and each target layer l, at the same t
 A target layer l is the output of decoder block l, counted from 0. Recorded are the response's positions and the
 last prompt token, whose state predicts the response's first token. Nothing above the highest target is loaded
 or run. Writes OUT/METHOD/collect, which is all that align.py needs besides the base model.
+
+Beyond the paper, `--store lowrank` keeps of v = h+ - h- its coefficients c = v U^T alone, where the rows of U [k, D] are
+the top k uncentred principal directions of v at that layer, found in a pass over a sample before.
 """
 import math
 import shutil
@@ -26,8 +30,9 @@ from tqdm import tqdm
 import data
 from files import UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting
 from lora import CONFIG, WEIGHTS, LoRA, load_adapter, only
-from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers
+from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
 
+SAMPLE = 4096                                 # responses, of which the directions of the low-rank form are found
 ADAPTERS = {"scit": {"scit": "adapter"}, "dual": {"good": "good", "bad": "bad"}}     # method: {kind: folder}
 
 
@@ -36,12 +41,14 @@ class Config:
     out: str = setting("out", "folder of all stages")
     method: Literal["scit", "dual"] | None = setting(None, "whose stage 1 to use; empty takes the one that is there")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    layers: list[int] | None = setting(None, "target layers from 0, negative from the top; empty takes the middle third")
+    layers: list[str] | None = setting(None, "target layers: numbers from 0, negative from the top, or middle, last, all; empty takes middle")
     base: Literal["instructed", "original"] | None = setting(
         None, "base of target and LoRA: the SCIT or good model, or the original; empty: instructed for SCIT, original for DUAL")
     stimulus: Literal["plain", "instructed"] = setting("plain", "DUAL: <q, r> to both models, or p+ to good and p- to bad (the paper)")
     last_prompt_token: bool = setting(True, "record the last prompt token too; the authors leave it out")
-    store: Literal["full", "diff"] = setting("full", "plus and minus, or only their difference v")
+    store: Literal["full", "diff", "lowrank"] = setting("full", "plus and minus, their difference v, or its coefficients on a few directions")
+    rank: int = setting(8, "directions a layer, with --store lowrank", least=1)
+    store_base: bool = setting(True, "store b too; without it align runs the base again in each step")
     max_gb: float = setting(20, "most gigabytes to write; only a random share of the pairs is used beyond", least=0)
     shard_mb: float = setting(512, "size of a shard in megabytes", least=0)
     batch_size: int = setting(32, "responses in a forward pass", least=1)
@@ -101,16 +108,31 @@ class Writer:
             self.parts, self.held = {}, 0
 
 
-def record_split(examples, writer, statistics, trunk, adapters, method, config, pad_id, device):
-    """Record every example of a split in batches of similar length; adds Σ|v| and Σ|b| per layer to statistics [2, L]."""
+def find_directions(examples, trunk, adapters, method, config, pad_id, device):
+    """Per layer, the top directions U [k, D] of v over a sample of the examples, and the share of Σ|v|² that they hold."""
+    sample = [examples[i] for i in torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))[:SAMPLE].tolist()]
+    moments = [0.0] * len(config.layers)
+    for i in tqdm(range(0, len(sample), config.batch_size), desc="directions", unit="batch"):
+        _, plus, minus = record_states(trunk, adapters, method, config, sample[i:i + config.batch_size], pad_id, device)
+        v = [p.float() - m.float() for p, m in zip(plus, minus)]
+        moments = [moment + x.T @ x for moment, x in zip(moments, v)]                           # Σ v v^T: [D, D]
+    return zip(*(principal_directions(moment, config.rank) for moment in moments))
+
+
+def record_split(examples, directions, writer, statistics, trunk, adapters, method, config, pad_id, device):
+    """Record every example of a split in batches of similar length; adds Σ|v|, Σ|b| and Σ|v|/|b| per layer to statistics [3, L]."""
     plain = [pair.example("plain", response) for pair, response in examples]
     groups = data.batches([len(ids) for ids, _ in plain], config.batch_size, torch.Generator().manual_seed(config.seed))
     for group in tqdm(groups, desc=f"collect {writer.pattern.partition('-')[0].partition('.')[0]}", unit="batch"):
         base, plus, minus = record_states(trunk, adapters, method, config, [examples[i] for i in group], pad_id, device)
         v = [p - m for p, m in zip(plus, minus)]                                                # h+ - h-
-        for row, states in zip(statistics, (v, base)):
-            row += torch.stack([state.float().norm(dim=-1).sum() for state in states]).cpu()
-        stored = {"base": base, "plus": plus, "minus": minus} if config.store == "full" else {"base": base, "v": v}
+        norm_v, norm_b = (torch.stack([state.float().norm(dim=-1) for state in states]) for states in (v, base))          # [L, T]
+        statistics += torch.stack([norm_v, norm_b, norm_v / norm_b]).sum(-1).cpu()
+        stored = {"plus": plus, "minus": minus} if config.store == "full" else {"v": v}
+        if config.store == "lowrank":
+            stored = {"c": [(x.float() @ U.T).to(x.dtype) for x, U in zip(v, directions)]}      # c = v U^T: [T, k]
+        if config.store_base:
+            stored["base"] = base
         writer.add({f"{name}.{layer}": state for name, states in stored.items() for layer, state in zip(config.layers, states)} | {
             "ids": torch.tensor([token for i in group for token in plain[i][0]], dtype=torch.int32),
             "lengths": torch.tensor([len(plain[i][0]) for i in group], dtype=torch.int32),
@@ -148,7 +170,10 @@ def main(config):
 
     # what it will take
     width, itemsize = trunk.config.get_text_config().hidden_size, torch.finfo(trunk.dtype).bits // 8
-    token_bytes = len(config.layers) * width * itemsize * (3 if config.store == "full" else 2) + 4
+    if config.store == "lowrank" and config.rank > width:
+        raise UserError(f"--rank {config.rank}: the hidden states are {width} wide")
+    numbers = {"full": 2 * width, "diff": width, "lowrank": config.rank}[config.store] + config.store_base * width
+    token_bytes = len(config.layers) * numbers * itemsize + 4
     tokens = {split: [len(pair.responses[response]) + config.last_prompt_token for pair, response in examples[split]] for split in examples}
     share = min(1.0, config.max_gb * 1e9 / (sum(tokens["train"]) * token_bytes))
     if share < 1:                             # a random share of the pairs, both responses of each
@@ -160,26 +185,30 @@ def main(config):
     total, free = sum(map(sum, tokens.values())) * token_bytes, shutil.disk_usage(config.out).free
     print(f"layers {config.layers} of width {width} in {config.dtype}: {token_bytes:,} bytes a token, {total / 1e6:,.1f} MB in all")
     if total > free:
-        raise UserError(f"{config.out}: {total / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: lower --max-gb or use --store diff")
+        raise UserError(f"{config.out}: {total / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: lower --max-gb or use --store diff or lowrank")
     seen = "positive" if method == "scit" or config.stimulus == "instructed" else "plain"
     print("one input: " + repr(tokenizer.decode(examples["train"][0][0].example(seen, "chosen")[0])))
 
     # recording
     record = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": first["model_digest"], "hidden_size": width,
               "adapters": {kind: r["digests"][WEIGHTS] for kind, r in records.items()}, "token_bytes": token_bytes}
-    folder, statistics = Path(config.out) / method / "collect", torch.zeros(2, len(config.layers), dtype=torch.float64)
+    folder, statistics, directions = Path(config.out) / method / "collect", torch.zeros(3, len(config.layers), dtype=torch.float64), None
     with new_stage(folder, "collect", record) as new, torch.no_grad():
+        if config.store == "lowrank":
+            directions, record["energy"] = find_directions(examples["train"], trunk, adapters, method, config, tokenizer.pad_token_id, device)
+            save_file({f"directions.{layer}": U.to(trunk.dtype).cpu() for layer, U in zip(config.layers, directions)}, new / "directions.safetensors")
         shards = Writer(new, "shard-{:05d}.safetensors", config.shard_mb * 1e6)
         for split, writer in (("train", shards), ("valid", Writer(new, "heldout.safetensors", math.inf))):
-            record_split(examples[split], writer, statistics, trunk, adapters, method, config, tokenizer.pad_token_id, device)
+            record_split(examples[split], directions, writer, statistics, trunk, adapters, method, config, tokenizer.pad_token_id, device)
         if config.base == "instructed":       # align needs no other stage's folder
             (new / "base_adapter").mkdir()
             for name in (CONFIG, WEIGHTS):
                 shutil.copy(next(iter(stage1.values())) / name, new / "base_adapter" / name)
         record["shards"], record["tokens"] = shards.names, sum(map(sum, tokens.values()))
-        record["norm_v"], record["norm_h"] = (statistics / record["tokens"]).tolist()
-    for layer, v, h in zip(config.layers, record["norm_v"], record["norm_h"]):
-        print(f"  layer {layer}: |v| {v:.3f}, |h| {h:.3f}, |v|/|h| {v / h:.3f}")
+        record["norm_v"], record["norm_h"], record["ratio"] = (statistics / record["tokens"]).tolist()
+    for i, layer in enumerate(config.layers):
+        print(f"  layer {layer}: |v| {record['norm_v'][i]:.3f}, |h| {record['norm_h'][i]:.3f}, mean |v|/|h| {record['ratio'][i]:.3f}"
+              + (f", {config.rank} directions hold {record['energy'][i]:.0%} of |v|²" if directions else ""))
     print(f"wrote {folder}: {record['tokens']:,} tokens of {sum(map(len, examples.values())):,} responses in {len(record['shards'])} shards and heldout.safetensors")
     print(next_command("align.py", config.out, config.method))
 

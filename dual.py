@@ -38,8 +38,8 @@ class Config:
     steps: int = setting(150, "optimiser steps of each model", least=1)
     batch_size: int = setting(16, "responses in a step", least=1)
     lr: float = setting(2e-3, "peak learning rate; cosine, 10% warm-up", least=0)
-    rank: int = setting(8, "rank of the adapters", least=1)
-    lora_alpha: float = setting(16, "the adapters' scale is lora_alpha / rank")
+    lora_rank: int = setting(8, "rank of the adapters", least=1)
+    lora_alpha: float = setting(16, "the adapters' scale is lora_alpha / lora_rank")
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", least=0)
     lora_targets: str = setting("all", "linears to adapt: all, or names such as q_proj,v_proj")
 
@@ -72,7 +72,7 @@ def main(config):
     pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit)
     train, valid, pad_id = pairs["train"], pairs["valid"][:64], tokenizer.pad_token_id
     model = load_model(source["model"], pick_dtype(config.dtype, device), device)
-    adapters = {name: LoRA(model.base_model, config.rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
+    adapters = {name: LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
                 for name in ("good", "bad")}
     print("one input: " + repr(tokenizer.decode(train[0].example("plain", "chosen")[0])))
     print(f"{model.num_parameters():,} parameters and twice {sum(p.numel() for p in adapters['good'].parameters()):,} trained ones; "

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-VERSION = 1                                   # of the files: a stage refuses another one
+VERSION = 2                                   # of the files: a stage refuses another one
 RECORD = "stage.json"
 
 

@@ -136,13 +136,16 @@ def find_linears(block, names="all"):
 
 
 def pick_layers(layers, n):
-    """Sorted target layers, counted from 0; negative ones from the top; None takes the middle third, every second if n >= 12."""
-    if layers is None:
-        return list(range(n // 3, 2 * n // 3, 2 if n >= 12 else 1)) or [0]
-    for layer in layers:
-        if not -n <= layer < n:
-            raise UserError(f"--layers {layer}: the model has blocks 0 to {n - 1} (or -{n} to -1 from the top)")
-    return sorted({layer % n for layer in layers})
+    """Sorted target layers, counted from 0, of a list of numbers (negative ones from the top) and names: middle and last
+    are thirds of the model, every second block of it where there are 12 or more; all is every block. Empty means middle."""
+    step, found = 2 if n >= 12 else 1, set()
+    names = {"middle": range(n // 3, 2 * n // 3, step) or [0], "last": range(n - 1, 2 * n // 3 - 1, -step) or [n - 1], "all": range(n)}
+    for layer in layers or ["middle"]:
+        try:
+            found |= set(names[layer]) if layer in names else {range(n)[int(layer)]}
+        except (ValueError, IndexError):
+            raise UserError(f"--layers {layer}: the model has blocks 0 to {n - 1} (or -{n} to -1 from the top); names are {', '.join(names)}") from None
+    return sorted(found)
 
 
 def hidden_states(trunk, layers, ids, attention):
@@ -161,6 +164,12 @@ def hidden_states(trunk, layers, ids, attention):
         for handle in handles:
             handle.remove()
     return [states[layer] for layer in layers]
+
+
+def principal_directions(moment, k):
+    """The top k uncentred principal directions of v, from Σ v v^T [D, D]: orthonormal rows U [k, D], and their share of Σ |v|²."""
+    values, vectors = torch.linalg.eigh(moment)                                 # ascending
+    return vectors.flip(1)[:, :k].T.contiguous(), (values.flip(0)[:k].sum() / values.sum()).item()
 
 
 def response_logprobs(model, batch):

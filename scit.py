@@ -39,8 +39,8 @@ class Config:
     lr: float = setting(6e-3, "peak learning rate; cosine, 10% warm-up", least=0)
     smoothing: float = setting(0.2, "ε of the contrast, as in the authors' code", least=0)
     anchor: float = setting(0.375, "examples without instruction for each example with one; 0 is the paper", least=0)
-    rank: int = setting(8, "rank of the adapter", least=1)
-    lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / rank")
+    lora_rank: int = setting(8, "rank of the adapter", least=1)
+    lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / lora_rank")
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
     lora_targets: str = setting("all", "linears to adapt: all, or names such as q_proj,v_proj")
 
@@ -98,7 +98,7 @@ def main(config):
     config.max_length = min(config.max_length, context_length(source["model"]))
     pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit)
     model = load_model(source["model"], pick_dtype(config.dtype, device), device)
-    adapter = LoRA(model.base_model, config.rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
+    adapter = LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
     print("one input: " + repr(tokenizer.decode(pairs["train"][0].example("positive", "chosen")[0])))
     print(f"{model.num_parameters():,} parameters and {sum(p.numel() for p in adapter.parameters()):,} trained ones; "
           f"{config.steps} steps of {config.batch_size} pairs")

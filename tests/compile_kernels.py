@@ -16,20 +16,20 @@ from triton.compiler import ASTSource
 from kernels.representation_loss import loss_kernel
 
 L = 5
-STATES = ("hidden", "base", "plus", "minus")
+STATES = ("hidden", "base", "plus", "minus", "directions")
 
 
-def compiled(capability, D, squared=False, upstream=False, differenced=False, gradient=True):
+def compiled(capability, D, squared=False, upstream=False, differenced=False, low_rank=False, gradient=True):
     """Registers, stack bytes (spills) and the widths of loads and stores of bf16 rows of D."""
     block = triton.next_power_of_2(D)
-    constants = dict(L=L, BLOCK=block, ACC=tl.float32, SQUARED=squared, DIFFERENCED=differenced, GRADIENT=gradient, UPSTREAM=upstream)
-    types = {**dict.fromkeys(STATES, ("*bf16",) * L), "index": "*i32", "upstream": "*fp32", "grad": "*bf16", "terms": "*fp32", "norms": "*fp32",
-             "alpha": "fp64", "scale": "fp64", **dict.fromkeys(("stride_b", "stride_s", "S", "N", "T", "D"), "i32"), **dict.fromkeys(constants, "constexpr")}
+    constants = dict(L=L, BLOCK=block, ACC=tl.float32, SQUARED=squared, DIFFERENCED=differenced, LOW_RANK=low_rank, GRADIENT=gradient, UPSTREAM=upstream)
+    types = {**dict.fromkeys(STATES, ("*bf16",) * L), "index": "*i32", "alpha": "*fp64", "upstream": "*fp32", "grad": "*bf16", "terms": "*fp32", "norms": "*fp32",
+             "scale": "fp64", **dict.fromkeys(("stride_b", "stride_s", "S", "N", "T", "D", "K"), "i32"), **dict.fromkeys(constants, "constexpr")}
     aligned = [["tt.divisibility", 16]]       # what Triton finds out itself when it launches: 16-byte pointers, D a multiple of 16
     names, attrs = list(types), {}
     for name in STATES:
         attrs |= {(names.index(name), i): aligned for i in range(L)}
-    for name in ("index", "upstream", "grad", "terms", "norms", *(("stride_b", "stride_s", "D") if D % 16 == 0 else ())):
+    for name in ("index", "alpha", "upstream", "grad", "terms", "norms", *(("stride_b", "stride_s", "D") if D % 16 == 0 else ())):
         attrs[names.index(name),] = aligned
     kernel = triton.compile(ASTSource(loss_kernel, types, constants, attrs), target=GPUTarget("cuda", capability, 32),
                             options={"num_warps": min(16, max(1, block // 512))})
@@ -47,4 +47,4 @@ def compiled(capability, D, squared=False, upstream=False, differenced=False, gr
 if __name__ == "__main__":
     print(json.dumps([{"capability": capability, "D": D, **options, **compiled(capability, D, **options)}
                       for capability in (90, 80) for D, options in (
-                          (100, {}), (896, {}), (4096, {}), (4096, {"squared": True, "upstream": True}), (4096, {"differenced": True}), (16384, {}))]))
+                          (100, {}), (896, {}), (4096, {}), (4096, {"squared": True, "upstream": True}), (4096, {"differenced": True}), (4096, {"low_rank": True}), (16384, {}))]))

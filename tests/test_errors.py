@@ -106,6 +106,13 @@ def test_layers_out_of_range_or_not_collected(refused, done):
     refused(align, "--out", done, "--method", "scit", "--layers", "0", words=("--layers 0", "holds layers [1]"), folder=done)
 
 
+def test_strengths_and_ranks(refused, done, tmp_path):
+    refused(align, "--out", done, "--method", "scit", "--alpha", "1", "--strength", "0.2", words=("--alpha", "--strength"), folder=done)
+    refused(align, "--out", done, "--method", "scit", "--rank", "33", words=("--rank 33", "32 directions"), folder=done)
+    refused(collect, "--out", done, "--method", "scit", "--store", "lowrank", "--rank", "33", words=("--rank 33", "32 wide"), folder=done)
+    refused(collect, "--out", done, "--method", "scit", "--layers", "upper", words=("--layers upper", "middle, last, all"), folder=done)
+
+
 def test_unknown_linears(refused, done):
     refused(align, "--out", done, "--method", "scit", "--lora-targets", "q_porj", words=("q_porj", "self_attn.q_proj"), folder=done)
 

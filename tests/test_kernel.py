@@ -124,6 +124,35 @@ def test_packed_states_of_other_types(backend):
 
 
 @both
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("D, k", [(1, 1), (64, 8), (100, 20), (2304, 8), (4096, 16)])
+def test_low_rank_form(D, k, dtype, backend):
+    """Coefficients on k directions against the plain form of the difference that they stand for; an incoming gradient, too."""
+    hidden, base, _, _, mask = case(D=D, dtype=dtype)
+    coefficients, _, _, _, _ = case(L=2, B=1, S=int(mask.sum()), D=k, dtype=dtype, seed=1)
+    c, U = [x.detach()[0] for x in coefficients], [x.detach()[0] / k**0.5 for x in case(L=2, B=1, S=k, D=D, dtype=dtype, seed=2)[0]]
+    v = [(a.double() @ b.double()) for a, b in zip(c, U)]
+    up = 2.0**12 if dtype == torch.float16 else 1.0
+    for kind in KINDS:
+        loss, norms = representation_loss(hidden, base, c, None, response_index(mask), 0.7, kind=kind, directions=U, backend=backend)
+        expected, expected_norms, gradients = formula(hidden, base, v, [0 * x for x in v], mask, 0.7, kind)
+        assert distance(loss, expected) <= min(1e-6, BOUND[dtype]) and distance(norms, expected_norms) <= min(1e-6, BOUND[dtype])
+        for ours, theirs in zip(torch.autograd.grad(loss * up, hidden, retain_graph=True), gradients):
+            assert distance(ours, theirs * up) <= BOUND[dtype] and (ours[~mask] == 0).all()
+        for ours, theirs in zip(torch.autograd.grad(loss * up * 3, hidden), gradients):     # a second backward computes afresh
+            assert distance(ours, theirs * up * 3) <= 2 * BOUND[dtype]
+
+
+@both
+def test_one_alpha_a_layer(backend):
+    hidden, base, plus, minus, mask = case(L=3)
+    alphas, index = torch.tensor([0.7, -2.0, 0.0], dtype=torch.float64, device=DEVICE), response_index(mask)
+    loss, norms = representation_loss(hidden, base, plus, minus, index, alphas, backend=backend)
+    alone = [representation_loss(hidden[i:i + 1], base[i:i + 1], plus[i:i + 1], minus[i:i + 1], index, alpha, backend=backend) for i, alpha in enumerate(alphas.tolist())]
+    assert loss.item() == pytest.approx(sum(x.item() for x, _ in alone) / 3, rel=1e-12) and torch.allclose(norms, torch.cat([n for _, n in alone]), rtol=1e-12)
+
+
+@both
 def test_zero_residual_has_zero_gradient_and_nan_shows(backend):
     for kind in KINDS:
         hidden, base, plus, minus, mask = case()
@@ -179,9 +208,9 @@ def test_small_fp16_gradients_survive():
 def test_gradient_of_the_forward_is_that_of_the_backward():
     """Written ahead, or computed when the backward asks: bit for bit the same."""
     hidden, base, plus, minus, mask = case(D=100, dtype=torch.bfloat16)
-    found = []
+    found, alpha = [], torch.full((2,), 0.5, dtype=torch.float64, device=DEVICE)
     for in_forward in (True, False):
-        loss, _ = FusedLoss.apply(base, plus, minus, response_index(mask), 0.5, 1 / 30, False, in_forward, *hidden)
+        loss, _ = FusedLoss.apply(base, plus, minus, [], response_index(mask), alpha, 1 / 30, False, in_forward, *hidden)
         found.append(torch.autograd.grad(loss, hidden))
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
@@ -260,6 +289,8 @@ def test_bytes_by_hand():
     hidden, base, plus, minus, _ = case(D=8, dtype=torch.bfloat16, mask=mask)
     assert bytes_moved(hidden, base, plus, minus) == 2 * (4 * 3 + 10) * 8 * 2
     assert bytes_moved(hidden, base, plus, None) == 2 * (3 * 3 + 10) * 8 * 2
+    c, U = [torch.zeros(3, 4, dtype=torch.bfloat16)] * 2, [torch.zeros(4, 8, dtype=torch.bfloat16)] * 2
+    assert bytes_moved(hidden, base, c, None, U) == 2 * ((2 * 3 + 10) * 8 + 3 * 4 + 4 * 8) * 2
 
 
 # ---------------------------------------------------------------- compiling, refusing, training
@@ -280,7 +311,7 @@ def test_compiles_without_spills_and_with_16_byte_loads():
         assert kernel["offsets_32"] == 0, kernel                                # every product of sizes is 64-bit
         if kernel["D"] % 16 == 0:
             each = 2 if kernel["D"] <= 4096 else 4                              # 16-byte loads of a state by one thread
-            assert kernel["wide_loads"] == each * (3 if kernel.get("differenced") else 4) and kernel["narrow"] == 0, kernel
+            assert kernel["wide_loads"] == each * (3 if kernel.get("differenced") or kernel.get("low_rank") else 4) and kernel["narrow"] == kernel.get("low_rank", 0), kernel     # a coefficient is one number
             assert kernel["wide_stores"] == 2 * each, kernel                    # of a gradient row, or of its zeros
 
 
@@ -291,7 +322,8 @@ def test_what_does_not_fit_is_refused(backend):
     wide = dict(hidden=[torch.zeros(1, 1, 16385, device=DEVICE)], index=index[:1], base=(w := [torch.zeros(1, 16385, device=DEVICE)]), plus=w, minus=w)
     for change, words in [(dict(base=base[:1]), "layers"), (dict(plus=[p[:, :3] for p in plus]), r"plus\[0\] has shape"), (dict(minus=[m[:-1] for m in minus]), "minus"),
                           (dict(index=index.long()), "int32"), (dict(index=index[:-1]), "index"), (dict(kind="l1"), "l1"), (dict(backend="cuda"), "cuda"),
-                          (dict(base=[base[0], base[1].float()]), r"base\[1\]"), (dict(plus=[p.long() for p in plus]), "int64"),
+                          (dict(alpha=torch.ones(3, device=DEVICE)), "alpha is"), (dict(directions=base), "minus None"),
+                          (dict(minus=None, directions=[b[:2] for b in base]), r"plus\[0\] has shape"), (dict(base=[base[0], base[1].float()]), r"base\[1\]"), (dict(plus=[p.long() for p in plus]), "int64"),
                           (dict(hidden=[hidden[0], hidden[1].to("meta")]), r"hidden\[1\] is on meta"), (wide if backend == "triton" else dict(kind=""), "16385 is over 16384|kind")]:
         arguments = {**dict(hidden=hidden, base=base, plus=plus, minus=minus, index=index, alpha=1.0, backend=backend), **change}
         with pytest.raises(ValueError, match=words):

@@ -66,8 +66,8 @@ def test_held_out_states_reach_their_target(runs):
         record = read_stage(out / method / "align", "align", "")
         assert all(end < 0.6 * start for start, end in zip(record["distance_start"], record["distance_end"]))
         collected = read_stage(out / method / "collect", "collect", "")
-        for layer, v, h in zip(collected["settings"]["layers"], collected["norm_v"], collected["norm_h"]):
-            assert f"layer {layer}: α|v|/|h| {record['settings']['alpha'] * v / h:.2f}" in said[method]
+        for layer, ratio in zip(collected["settings"]["layers"], collected["ratio"]):
+            assert f"layer {layer}: α {record['settings']['alpha']:g}, α|v|/|h| {record['settings']['alpha'] * ratio:.2f}" in said[method]
 
 
 def test_written_adapter_applies_to_the_original_base_alone(runs, world):
@@ -107,6 +107,67 @@ def test_difference_alone_trains_the_same_adapter(runs, world, tmp_path):
     assert (found[0] - found[1]).abs().max() <= 1e-5 * found[0].abs().max()
 
 
+def logits_of(world, folder):
+    model = load_model(str(world[0]), torch.float32, "cpu")
+    LoRA(model.base_model, factors=load_adapter(folder, model.base_model)).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 200)[None]).logits
+
+
+def test_all_directions_and_alpha_are_the_papers_form(runs, world, tmp_path):
+    """--rank D --alpha: the same adapter as without directions, within rounding; a smaller rank is another one."""
+    out, _ = runs
+    shutil.copytree(out / "dual" / "collect", tmp_path / "dual" / "collect")
+    found = {}
+    for name, more in (("paper", []), ("all", ["--rank", "128"]), ("two", ["--rank", "2"])):
+        go(align, "--out", tmp_path, "--alpha", "1", "--steps", "40", *more, *CPU)
+        found[name] = logits_of(world, tmp_path / "dual" / "align")
+    size = found["paper"].abs().max()
+    assert (found["all"] - found["paper"]).abs().max() <= 1e-4 * size < (found["two"] - found["paper"]).abs().max()
+
+
+def test_low_rank_without_base_trains_the_same_adapter(runs, world, tmp_path):
+    """Coefficients alone on disk, b from the model with the adapter off, for both methods: the full collection's adapter at that rank."""
+    out, _ = runs
+    for method in ("dual", "scit"):
+        shutil.copytree(out / method, tmp_path / method)
+        go(align, "--out", tmp_path, "--method", method, "--rank", "8", "--steps", "40", *CPU)
+        full, record = logits_of(world, tmp_path / method / "align"), read_stage(tmp_path / method / "align", "align", "")
+        said = go(collect, "--out", tmp_path, "--method", method, "--store", "lowrank", "--rank", "16", "--store-base", "no", "--layers", "1", "2", *CPU)
+        collected = read_stage(tmp_path / method / "collect", "collect", "")
+        assert collected["token_bytes"] == 2 * 16 * 4 + 4 and len(re.findall(r"16 directions hold \d+% of", said)) == 2
+        go(align, "--out", tmp_path, "--method", method, "--rank", "8", "--steps", "40", *CPU)
+        again = read_stage(tmp_path / method / "align", "align", "")
+        assert (logits_of(world, tmp_path / method / "align") - full).abs().max() <= 1e-3 * full.abs().max()
+        assert again["distance_start"] == pytest.approx(record["distance_start"], rel=1e-3)
+        assert again["distance_end"] == pytest.approx(record["distance_end"], rel=1e-2)
+
+
+def test_directions_are_those_of_numpy(runs, tmp_path):
+    """U, its share of |v|² and |v|/|h| against a singular value decomposition and a mean, from the shards."""
+    out, _ = runs
+    shutil.copytree(out / "dual", tmp_path / "dual")
+    shards = [load_file(path) for path in sorted((out / "dual" / "collect").glob("*.safetensors"))]
+    go(collect, "--out", tmp_path, "--store", "lowrank", "--rank", "3", "--layers", "1", "2", *CPU)
+    stored, record = load_file(tmp_path / "dual" / "collect" / "directions.safetensors"), read_stage(tmp_path / "dual" / "collect", "collect", "")
+    for i, layer in enumerate((1, 2)):
+        v = torch.cat([shard[f"plus.{layer}"] - shard[f"minus.{layer}"] for shard in shards if len(shard["lengths"]) > 128]).double()
+        _, values, vectors = torch.linalg.svd(v, full_matrices=False)
+        U = stored[f"directions.{layer}"].double()
+        assert torch.allclose((U @ vectors[:3].T).abs(), torch.eye(3, dtype=torch.double), atol=1e-3)
+        assert record["energy"][i] == pytest.approx((values[:3].square().sum() / values.square().sum()).item(), rel=1e-3)
+        ratio = torch.cat([(shard[f"plus.{layer}"] - shard[f"minus.{layer}"]).norm(dim=1) / shard[f"base.{layer}"].norm(dim=1) for shard in shards]).mean()
+        assert record["ratio"][i] == pytest.approx(ratio.item(), rel=1e-4)
+
+
+def test_strength_is_the_mean_share_of_length(runs, tmp_path):
+    out, _ = runs
+    shutil.copytree(out / "dual" / "collect", tmp_path / "dual" / "collect")
+    said = go(align, "--out", tmp_path, "--strength", "0.3", "--steps", "1", *CPU)
+    ratio, alphas = read_stage(out / "dual" / "collect", "collect", "")["ratio"], read_stage(tmp_path / "dual" / "align", "align", "")["alphas"]
+    assert alphas == pytest.approx([0.3 / r for r in ratio]) and said.count("α|v|/|h| 0.30") == 2
+
+
 def test_prompt_shows_base_and_aligned_side_by_side(runs):
     out, _ = runs
     said = go(evaluate, "--out", out, "--prompt", "Hello, I am Ada.", *CPU)
@@ -126,7 +187,7 @@ def test_profile_traces_steps_and_trains_nothing(runs, tmp_path):
 
 
 def test_alpha_0_starts_at_the_target(runs, tmp_path):
-    """The collected base states are the base's: at α = 0 the first distance is at most 1e-6 |h| in fp32."""
+    """The collected base states are the base's: at α = 0 the first distance is at most 1e-6 |h| in fp32; 0 where they are run again."""
     out, _ = runs
     for method in ("scit", "dual"):
         shutil.copytree(out / method / "collect", tmp_path / method / "collect")
@@ -134,6 +195,10 @@ def test_alpha_0_starts_at_the_target(runs, tmp_path):
         start = read_stage(tmp_path / method / "align", "align", "")["distance_start"]
         norms = read_stage(out / method / "collect", "collect", "")["norm_h"]
         assert all(d <= 1e-6 * h for d, h in zip(start, norms))
+    shutil.copytree(out / "dual", tmp_path / "again" / "dual")
+    go(collect, "--out", tmp_path / "again", "--store-base", "no", "--layers", "1", "2", *CPU)
+    go(align, "--out", tmp_path / "again", "--alpha", "0", "--steps", "1", "--lr", "0", *CPU)
+    assert read_stage(tmp_path / "again" / "dual" / "align", "align", "")["distance_start"] == [0.0, 0.0]
 
 
 def test_same_seed_same_bytes_another_seed_not(tiny, tmp_path):
@@ -161,7 +226,7 @@ def test_paper_settings_and_stimuli_run(tiny, tmp_path):
     assert record["settings"]["layers"] == [0, 3] and len(record["shards"]) > 3
     shards = [load_file(out / "dual" / "collect" / name) for name in record["shards"]]
     assert all(int((s["lengths"] - s["starts"]).sum()) == len(s["base.3"]) == len(s["minus.0"]) for s in shards)
-    said = go(align, "--out", out, "--kind", "mse", "--layers", "0", "--steps", "3", "--rank", "12", *CPU)
+    said = go(align, "--out", out, "--kind", "mse", "--layers", "0", "--steps", "3", "--lora-rank", "12", *CPU)
     assert "WARNING: the adapter has rank 20" in said
     factors = load_adapter(out / "dual" / "align", make_model("llama").base_model)
     assert factors.rank == 20 and {name.split(".")[1] for name in factors.pairs} == {"0", "1", "2", "3"}

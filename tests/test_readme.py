@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from conftest import ROOT, SMALL_WORLD
+from kernels.bench_forms import forms
 
 README = (ROOT / "README.md").read_text()
 
@@ -34,6 +35,12 @@ def test_result_table_is_the_committed_one():
     for name, cells in rows.items():
         for figure, cell in zip(("judge_greedy", "judge_sampled", "preference_accuracy"), cells.split("|")):
             assert [float(x) for x in re.findall(r"[\d.]+", cell)] == [round(seed["figures"][name][figure], 2) for seed in seeds], (name, figure)
+
+
+def test_bytes_table_is_what_the_benchmark_counts():
+    rows = re.findall(r"^\|[^|]+\| \**(\d+)\** \| \**(\d+)\** \|$", README, re.M)
+    counted = [form.own_bytes for name, form in forms().items() if name not in ("torch backend", "fused, incoming 0.37")]
+    assert [(float(one), float(half)) for one, half in rows] == [(count(1.0), count(0.5)) for count in counted]
 
 
 def test_files_and_functions_that_it_names_exist():

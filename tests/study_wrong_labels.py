@@ -1,0 +1,264 @@
+"""Wrong labels on the embedded default: a share of the training pairs swapped at random, validation and test pairs clean.
+
+    python tests/study_wrong_labels.py --phase choose       seeds of their own, validation pairs: the settings
+    python tests/study_wrong_labels.py --phase measure      fresh seeds, test pairs, at those settings; table and figure
+
+The first writes tests/results/wrong_labels_settings.json, the second tests/results/wrong_labels.json. About half an hour
+and an hour on two free cores. Every method but the new form gets what is best for it at each share of wrong labels: SFT its
+length, DPO its learning rate, the paper's RAHF its α, weight arithmetic its λ. The new form has one strength ρ, one rank
+and one choice of layers for all shares and both methods.
+"""
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import align
+import collect
+import data
+import dual
+import evaluate
+import scit
+import toy
+from files import run, setting, versions, write_json
+from lora import Factors, LoRA, load_adapter, only, stack
+from model import load_model, load_tokenizer, response_logprobs
+
+RESULTS = Path(__file__).parent / "results"
+STEPS, LRS, LAMBDAS = (75, 150, 300), (3e-4, 1e-3, 3e-3), (0.5, 1.0, 2.0)
+ALPHAS = {"dual": (0.5, 1.0, 2.0, 4.0), "scit": (0.25, 0.5, 1.0, 2.0)}
+FORMS = [{"strength": strength, "rank": 8, "layers": [layers]} for strength in (0.15, 0.25, 0.4) for layers in ("middle", "all")]
+
+
+@dataclass
+class Config:
+    phase: Literal["choose", "measure"] = setting("measure", "choose settings on validation pairs, or measure on test pairs")
+    seeds: list[int] | None = field(default=None, metadata={"help": "empty: 0 1 to choose, 3 4 5 6 7 to measure"})
+    shares: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.3, 0.4], metadata={"help": "shares of wrong labels"})
+    work: str = setting("/tmp/rahf-wrong-labels", "folder of the stages, reused")
+    workers: int = setting(2, "processes, of one thread each", least=1)
+
+
+def swap(rows, share, seed):
+    """The rows with chosen and rejected exchanged in a random share of the training ones."""
+    train = [i for i, row in enumerate(rows) if row["split"] == "train"]
+    wrong = set(random.Random(seed).sample(train, round(share * len(train))))
+    return [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} if i in wrong else row for i, row in enumerate(rows)]
+
+
+def dpo_loss(model, adapter, pairs, pad_id, beta=0.1):
+    """-log σ(β [log π(r_h)/π_base(r_h) - log π(r_l)/π_base(r_l)]) with sums over tokens (Rafailov et al. 2023), mean over the pairs."""
+    batch = data.collate([pair.example("plain", response) for response in ("chosen", "rejected") for pair in pairs], pad_id)
+    ratio = response_logprobs(model, batch)[0].sum(1)
+    with torch.no_grad(), only([adapter]):
+        ratio = ratio - response_logprobs(model, batch)[0].sum(1)
+    chosen, rejected = ratio.view(2, -1)
+    return -F.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+def difference(good, bad, strength):
+    """Weights of base + λ (good - bad) as one adapter."""
+    return stack(Factors(good.pairs, good.rank, good.alpha * strength), Factors(bad.pairs, bad.rank, -bad.alpha * strength))
+
+
+class Unit:
+    """One seed and one share of wrong labels: both first stages and both collections, and what is trained and scored on them."""
+
+    def __init__(self, config, seed, share, world=None):
+        self.seed, out = seed, Path(config.work) / f"seed{seed}"
+        self.out = out / f"wrong{share}"
+        made = toy.ensure(world or toy.Config(out=str(out), seed=seed, device="cpu"))
+        self.source = {"model": made["model"], "data": str(self.out / "pairs.jsonl")}
+        self.out.mkdir(exist_ok=True)
+        rows = [json.loads(line) for line in open(made["data"])]
+        Path(self.source["data"]).write_text("".join(json.dumps(row) + "\n" for row in swap(rows, share, seed)))
+        self.tokenizer, self.model = load_tokenizer(made["model"]), load_model(made["model"], torch.float32, "cpu")
+        split = "valid" if config.phase == "choose" else "test"
+        self.samplings = 1 if config.phase == "choose" else 3
+        with contextlib.redirect_stdout(io.StringIO()):
+            pairs = data.prepare(self.source["data"], ("train", split), self.tokenizer, 256, seed)
+        self.train_pairs, self.pairs = pairs["train"], pairs[split]
+
+    def stage(self, module, **settings):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            module.main(module.Config(out=str(self.out), device="cpu", **settings))
+
+    def first_stages(self):
+        self.stage(dual, seed=self.seed, **self.source)
+        self.stage(scit, seed=self.seed, **self.source)
+        for method in ("dual", "scit"):
+            self.stage(collect, method=method, layers=["all"])
+
+    def trained(self, loss_of, lr, steps, size=16):
+        """An adapter trained with loss_of(adapter, pairs); schedule and size as in dual.py."""
+        torch.manual_seed(self.seed)
+        adapter = LoRA(self.model.base_model)
+        optimizer, warm_up = torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0), max(1, steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps))))
+        draws = data.endless_batches([len(pair.example("plain", "chosen")[0]) for pair in self.train_pairs], size, self.seed)
+        for _ in range(steps):
+            loss_of(adapter, [self.train_pairs[i] for i in next(draws)]).backward()
+            torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+        adapter.remove()
+        return adapter.factors()
+
+    def sft(self, steps):
+        def loss(adapter, pairs):
+            nll, tokens = dual.response_nll(self.model, pairs, "chosen", self.tokenizer.pad_token_id, "cpu")
+            return nll / tokens
+        return self.trained(loss, dual.Config.lr, steps)
+
+    def dpo(self, lr):
+        return self.trained(lambda adapter, pairs: dpo_loss(self.model, adapter, pairs, self.tokenizer.pad_token_id), lr, 150)
+
+    def rahf(self, method, **settings):
+        self.stage(align, method=method, **settings)
+        return load_adapter(self.out / method / "align", self.model.base_model)
+
+    def weights(self, strength):
+        good, bad = (load_adapter(self.out / "dual" / name, self.model.base_model) for name in ("good", "bad"))
+        return difference(good, bad, strength)
+
+    def score(self, factors):
+        """The judge's verdict on every answer, "1" or "0": greedy, and sampled at temperature 1 with one seed or three."""
+        adapter = LoRA(self.model.base_model, factors=factors).eval() if factors else None
+        found, config = [], evaluate.Config(batch_size=len(self.pairs))
+        for i in range(1 + self.samplings):
+            answers = evaluate.generate(self.model, self.tokenizer, [pair.prompts["plain"] for pair in self.pairs], i > 0, config, 1000 * self.seed + i)
+            found.append("".join(str(int(toy.judge(data.render(pair.pair.prompt), evaluate.text_of(self.tokenizer, answer))))
+                                 for pair, answer in zip(self.pairs, answers)))
+        if adapter:
+            adapter.remove()
+        return {"greedy": found[0], "sampled": found[1:]}
+
+
+PAPER = {"layers": ["middle"]}
+
+
+def unit(config, seed, share, settings):
+    """All scores of a seed and a share, kept in the work folder as they are done."""
+    torch.set_num_threads(1)
+    u = Unit(config, seed, share)
+    path = u.out / f"{config.phase}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    u.first_stages()
+    found = {"base": u.score(None)}
+    if config.phase == "choose":
+        runs = {f"weights {x:g}": (u.weights, x) for x in LAMBDAS}
+        if share in (0.0, 0.3):                              # what is the same for all shares is chosen on these two
+            runs |= {f"sft {x}": (u.sft, x) for x in STEPS} | {f"dpo {x:g}": (u.dpo, x) for x in LRS}
+        for name, (make, x) in runs.items():
+            found[name] = u.score(make(x))
+        for method in ("dual", "scit"):
+            for alpha in ALPHAS[method]:
+                found[f"{method} alpha {alpha:g}"] = u.score(u.rahf(method, alpha=alpha, **PAPER))
+            for form in FORMS if share in (0.0, 0.3) else ():
+                found[f"{method} form {json.dumps(form)}"] = u.score(u.rahf(method, **form))
+    else:
+        best, form = settings["shares"][str(share)], settings["form"]
+        found |= {"sft": u.score(u.sft(settings["sft"])), "dpo": u.score(u.dpo(settings["dpo"])), "weights": u.score(u.weights(best["weights"]))}
+        for method in ("dual", "scit"):
+            found[f"{method}_paper"] = u.score(u.rahf(method, alpha=best[method], **PAPER))
+            found[f"{method}_new"] = u.score(u.rahf(method, **form))
+        found["dual_rank_only"] = u.score(u.rahf("dual", alpha=best["dual"], rank=form["rank"], layers=form["layers"]))
+        found["dual_strength_only"] = u.score(u.rahf("dual", strength=form["strength"], layers=form["layers"]))
+    write_json(path, found)
+    print(f"seed {seed}, {share:.0%} wrong: " + ", ".join(f"{name} {mean(s['greedy']):.2f}/{mean(*s['sampled']):.2f}" for name, s in found.items()), flush=True)
+    return found
+
+
+def mean(*verdicts):
+    return sum(v.count("1") for v in verdicts) / sum(map(len, verdicts))
+
+
+def choose(units):
+    """The best settings by (greedy + sampled) / 2 on the validation pairs, mean over seeds; those of the new form, SFT and DPO over shares too."""
+    def value(name, shares):
+        scores = [units[seed][share][name] for seed in units for share in shares]
+        return sum(mean(s["greedy"]) + mean(*s["sampled"]) for s in scores) / 2 / len(scores)
+    shares, some = list(next(iter(units.values()))), ["0.0", "0.3"]
+    return {"form": max(FORMS, key=lambda form: sum(value(f"{method} form {json.dumps(form)}", some) for method in ("dual", "scit"))),
+            "sft": max(STEPS, key=lambda x: value(f"sft {x}", some)), "dpo": max(LRS, key=lambda x: value(f"dpo {x:g}", some)),
+            "shares": {share: {"weights": max(LAMBDAS, key=lambda x: value(f"weights {x:g}", [share])),
+                               **{method: max(ALPHAS[method], key=lambda x: value(f"{method} alpha {x:g}", [share])) for method in ALPHAS}} for share in shares}}
+
+
+def interval(values, draws=10000):
+    """Mean and 95% bootstrap interval over seeds and, within each, over items. values: float [seeds, items]."""
+    rng, (seeds, items) = np.random.default_rng(0), values.shape
+    picked = rng.integers(seeds, size=(draws, seeds))
+    drawn = np.stack([rng.multinomial(items, np.full(items, 1 / items), size=draws) for _ in range(seeds)], 1) / items       # [draws, seeds, items]
+    means = np.einsum("dsi,dsi->ds", drawn, values[picked]).mean(1)
+    return [round(float(x), 4) for x in (values.mean(), *np.quantile(means, (0.025, 0.975)))]
+
+
+def summary(units):
+    """{share: {model: {greedy | sampled | ..._minus_sft: [mean, low, high]}}}; differences are paired by item."""
+    def verdicts(share, name, how):
+        return np.array([np.mean([[int(c) for c in run] for run in ([s["greedy"]] if how == "greedy" else s["sampled"])], 0)
+                         for s in (unit[share][name] for unit in units.values())])
+    first = next(iter(units.values()))
+    return {share: {name: {key: interval(value) for how in ("greedy", "sampled") for key, value in (
+        (how, verdicts(share, name, how)), (f"{how}_minus_sft", verdicts(share, name, how) - verdicts(share, "sft", how)))} for name in first[share]} for share in first}
+
+
+def figure(table, path):
+    """Share of right and polite answers against the share of wrong labels, with the intervals."""
+    from matplotlib import pyplot
+    plot, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, how in zip(axes, ("greedy", "sampled")):
+        for i, (name, label) in enumerate((("sft", "preferred-SFT"), ("dpo", "DPO"), ("weights", "weights"), ("dual_paper", "DUAL, paper's form"), ("dual_new", "DUAL, new form"),
+                                           ("scit_paper", "SCIT, paper's form"), ("scit_new", "SCIT, new form"))):
+            x = np.array([float(share) for share in table]) + 0.004 * (i - 3)
+            middle, low, high = np.array([table[share][name][how] for share in table]).T
+            axis.errorbar(x, middle, [middle - low, high - middle], label=label, marker="o", markersize=4, capsize=2, linestyle="--" if "paper" in name else "-")
+        axis.set(title={"greedy": "greedy", "sampled": "temperature 1"}[how], xlabel="share of training labels swapped", ylim=(0, 1))
+    axes[0].set_ylabel("right and polite answers")
+    axes[0].legend(fontsize=8)
+    plot.savefig(path, dpi=110)
+
+
+def main(config):
+    seeds = config.seeds or ([0, 1] if config.phase == "choose" else [3, 4, 5, 6, 7])
+    settings = json.loads((RESULTS / "wrong_labels_settings.json").read_text())["settings"] if config.phase == "measure" else None
+    with ProcessPoolExecutor(config.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = {seed: {str(share): pool.submit(unit, config, seed, share, settings) for share in config.shares} for seed in seeds}
+        units = {str(seed): {share: job.result() for share, job in row.items()} for seed, row in jobs.items()}
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown") if os.path.exists("/proc/cpuinfo") else "unknown"
+    made = {"command": "python " + " ".join(sys.argv), "machine": f"{config.workers} processes of one thread, {cpu}", "versions": versions(), "seeds": seeds}
+    if config.phase == "choose":
+        scores = {seed: {share: {name: [round(mean(s["greedy"]), 4), round(mean(*s["sampled"]), 4)] for name, s in found.items()} for share, found in row.items()}
+                  for seed, row in units.items()}
+        write_json(RESULTS / "wrong_labels_settings.json", {**made, "settings": choose(units), "greedy and sampled": scores})
+        return print(json.dumps(choose(units)))
+    table = summary(units)
+    write_json(RESULTS / "wrong_labels.json", {**made, "settings": settings, "summary": table, "verdicts": units})
+    for share, models in table.items():
+        for name, row in models.items():
+            print(f"{share:>4} {name:>18}  " + "  ".join(f"{how} {row[how][0]:.3f} [{row[how][1]:.3f}, {row[how][2]:.3f}]" for how in row))
+    try:
+        figure(table, RESULTS / "wrong_labels.png")
+    except ImportError:
+        print("no figure: matplotlib is not installed")
+
+
+if __name__ == "__main__":
+    run(main, Config)
