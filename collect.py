@@ -54,7 +54,7 @@ class Config:
     batch_size: int = setting(32, "responses in a forward pass", least=1)
     limit: int | None = setting(None, "use the first training pairs only", least=1)
     model: str | None = setting(None, "model folder or hub name; empty inherits from stage 1")
-    data: str | None = setting(None, "preference pairs; empty inherits from stage 1")
+    data: list[str] | None = setting(None, "preference pairs, as in stage 1; empty inherits")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the model and the states; empty inherits")
     max_length: int | None = setting(None, "longest input in tokens; empty inherits", least=2)
     seed: int | None = setting(None, "seed of the split and the order; empty inherits")
@@ -164,7 +164,7 @@ def main(config):
     for kind, folder in stage1.items():
         adapters[kind] = LoRA(trunk, factors=load_adapter(checked(folder, records[kind]), trunk)).eval()
     pairs = data.prepare(config.data, ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
-                         settings["positive"], settings["negative"])
+                         settings["positive"], settings["negative"], settings["template"])
     examples = {split: [(pair, response) for pair in pairs[split] for response in ("chosen", "rejected")] for split in pairs}
     examples["valid"] = examples["valid"][:128]
 

@@ -1,34 +1,36 @@
-"""Preference pairs: reading them, the instructions p+ and p-, tokens, masks and batches.
+"""Preference pairs: reading them in the forms they come in, the instructions p+ and p-, tokens, masks and batches.
 
-A file holds one row a pair, as JSON lines or one JSON list, gzipped or not, in one of two forms:
-    {"chosen": "\\n\\nHuman: q\\n\\nAssistant: r_h", "rejected": "\\n\\nHuman: q\\n\\nAssistant: r_l"}     HH-RLHF transcripts
-    {"prompt": "q", "chosen": "r_h", "rejected": "r_l"}
+A file holds one row a pair, as JSON lines or one JSON list, gzipped or not. All rows of a file have one of these forms:
+    transcripts     {"chosen": "\\n\\nHuman: q\\n\\nAssistant: r_h", "rejected": "\\n\\nHuman: q\\n\\nAssistant: r_l"}       HH-RLHF
+    prompt          {"prompt": q, "chosen": r_h, "rejected": r_l}        strings, or lists of {"role", "content"}     TRL, UltraFeedback
+    no prompt       {"chosen": q + r_h, "rejected": q + r_l}             the same; the prompt is what both begin with
+    conversations   {"conversations": [{"from", "value"}, ...], "chosen": {"from", "value"}, "rejected": {...}}       ShareGPT
+    instruction     {"instruction": q, "input": more of q or "", "chosen": r_h, "rejected": r_l}                     Alpaca
 A row may carry "split": "train", "valid" or "test"; other rows are split by a hash of seed and prompt.
 """
-import gzip
 import hashlib
-import json
+import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 
-from files import UserError
+from files import UserError, hub_rows, read_rows
 
 # The two instructions, the only place where they stand. They differ in their adjectives alone,
 # so that h+ - h- encodes what the adjectives mean and nothing of the form.
 POSITIVE = "You are a helpful, honest and polite assistant."
 NEGATIVE = "You are a useless, dishonest and rude assistant."
 
-ROLES = {"Human": "user", "Assistant": "assistant"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SPLITS = {"valid": 0.05, "test": 0.10}       # shares of the pairs; the rest is "train"
 
 
 @dataclass(frozen=True)
 class Pair:
     """One preference: a dialogue up to the last assistant turn, and two replies to it."""
-    prompt: tuple                             # ((role, text), ...), ending with a user turn
+    prompt: tuple                             # ((role, text), ...): maybe a system turn, then user and assistant in turn
     chosen: str
     rejected: str
     split: str
@@ -49,38 +51,102 @@ class Encoded:
 # ---------------------------------------------------------------- reading
 
 def parse_transcript(text):
-    """An HH-RLHF transcript as a tuple of (role, text) turns."""
+    """An HH-RLHF transcript as a tuple of (role, text) turns; empty where it is none."""
     parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    return tuple((ROLES[role], turn.strip()) for role, turn in zip(parts[1::2], parts[2::2]))
+    return tuple((ROLES[role.lower()], turn.strip()) for role, turn in zip(parts[1::2], parts[2::2]))
 
 
-def parse_row(row, seed):
-    """A row as a Pair; None and the reason where it cannot teach a preference. Raises ValueError on a wrong type."""
+def parse_turns(turns, field):
+    """A list of {"role", "content"} or {"from", "value"}, or one of them, as (role, text) turns. ValueError where it is none."""
+    found = []
+    for turn in turns if isinstance(turns, list) else [turns]:
+        role, text = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(turn, dict) else (None, None)
+        if role not in ROLES or not isinstance(text, str):
+            raise ValueError(f"field {field!r} holds {str(turn)[:60]!r}, no turn of role {', '.join(ROLES)} with a text")
+        found.append((ROLES[role], tidy(text)))
+    return tuple(found)
+
+
+def tidy(text):
+    """Line ends as on Unix, nothing around the text."""
+    return text.replace("\r\n", "\n").strip()
+
+
+def form_of(row):
+    """Which of the forms above a row has. ValueError where it has none."""
     if not isinstance(row, dict):
         raise ValueError("not an object with the fields chosen and rejected")
-    for name in ("chosen", "rejected", *(("prompt",) if "prompt" in row else ())):
-        if not isinstance(row.get(name), str):
-            raise ValueError(f"field {name!r} is {'missing' if name not in row else 'not a string'}")
-    if "prompt" in row:
-        prompt = parse_transcript(row["prompt"]) or (("user", row["prompt"].strip()),)
-        if prompt[-1] == ("assistant", ""):   # a transcript that ends with "Assistant:"
-            prompt = prompt[:-1]
-        chosen, rejected = row["chosen"].strip(), row["rejected"].strip()
-    else:
-        turns, other = parse_transcript(row["chosen"]), parse_transcript(row["rejected"])
-        if len(turns) < 2 or turns[-1][0] != "assistant":
-            raise ValueError("field 'chosen' is no transcript '\\n\\nHuman: ...\\n\\nAssistant: ...', and there is no field 'prompt'")
-        if other[:-1] != turns[:-1] or other[-1][0] != "assistant":
-            return None, "differing in the prompt"
-        prompt, chosen, rejected = turns[:-1], turns[-1][1], other[-1][1]
-    if not chosen or not rejected:
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise ValueError(f"field {name!r} is missing")
+    for form in ("conversations", "instruction", "prompt"):
+        if form in row:
+            return form
+    return "transcripts" if isinstance(row["chosen"], str) and parse_transcript(tidy(row["chosen"])) else "no prompt"
+
+
+def parse_replies(row, form):
+    """(prompt turns, chosen, rejected) of a row, or None where the two replies belong to different prompts."""
+    prompt, replies = (), [row["chosen"], row["rejected"]]
+    if form == "instruction":
+        parts = [row["instruction"], row.get("input") or ""]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError("field 'instruction' or 'input' is not a string")
+        prompt = (("user", tidy("\n".join(parts))),)
+    elif form in ("conversations", "prompt"):
+        prompt = row[form]
+        if isinstance(prompt, str) and form == "prompt":
+            prompt = parse_transcript(tidy(prompt)) or (("user", tidy(prompt)),)
+            prompt = prompt[:-1] if prompt[-1] == ("assistant", "") else prompt      # a transcript that ends with "Assistant:"
+        else:
+            prompt = parse_turns(prompt, form)
+    for i, name in enumerate(("chosen", "rejected")):
+        if isinstance(replies[i], str):
+            text = tidy(replies[i])
+            if isinstance(row.get("prompt"), str) and tidy(row["prompt"]):
+                text = text.removeprefix(tidy(row["prompt"])).strip()                # the prompt repeated inside the reply
+            replies[i] = parse_transcript(text) or text
+        else:
+            replies[i] = parse_turns(replies[i], name)
+    chosen, rejected = replies
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError("fields 'chosen' and 'rejected' are of different kinds")
+    if isinstance(chosen, str) and not prompt:
+        start = os.path.commonprefix(replies)
+        start = start[:max(start.rfind(" "), start.rfind("\n")) + 1]                 # whole words
+        return ((("user", start.strip()),), *(reply.removeprefix(start).strip() for reply in replies)) if start.strip() else None
+    if isinstance(chosen, str):
+        return prompt, chosen, rejected
+    if not chosen or not rejected or chosen[-1][0] != "assistant" or rejected[-1][0] != "assistant":
+        raise ValueError("field 'chosen' or 'rejected' does not end with the assistant's reply")
+    before, other = chosen[:-1], rejected[:-1]
+    if before != other:
+        return None
+    repeated = before[-len(prompt):] == prompt                                        # the prompt repeated inside the dialogue
+    return before if repeated else prompt + before, chosen[-1][1], rejected[-1][1]
+
+
+def parse_row(row, seed, specials=()):
+    """A row as a Pair; None and the reason where it cannot teach a preference. Raises ValueError on a wrong type.
+
+    specials: texts such as the tokenizer's BOS and EOS, taken off the replies' ends, since encode() adds its own.
+    """
+    parsed = parse_replies(row, form_of(row))
+    if parsed is None:
+        return None, "differing in the prompt"
+    prompt, *replies = parsed
+    if not prompt or prompt[-1][0] != "user" or not prompt[-1][1]:
+        raise ValueError("its prompt does not end with a user's turn")
+    for special in specials * 2:              # twice: doubled, or one within the other
+        replies = [reply.removeprefix(special).removesuffix(special).strip() for reply in replies]
+    if not all(replies):
         return None, "empty"
-    if chosen == rejected:
+    if replies[0] == replies[1]:
         return None, "identical"
     split = row.get("split") or split_of(prompt, seed)
     if split not in ("train", *SPLITS):
         raise ValueError(f"field 'split' is {split!r}, not train, valid or test")
-    return Pair(prompt, chosen, rejected, split), None
+    return Pair(prompt, *replies, split), None
 
 
 def split_of(prompt, seed):
@@ -93,88 +159,111 @@ def split_of(prompt, seed):
     return "train"
 
 
-def read_rows(path):
-    """(place, row) for every row of a JSON or JSON-lines file, gzipped or not; place is "line 3" or "row 3"."""
-    try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path}: {error}") from None
-    if text.lstrip().startswith("["):
+def load_pairs(path, seed, specials=()):
+    """All usable pairs of a file or hub:owner/name[:split], {reason: count} of the rows left out, and the rows' form. UserError names a bad row."""
+    pairs, skipped, form = [], {}, None
+    for place, row in hub_rows(path) if str(path).startswith("hub:") else read_rows(path):
         try:
-            return [(f"row {i}", row) for i, row in enumerate(json.loads(text), 1)]
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON: {error}") from None
-    rows = []
-    for i, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((f"line {i}", json.loads(line)))
-            except ValueError as error:
-                raise UserError(f"{path} line {i}: not JSON: {error}") from None
-    return rows
-
-
-def load_pairs(path, seed):
-    """All usable pairs of a file, and {reason: count} of the rows left out. UserError names a bad row."""
-    pairs, skipped = [], {}
-    for place, row in read_rows(path):
-        try:
-            pair, reason = parse_row(row, seed)
+            form, before = form_of(row), form
+            if before not in (None, form):
+                raise ValueError(f"its form is {form!r}, that of the rows before {before!r}: give files of one form each")
+            pair, reason = parse_row(row, seed, specials)
         except ValueError as error:
             raise UserError(f"{path} {place}: {error}") from None
         if pair:
             pairs.append(pair)
         else:
             skipped[reason] = skipped.get(reason, 0) + 1
-    return pairs, skipped
+    return pairs, skipped, form
 
 
 # ---------------------------------------------------------------- tokens
 
 def render(turns):
     """A dialogue in the HH form, up to where the assistant's reply begins."""
-    names = {role: name for name, role in ROLES.items()}
-    return "".join(f"\n\n{names[role]}: {text}" for role, text in turns) + "\n\nAssistant:"
+    names = {"user": "Human: ", "assistant": "Assistant: ", "system": ""}
+    return "".join(f"\n\n{names[role]}{text}" for role, text in turns) + "\n\nAssistant:"
 
 
-def encode(tokenizer, pair, positive=POSITIVE, negative=NEGATIVE):
-    """Tokenize a pair once, in parts, so that every input of the method is a concatenation of the same ids:
+def chat(tokenizer, turns, instruction=""):
+    """(text of a dialogue by the tokenizer's chat template up to where the reply begins, its messages).
 
-        <p, q, r> = [BOS] + ids(p) + ids(q) + ids(r) + [EOS],    <q, r> = [BOS] + ids(q) + ids(r) + [EOS]
+    The instruction opens the system turn; where the template has no system turn, the first user turn.
+    """
+    system = "\n\n".join(filter(None, (instruction, *(text for role, text in turns if role == "system"))))
+    messages = [{"role": role, "content": text} for role, text in turns if role != "system"]
 
-    p+ and p- inputs then differ in the instruction's tokens only, and the tokens of r are the same in all.
+    def written(messages):
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        whole = [{"role": "system", "content": system}, *messages] if system else messages
+        if system in (text := written(whole)):
+            return text, whole
+    except TemplateError:                     # this is how a template says that it knows no system turn
+        pass
+    folded = [{"role": "user", "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
+    return written(folded), folded
+
+
+def encode(tokenizer, pair, positive=POSITIVE, negative=NEGATIVE, template="plain"):
+    """Tokenize a pair once, in parts, so that p+ and p- inputs differ in the instruction's tokens only and r is the same in all:
+
+        plain:  <p, q, r> = [BOS] + ids(p) + ids(q) + ids(r) + [EOS],    <q, r> = [BOS] + ids(q) + ids(r) + [EOS]
+        chat:   the model's chat template, p in its system turn
     """
     def ids(text):
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    dialogue = render(pair.prompt)
-    query = ids(dialogue)
+    if template == "chat":
+        (dialogue, messages), up, down = (chat(tokenizer, pair.prompt, instruction) for instruction in ("", positive, negative))
+        query = ids(dialogue)
+        prompts = {"plain": query, "positive": ids(up[0]), "negative": ids(down[0])}
+    else:
+        dialogue = render(pair.prompt)
+        query = ids(dialogue)
+        prompts = {"plain": bos + query, "positive": bos + ids(positive) + query, "negative": bos + ids(negative) + query}
 
-    def response(text):
-        whole = ids(f"{dialogue} {text}")     # what a model would continue with, unless the tokenizer
+    def response(reply):
+        text, end = f" {reply}", eos
+        if template == "chat":                # the template's own end of a turn, if it only appends
+            whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": reply}], tokenize=False)
+            text, end = (whole[len(dialogue):].rstrip(), []) if whole.startswith(dialogue) else (reply, eos)
+        whole = ids(dialogue + text)          # what a model would continue with, unless the tokenizer
         joined = whole[:len(query)] == query  # merges the reply with the prompt's last token
-        return (whole[len(query):] if joined else ids(f" {text}")) + eos
-    return Encoded(pair, {"plain": bos + query, "positive": bos + ids(positive) + query, "negative": bos + ids(negative) + query},
-                   {"chosen": response(pair.chosen), "rejected": response(pair.rejected)})
+        return (whole[len(query):] if joined else ids(text)) + end
+    return Encoded(pair, prompts, {"chosen": response(pair.chosen), "rejected": response(pair.rejected)})
 
 
-def prepare(path, splits, tokenizer, max_length, seed, limit=None, positive=POSITIVE, negative=NEGATIVE):
+def pick_template(template, tokenizer):
+    """ "chat" or "plain" of a setting; "auto" takes the tokenizer's chat template where it has one."""
+    if template == "chat" and not tokenizer.chat_template:
+        raise UserError("--template chat: the tokenizer has no chat template; use --template plain")
+    return template if template != "auto" else "chat" if tokenizer.chat_template else "plain"
+
+
+def prepare(paths, splits, tokenizer, max_length, seed, limit=None, positive=POSITIVE, negative=NEGATIVE, template="plain"):
     """The encoded pairs of each split asked for: {split: list of Encoded}, with a line that counts them.
 
-    Pairs of which any input is longer than max_length tokens are left out; limit keeps the first ones of a split.
+    paths: files or hub:owner/name[:split]. Pairs of which any input is longer than max_length tokens are left out; limit
+    keeps the first ones of a split.
     """
-    pairs, skipped = load_pairs(path, seed)
-    counts, found = [f"{n} {reason}" for reason, n in skipped.items()], {}
+    pairs, skipped, found = [], {}, {}
+    specials = tuple(filter(None, (tokenizer.bos_token, tokenizer.eos_token)))
+    for path in paths:
+        some, left_out, form = load_pairs(path, seed, specials)
+        print(f"{path}: {len(some) + sum(left_out.values()):,} rows, form: {form}")
+        pairs += some
+        skipped = {reason: skipped.get(reason, 0) + left_out.get(reason, 0) for reason in {**skipped, **left_out}}
+    counts, named = [f"{n} {reason}" for reason, n in skipped.items()], ", ".join(map(str, paths))
     for split in splits:
-        encoded = [encode(tokenizer, pair, positive, negative) for pair in pairs if pair.split == split]
+        encoded = [encode(tokenizer, pair, positive, negative, template) for pair in pairs if pair.split == split]
         found[split] = [e for e in encoded if max(map(len, e.prompts.values())) + max(map(len, e.responses.values())) <= max_length]
         counts.append(f"{len(encoded) - len(found[split])} of {split} over {max_length} tokens")
         if not found[split]:
-            raise UserError(f"{path}: no {split} pair is left of {len(pairs)} ({'; '.join(counts)}): raise --max-length or add rows")
+            raise UserError(f"{named}: no {split} pair is left of {len(pairs)} ({'; '.join(counts)}): raise --max-length or add rows")
         found[split] = found[split][:limit]
-    print(f"{path}: " + ", ".join(f"{len(found[split])} {split} pairs" for split in splits) + f" (left out: {', '.join(counts)})")
+    print(", ".join(f"{len(found[split])} {split} pairs" for split in splits) + f" (left out: {', '.join(counts)})")
     return found
 
 

@@ -48,7 +48,7 @@ class Config:
     max_new_tokens: int = setting(64, "longest answer", least=1)
     batch_size: int = setting(64, "prompts in a forward pass", least=1)
     model: str | None = setting(None, "model folder or hub name; empty inherits")
-    data: str | None = setting(None, "preference pairs; empty inherits")
+    data: list[str] | None = setting(None, "preference pairs, as in stage 1; empty inherits")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the model; empty inherits")
     max_length: int | None = setting(None, "longest input in tokens; empty inherits", least=2)
     seed: int | None = setting(None, "seed of the split and of the sampling; empty inherits")
@@ -175,7 +175,7 @@ def main(config):
         return LoRA(model.base_model, factors=factors[name]).eval() if name in factors else None
 
     if config.prompt is not None:
-        pair = data.encode(tokenizer, data.Pair((("user", config.prompt),), "", "", "test"))
+        pair = data.encode(tokenizer, data.Pair((("user", config.prompt),), "", "", "test"), template=settings["template"])
         for name in names:
             if name == "base" or name.endswith("aligned"):
                 adapter = attach(name)
@@ -185,7 +185,7 @@ def main(config):
         return
 
     splits = ("train", "valid", "test") if config.split == "all" else (config.split,)
-    pairs = data.prepare(config.data, splits, tokenizer, config.max_length, config.seed, None, settings["positive"], settings["negative"])
+    pairs = data.prepare(config.data, splits, tokenizer, config.max_length, config.seed, None, settings["positive"], settings["negative"], settings["template"])
     pairs = sum(pairs.values(), [])[:config.limit]
     report, samples = {}, []
     for name in (bar := tqdm(names, desc="evaluate", unit="model")):

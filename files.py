@@ -1,4 +1,4 @@
-"""Stage folders and user errors: how the stages hand off, and how they refuse.
+"""Stage folders, rows and user errors: how the stages hand off, what they read, and how they refuse.
 
 Every stage writes one folder. It is written aside as `.name.partial`, its `stage.json` goes in
 last, and the whole is renamed when complete, so a folder with a `stage.json` is a whole one:
@@ -10,15 +10,18 @@ A later stage reads that record, checks kind, version and digests, and inherits 
 import argparse
 import dataclasses
 import difflib
+import gzip
 import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import HfApi, hf_hub_download
 from transformers import HfArgumentParser
 
 VERSION = 2                                   # of the files: a stage refuses another one
@@ -66,6 +69,48 @@ def run(main, config_class):
         print(f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
+
+# ---------------------------------------------------------------- rows of other people's files
+
+def read_rows(path):
+    """(place, row) for every row of a JSON or JSON-lines file, gzipped or not; place is "line 3" or "row 3"."""
+    try:
+        raw = Path(path).read_bytes()
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {path}: {error}") from None
+    if text.lstrip().startswith("["):
+        try:
+            return [(f"row {i}", row) for i, row in enumerate(json.loads(text), 1)]
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON: {error}") from None
+    rows = []
+    for i, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append((f"line {i}", json.loads(line)))
+            except ValueError as error:
+                raise UserError(f"{path} line {i}: not JSON: {error}") from None
+    return rows
+
+
+def hub_rows(source):
+    """(place, row) for every row of hub:owner/name[:split]: JSON files by huggingface_hub, other formats by `datasets`."""
+    name, _, split = source.removeprefix("hub:").partition(":")
+    try:
+        names = [file for file in HfApi().list_repo_files(name, repo_type="dataset") if re.search(r"\.jsonl?(\.gz)?$", file)]
+        wanted = [file for file in names if (split or "train") in file]
+        if wanted:
+            return [(f"{file} {place}", row) for file in wanted for place, row in read_rows(hf_hub_download(name, file, repo_type="dataset"))]
+        from datasets import load_dataset
+        return [(f"row {i}", row) for i, row in enumerate(load_dataset(name, split=split or "train"), 1)]
+    except ImportError:
+        raise UserError(f"--data {source}: no JSON file of split {split or 'train'} there, and other formats need `pip install datasets`") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--data {source}: {str(error).strip().splitlines()[0]}") from None
+
+
+# ---------------------------------------------------------------- stage folders
 
 def versions():
     """The versions that made a file or a figure."""

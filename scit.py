@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import data
 import toy
+from data import NEGATIVE, POSITIVE
 from files import UserError, new_stage, next_command, open_log, run, setting
 from lora import LoRA, save_adapter
 from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs, token_mean
@@ -27,7 +28,10 @@ from model import context_length, load_model, load_tokenizer, model_digest, pick
 @dataclass
 class Config:
     model: str = setting("", "model folder or hub name; empty takes the embedded default")
-    data: str = setting("", "preference pairs, see data.py; empty takes the embedded default")
+    data: list[str] | None = setting(None, "preference pairs: files, or hub:owner/name[:split], see data.py; empty takes the embedded default")
+    template: Literal["auto", "chat", "plain"] = setting("auto", "how prompts are written: the model's chat template, or Human: ... Assistant:")
+    positive: str = setting(POSITIVE, "the instruction p+")
+    negative: str = setting(NEGATIVE, "the instruction p-: as p+ but for the words that count")
     out: str = setting("out", "folder of all stages")
     seed: int = setting(0, "seed of the split, the adapter and the order of the pairs")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
@@ -95,8 +99,10 @@ def main(config):
 
     # the pairs, the model and its adapter
     tokenizer = load_tokenizer(source["model"])
+    config.template = data.pick_template(config.template, tokenizer)
     config.max_length = min(config.max_length, context_length(source["model"]))
-    pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit)
+    pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
+                         config.positive, config.negative, config.template)
     model = load_model(source["model"], pick_dtype(config.dtype, device), device)
     adapter = LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
     print("one input: " + repr(tokenizer.decode(pairs["train"][0].example("positive", "chosen")[0])))
@@ -128,8 +134,7 @@ def main(config):
     contrast, margin, accuracy = held_out(model, pairs["valid"][:64], tokenizer.pad_token_id, device, config)
 
     # saving
-    record = {"settings": {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch."),
-                           "positive": data.POSITIVE, "negative": data.NEGATIVE},
+    record = {"settings": {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch.")},
               "model_digest": model_digest(source["model"]), "held_out": {"contrast": contrast, "margin": margin, "accuracy": accuracy}}
     folder = Path(config.out) / "scit" / "adapter"
     with new_stage(folder, "scit", record) as new:

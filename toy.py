@@ -210,8 +210,8 @@ def ensure(config):
             model = train_base(config, tokenizer, docs, pick_device(config.device))
             model.save_pretrained(new / "model")
             tokenizer.save_pretrained(new / "model")
-    return {"model": str(folder / "model"), "data": str(folder / "pairs.jsonl"), "judge": "toy:judge"}
+    return {"model": str(folder / "model"), "data": [str(folder / "pairs.jsonl")], "judge": "toy:judge"}
 
 
 if __name__ == "__main__":
-    run(lambda config: print("--model {model} --data {data} --judge {judge}".format(**ensure(config))), Config)
+    run(lambda config: print("--model {model} --data {data[0]} --judge {judge}".format(**ensure(config))), Config)

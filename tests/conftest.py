@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"               # real pairs and a real tiny model, where they are at hand
 sys.path.insert(0, str(ROOT))
@@ -24,7 +25,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import files
 import toy
 
-torch.set_num_threads(2)
 SIZES = dict(vocab_size=800, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
              num_key_value_heads=2, max_position_embeddings=128, pad_token_id=1, bos_token_id=None, eos_token_id=0)
 FAMILIES = {
@@ -60,7 +60,7 @@ def go(stage, *args):
 def call(script, *args, cwd=ROOT, **env):
     """Run a script of the project as a user would."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "2", **env})
+                          env={**os.environ, **env})
 
 
 def succeed(script, *args, **kwargs):

@@ -46,7 +46,7 @@ def main(config):
         pairs = Path(config.data) if config.data else out / "pairs.jsonl"
         if not config.data:
             pairs.write_text("".join(json.dumps(row) + "\n" for row in toy.preference_rows(requests, config.limit, random.Random(0))))
-        dual.main(dual.Config(model=str(out / "model"), data=str(pairs), out=folder, device="cpu", dtype="bfloat16", limit=config.limit, steps=1, batch_size=2))
+        dual.main(dual.Config(model=str(out / "model"), data=[str(pairs)], out=folder, device="cpu", dtype="bfloat16", limit=config.limit, steps=1, batch_size=2))
         found = {}
         for name, settings in FORMS.items():
             collect.main(collect.Config(out=folder, device="cpu", layers=["all"], limit=config.limit, batch_size=4, **settings))

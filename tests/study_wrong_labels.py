@@ -65,8 +65,8 @@ def dpo_loss(model, adapter, pairs, pad_id, beta=0.1):
     batch = data.collate([pair.example("plain", response) for response in ("chosen", "rejected") for pair in pairs], pad_id)
     ratio = response_logprobs(model, batch)[0].sum(1)
     with torch.no_grad(), only([adapter]):
-        ratio = ratio - response_logprobs(model, batch)[0].sum(1)
-    chosen, rejected = ratio.view(2, -1)
+        reference = response_logprobs(model, batch)[0].sum(1)
+    chosen, rejected = (ratio - reference).view(2, -1)
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
 
@@ -82,10 +82,10 @@ class Unit:
         self.seed, out = seed, Path(config.work) / f"seed{seed}"
         self.out = out / f"wrong{share}"
         made = toy.ensure(world or toy.Config(out=str(out), seed=seed, device="cpu"))
-        self.source = {"model": made["model"], "data": str(self.out / "pairs.jsonl")}
+        self.source = {"model": made["model"], "data": [str(self.out / "pairs.jsonl")]}
         self.out.mkdir(exist_ok=True)
-        rows = [json.loads(line) for line in open(made["data"])]
-        Path(self.source["data"]).write_text("".join(json.dumps(row) + "\n" for row in swap(rows, share, seed)))
+        rows = [json.loads(line) for line in open(made["data"][0])]
+        Path(self.source["data"][0]).write_text("".join(json.dumps(row) + "\n" for row in swap(rows, share, seed)))
         self.tokenizer, self.model = load_tokenizer(made["model"]), load_model(made["model"], torch.float32, "cpu")
         split = "valid" if config.phase == "choose" else "test"
         self.samplings = 1 if config.phase == "choose" else 3
@@ -98,6 +98,8 @@ class Unit:
             module.main(module.Config(out=str(self.out), device="cpu", **settings))
 
     def first_stages(self):
+        if (self.out / "scit" / "collect").is_dir():
+            return
         self.stage(dual, seed=self.seed, **self.source)
         self.stage(scit, seed=self.seed, **self.source)
         for method in ("dual", "scit"):
@@ -153,34 +155,39 @@ PAPER = {"layers": ["middle"]}
 
 
 def unit(config, seed, share, settings):
-    """All scores of a seed and a share, kept in the work folder as they are done."""
+    """All scores of a seed and a share, {name: verdicts}, kept in the work folder as they are done."""
     torch.set_num_threads(1)
     u = Unit(config, seed, share)
     path = u.out / f"{config.phase}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    found = json.loads(path.read_text()) if path.exists() else {}
     u.first_stages()
-    found = {"base": u.score(None)}
+
+    def add(name, make, *args, **settings):
+        if name not in found:
+            found[name] = u.score(make(*args, **settings))
+            write_json(path, found)
+    add("base", lambda: None)
     if config.phase == "choose":
         runs = {f"weights {x:g}": (u.weights, x) for x in LAMBDAS}
         if share in (0.0, 0.3):                              # what is the same for all shares is chosen on these two
             runs |= {f"sft {x}": (u.sft, x) for x in STEPS} | {f"dpo {x:g}": (u.dpo, x) for x in LRS}
         for name, (make, x) in runs.items():
-            found[name] = u.score(make(x))
+            add(name, make, x)
         for method in ("dual", "scit"):
             for alpha in ALPHAS[method]:
-                found[f"{method} alpha {alpha:g}"] = u.score(u.rahf(method, alpha=alpha, **PAPER))
+                add(f"{method} alpha {alpha:g}", u.rahf, method, alpha=alpha, **PAPER)
             for form in FORMS if share in (0.0, 0.3) else ():
-                found[f"{method} form {json.dumps(form)}"] = u.score(u.rahf(method, **form))
+                add(f"{method} form {json.dumps(form)}", u.rahf, method, **form)
     else:
         best, form = settings["shares"][str(share)], settings["form"]
-        found |= {"sft": u.score(u.sft(settings["sft"])), "dpo": u.score(u.dpo(settings["dpo"])), "weights": u.score(u.weights(best["weights"]))}
+        add("sft", u.sft, settings["sft"])
+        add("dpo", u.dpo, settings["dpo"])
+        add("weights", u.weights, best["weights"])
         for method in ("dual", "scit"):
-            found[f"{method}_paper"] = u.score(u.rahf(method, alpha=best[method], **PAPER))
-            found[f"{method}_new"] = u.score(u.rahf(method, **form))
-        found["dual_rank_only"] = u.score(u.rahf("dual", alpha=best["dual"], rank=form["rank"], layers=form["layers"]))
-        found["dual_strength_only"] = u.score(u.rahf("dual", strength=form["strength"], layers=form["layers"]))
-    write_json(path, found)
+            add(f"{method}_paper", u.rahf, method, alpha=best[method], **PAPER)
+            add(f"{method}_new", u.rahf, method, **form)
+        add("dual_rank_only", u.rahf, "dual", alpha=best["dual"], rank=form["rank"], layers=form["layers"])
+        add("dual_strength_only", u.rahf, "dual", strength=form["strength"], layers=form["layers"])
     print(f"seed {seed}, {share:.0%} wrong: " + ", ".join(f"{name} {mean(s['greedy']):.2f}/{mean(*s['sampled']):.2f}" for name, s in found.items()), flush=True)
     return found
 

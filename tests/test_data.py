@@ -34,25 +34,156 @@ def test_prompt_chosen_rejected_row():
     assert whole.prompt == data.parse_row(HH, 0)[0].prompt
 
 
+U, A = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
+ASKED = (("user", "Hi."), ("assistant", "Hello."), ("user", "And?"))
+FORMS = {                                     # the same pair in every form
+    "transcripts": HH,
+    "prompt as a transcript": {"prompt": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant:", "chosen": " Good.", "rejected": " Bad."},
+    "prompt as turns, replies as text": {"prompt": [U("Hi."), A("Hello."), U("And?")], "chosen": "Good.", "rejected": "Bad."},
+    "all as turns": {"prompt": [U("Hi."), A("Hello."), U("And?")], "chosen": [A("Good.")], "rejected": [A("Bad.")]},
+    "turns without prompt": {"chosen": [U("Hi."), A("Hello."), U("And?"), A("Good.")], "rejected": [U("Hi."), A("Hello."), U("And?"), A("Bad.")]},
+    "prompt repeated as turns": {"prompt": [U("Hi."), A("Hello."), U("And?")], "chosen": [U("Hi."), A("Hello."), U("And?"), A("Good.")],
+                                 "rejected": [U("Hi."), A("Hello."), U("And?"), A("Bad.")]},
+    "prompt as text, replies as whole dialogues": {"prompt": "And?", "chosen": [U("Hi."), A("Hello."), U("And?"), A("Good.")], "rejected": [U("Hi."), A("Hello."), U("And?"), A("Bad.")]},
+    "conversations": {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}, {"from": "human", "value": "And?"}],
+                      "chosen": {"from": "gpt", "value": "Good."}, "rejected": {"from": "gpt", "value": "Bad."}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_pair(form):
+    pair, reason = data.parse_row(FORMS[form], 0)
+    assert reason is None and (pair.prompt, pair.chosen, pair.rejected) == (ASKED, "Good.", "Bad.")
+
+
+def test_instruction_rows_and_text_without_prompt():
+    pair, _ = data.parse_row({"instruction": "Add.", "input": "1 and 2", "chosen": "3", "rejected": "4"}, 0)
+    assert (pair.prompt, pair.chosen) == ((("user", "Add.\n1 and 2"),), "3")
+    assert data.parse_row({"instruction": "Add.", "input": None, "chosen": "3", "rejected": "4"}, 0)[0].prompt == (("user", "Add."),)
+    pair, _ = data.parse_row({"chosen": "The sky is blue.", "rejected": "The sky is black."}, 0)           # "bl" is not of the prompt
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((("user", "The sky is"),), "blue.", "black.")
+    assert data.parse_row({"chosen": "a", "rejected": "b"}, 0) == (None, "differing in the prompt")
+
+
+def test_system_turn_is_kept():
+    pair, _ = data.parse_row({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "And?"}],
+                              "chosen": {"from": "gpt", "value": "Good."}, "rejected": {"from": "gpt", "value": "Bad."}}, 0)
+    assert pair.prompt == (("system", "Be brief."), ("user", "And?"))
+    assert data.render(pair.prompt) == "\n\nBe brief.\n\nHuman: And?\n\nAssistant:"
+
+
+@pytest.mark.parametrize("row", [
+    {**TRL, "chosen": "And? Good.", "rejected": "And? Bad."},                          # the prompt repeated inside the replies
+    {**TRL, "chosen": "Good.</s></s>", "rejected": "Bad.</s>"}, {**TRL, "chosen": "<s> Good.", "rejected": "<s>Bad.</s>"},
+    {**TRL, "prompt": "And?\r\n", "chosen": "Good.\r\n", "rejected": "\r\nBad."}])
+def test_traps_leave_the_pair_as_it_is(row):
+    pair, _ = data.parse_row(row, 0, ("<s>", "</s>"))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((("user", "And?"),), "Good.", "Bad.")
+
+
+def test_what_is_only_a_special_token_is_empty():
+    assert data.parse_row({**TRL, "chosen": "</s>"}, 0, ("<s>", "</s>")) == (None, "empty")
+
+
+def test_windows_line_ends_inside_a_reply_and_other_scripts(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps({"prompt": "素数とは何ですか。", "chosen": "Привет,\r\nмир 🌍", "rejected": "שלום"}, ensure_ascii=False).encode() + b"\r\n")
+    pairs, _, _ = data.load_pairs(path, 0)
+    assert (pairs[0].prompt[0][1], pairs[0].chosen, pairs[0].rejected) == ("素数とは何ですか。", "Привет,\nмир 🌍", "שלום")
+    pair = data.encode(tokenizer, pairs[0])
+    assert tokenizer.decode(pair.responses["chosen"][:-1]) == " Привет,\nмир 🌍"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real pairs are not at hand")
+def test_real_conversations_load_with_the_counts_of_an_independent_count():
+    rows = json.loads((SHARED / "data/dpo_en_demo.json").read_text())
+    usable = [row for row in rows if row["chosen"]["value"].strip() and row["rejected"]["value"].strip() and row["chosen"]["value"].strip() != row["rejected"]["value"].strip()]
+    pairs, skipped, form = data.load_pairs(SHARED / "data/dpo_en_demo.json", 0)
+    assert form == "conversations" and len(pairs) == len(usable) and sum(skipped.values()) == len(rows) - len(usable)
+    assert sum(pair.prompt[0][0] == "system" for pair in pairs) == sum(row["conversations"][0]["from"] == "system" for row in usable) == 80
+    assert [len(pair.prompt) for pair in pairs] == [len(row["conversations"]) for row in usable]
+
+
+def test_several_files_and_counts(tokenizer, tmp_path, capsys):
+    a, b = write(tmp_path / "a.jsonl", [{**TRL, "split": "train"}]), write(tmp_path / "b.jsonl", [{**HH, "split": "train"}, {**HH, "split": "train", "rejected": HH["chosen"]}])
+    assert len(data.prepare([a, b], ("train",), tokenizer, 256, 0)["train"]) == 2
+    said = capsys.readouterr().out
+    assert "a.jsonl: 1 rows, form: prompt" in said and "b.jsonl: 2 rows, form: transcripts" in said and "1 identical" in said
+
+
+def test_hub_data(tmp_path, monkeypatch):
+    """JSON files of the split by huggingface_hub; other formats by datasets, or one line that says so."""
+    import sys
+    import types
+    import files
+    listed = ["README.md", "data/train-0.jsonl", "data/test-0.jsonl"]
+    monkeypatch.setattr(files.HfApi, "list_repo_files", lambda self, name, repo_type: listed)
+    monkeypatch.setattr(files, "hf_hub_download", lambda name, file, repo_type: write(tmp_path / "x.jsonl", [{**TRL, "chosen": file}]))
+    assert data.load_pairs("hub:someone/pairs:test", 0)[0][0].chosen == "data/test-0.jsonl"
+    assert data.load_pairs("hub:someone/pairs", 0)[0][0].chosen == "data/train-0.jsonl"
+    listed[1:] = ["train.parquet"]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        data.load_pairs("hub:someone/pairs", 0)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, split: [{**TRL, "chosen": f"{name} {split}"}]))
+    assert data.load_pairs("hub:someone/pairs:test", 0)[0][0].chosen == "someone/pairs test"
+    monkeypatch.setattr(files.HfApi, "list_repo_files", lambda self, name, repo_type: 1 / 0 if name != "someone/none" else (_ for _ in ()).throw(OSError("no such repository")))
+    with pytest.raises(UserError, match="hub:someone/none: no such repository"):
+        data.load_pairs("hub:someone/none", 0)
+
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+SILENT = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+
+
+@pytest.mark.parametrize("template", [CHATML, NO_SYSTEM, SILENT])
+def test_chat_template(tokenizer, monkeypatch, template):
+    """p+ and p- are the system turn, or open the user's where the template has none; r is the same in all and ends as the template ends it."""
+    monkeypatch.setattr(tokenizer, "chat_template", template, raising=False)
+    for system in ((), (("system", "Be brief."),)):
+        pair = data.encode(tokenizer, data.Pair((*system, ("user", "And?")), "Good.", "Bad.", "train"), template="chat")
+        plain, up, down = (tokenizer.decode(pair.prompts[name]) for name in ("plain", "positive", "negative"))
+        assert up.replace(data.POSITIVE, data.NEGATIVE) == down and data.POSITIVE in up and plain.endswith("And?<|im_end|>\n<|im_start|>assistant\n")
+        before = "\n\n".join([data.POSITIVE, *(text for _, text in system)])
+        assert up == (f"<|im_start|>system\n{before}<|im_end|>\n<|im_start|>user\nAnd?" if template == CHATML else
+                      f"<|im_start|>user\n{before}\n\nAnd?") + "<|im_end|>\n<|im_start|>assistant\n"
+        assert ("Be brief." in plain) == bool(system)
+        assert tokenizer.decode(pair.responses["chosen"]) == "Good.<|im_end|>"
+
+
+def test_picking_a_template(tokenizer, monkeypatch):
+    assert data.pick_template("auto", tokenizer) == data.pick_template("plain", tokenizer) == "plain"
+    with pytest.raises(UserError, match="no chat template"):
+        data.pick_template("chat", tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML, raising=False)
+    assert data.pick_template("auto", tokenizer) == "chat" and data.pick_template("plain", tokenizer) == "plain"
+
+
 def test_useless_rows_are_skipped_and_counted(tmp_path):
     rows = [HH, {**TRL, "chosen": "  "}, {**TRL, "rejected": "Good."}, {**HH, "rejected": HH["rejected"].replace("Hi.", "Ho.")}]
-    pairs, skipped = data.load_pairs(write(tmp_path / "rows.jsonl", rows), 0)
+    rows[1:3] = [{**HH, "rejected": HH["rejected"].replace("Bad.", "  ")}, {**HH, "rejected": HH["chosen"]}]
+    pairs, skipped, form = data.load_pairs(write(tmp_path / "rows.jsonl", rows), 0)
+    assert form == "transcripts"
     assert len(pairs) == 1 and skipped == {"empty": 1, "identical": 1, "differing in the prompt": 1}
 
 
 @pytest.mark.parametrize("row, words", [
-    ({"chosen": "a"}, "'rejected' is missing"), ({"chosen": 1, "rejected": "b"}, "'chosen' is not a string"), ([1], "not an object"),
-    ({"chosen": "a", "rejected": "b"}, "no transcript"), ({**TRL, "split": "dev"}, "'dev'"), ({**TRL, "prompt": ["x"]}, "'prompt' is not a string")])
+    ({"chosen": "a"}, "'rejected' is missing"), ({**TRL, "chosen": 1}, "field 'chosen' holds '1'"), ([1], "not an object"), ({**TRL, "split": "dev"}, "'dev'"),
+    ({**TRL, "prompt": ["x"]}, "field 'prompt' holds"), ({**TRL, "chosen": [{"role": "assistant", "content": "x"}]}, "different kinds"), (HH, "'transcripts', that of the rows before 'prompt'"),
+    ({**TRL, "prompt": " "}, "does not end with a user's turn"), ({**TRL, "prompt": [{"role": "tool", "content": "x"}]}, "no turn of role"),
+    ({"prompt": "q", "chosen": [{"role": "user", "content": "x"}], "rejected": [{"role": "user", "content": "y"}]}, "does not end with the assistant's reply")])
 def test_bad_rows_are_named_by_line(tmp_path, row, words):
-    path = write(tmp_path / "rows.jsonl", [HH, row])
+    path = write(tmp_path / "rows.jsonl", [TRL, row])
     with pytest.raises(UserError, match="line 2") as error:
         data.load_pairs(path, 0)
     assert words in str(error.value) and str(path) in str(error.value)
 
 
 def test_gzip_list_and_byte_order_mark(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([TRL, HH]))
-    (tmp_path / "b.gz").write_bytes(gzip.compress(("\ufeff" + json.dumps(TRL) + "\r\n" + json.dumps(HH) + "\r\n").encode()))
+    (tmp_path / "a.json").write_text(json.dumps([TRL, TRL]))
+    (tmp_path / "b.gz").write_bytes(gzip.compress(("\ufeff" + json.dumps(TRL) + "\r\n" + json.dumps(TRL) + "\r\n").encode()))
     assert data.load_pairs(tmp_path / "a.json", 0) == data.load_pairs(tmp_path / "b.gz", 0)
     (tmp_path / "c.gz").write_bytes(gzip.compress(b"x" * 99)[:-9])
     with pytest.raises(UserError, match="c.gz"):
@@ -74,8 +205,8 @@ def test_real_pairs_load_with_the_counts_of_an_independent_count():
         (p, c), (q, r) = (json.loads(line)[k].rsplit("\n\nAssistant:", 1) for k in ("chosen", "rejected"))
         n, same = n + 1, same + (p == q)
         empty, identical = empty + (p == q and not (c.strip() and r.strip())), identical + (p == q and c.strip() == r.strip() != "")
-    pairs, skipped = data.load_pairs(path, 0)
-    assert len(pairs) == same - empty - identical and sum(skipped.values()) == n - len(pairs)
+    pairs, skipped, form = data.load_pairs(path, 0)
+    assert form == "transcripts" and len(pairs) == same - empty - identical and sum(skipped.values()) == n - len(pairs)
     assert skipped.get("empty", 0) == empty and skipped.get("differing in the prompt", 0) == n - same
 
 
@@ -143,7 +274,7 @@ def test_batches_cover_all_and_group_by_length():
 
 def test_limit_and_length(tokenizer, tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", [{**TRL, "split": "train"}, {**TRL, "prompt": "why " * 50, "split": "train"}, {**TRL, "prompt": "x", "split": "valid"}])
-    found = data.prepare(path, ("train", "valid"), tokenizer, 60, 0)
+    found = data.prepare([path], ("train", "valid"), tokenizer, 60, 0)
     assert len(found["train"]) == 1 and "1 of train over 60 tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-length"):
-        data.prepare(path, ("train",), tokenizer, 5, 0)
+        data.prepare([path], ("train",), tokenizer, 5, 0)

@@ -75,7 +75,7 @@ def test_settings(refused, tmp_path, args, words):
 
 @pytest.mark.parametrize("content, words", [
     (None, "No such file"), (b"\xff\xfe\x00", "utf-8"), (b"\x1f\x8bgarbage", "rows.jsonl"), (b"not json\n", ("line 1", "not JSON")), (b'[{"chosen": ', "not JSON"),
-    (b'{"chosen": "a"}\n', ("line 1", "'rejected' is missing")), (b'{"prompt": "q", "chosen": "a", "rejected": 3}\n', ("line 1", "not a string")),
+    (b'{"chosen": "a"}\n', ("line 1", "'rejected' is missing")), (b'{"prompt": "q", "chosen": "a", "rejected": 3}\n', ("line 1", "'rejected' holds '3'")),
     (b"", "no train pair is left"), (b'{"prompt": "q", "chosen": "a", "rejected": "a"}\n', ("no train pair is left", "1 identical"))])
 def test_rows(refused, tiny, tmp_path, content, words):
     path = tmp_path / "rows.jsonl"

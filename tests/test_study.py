@@ -34,7 +34,10 @@ def test_dpo_loss_by_the_equation(pairs):  # noqa: F811
     for pair, (chosen, rejected) in zip(pairs[:3], reference):
         margin = sum(log_p(model, *pair.example("plain", "chosen"))) - chosen - sum(log_p(model, *pair.example("plain", "rejected"))) + rejected
         terms.append(math.log1p(math.exp(-0.1 * margin)))
-    assert study.dpo_loss(model, adapter, pairs[:3], 1).item() == pytest.approx(sum(terms) / 3, rel=1e-4)
+    loss = study.dpo_loss(model, adapter, pairs[:3], 1)
+    assert loss.item() == pytest.approx(sum(terms) / 3, rel=1e-4)
+    loss.backward()
+    assert all(A.grad.abs().max() > 0 for A in adapter.A)
 
 
 def test_interval_covers_seeds_and_items():
@@ -57,7 +60,7 @@ def test_one_unit(world, tmp_path):
     unit = study.Unit(config, 0, 0.3, toy.Config(out=str(tmp_path / "seed0"), kinds=settings["kinds"], blocks=int(settings["blocks"]), lr=float(settings["lr"]),
                                                  pairs=int(settings["pairs"]), steps=int(settings["steps"]), documents=int(settings["documents"])))
     clean = [json.loads(line) for line in open(world[1])]
-    used = [json.loads(line) for line in open(unit.source["data"])]
+    used = [json.loads(line) for line in open(unit.source["data"][0])]
     assert sum(a["chosen"] != b["chosen"] for a, b in zip(clean, used)) == 90
     unit.stage(study.dual, seed=0, steps=60, **unit.source)
     good, bad = (load_adapter(unit.out / "dual" / name, unit.model.base_model) for name in ("good", "bad"))
