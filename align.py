@@ -9,31 +9,30 @@ On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same
 
     loss = mean over target layers l and recorded tokens of || A(π_lora, <q, r>, l) - (b_l + α (h+_l - h-_l)) ||_2
 
-Two things go beyond the paper. α does not carry over between models; a strength ρ does better: α_l = ρ / mean(|v_l|/|h_l|),
+Two things go beyond the paper. α does not carry over between models; a strength ρ does better: α_l = ρ / mean(|v_l|/|b_l|),
 so that states move by a share ρ of their length. And v may be replaced by v U^T U, its part in the span of the layer's
-top k uncentred principal directions U [k, D].
+top k uncentred principal directions U [k, D] (ρ is still of the whole v).
 
 The LoRA is on blocks 0 to the highest target; nothing above is loaded or run. One collection serves many α.
 Writes OUT/METHOD/align, a PEFT adapter that applies to the original base model alone.
 """
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import data
-from files import UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting
+from files import Collection, UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting
 from kernels import bytes_moved, representation_loss, response_index
 from lora import LoRA, load_adapter, only, save_adapter, stack
 from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
 
 ALPHA = {"scit": 0.5, "dual": 1.0}           # default α, chosen on the validation pairs of the embedded default
-SAMPLE = 4096                                 # responses, of which the directions of a full collection are found
 
 
 @dataclass
@@ -59,48 +58,20 @@ class Config:
     seed: int | None = setting(None, "seed of the adapter and the order; empty inherits")
 
 
-class Collection:
-    """Collected responses: token ids and, per target layer, packed states, mapped from shards as they are read."""
-
-    def __init__(self, paths, layers, store, directions=None):
-        self.layers, self.directions = layers, directions  # directions: a list of U [k, D] turns v into coefficients on them
-        self.names = {"full": ("plus", "minus"), "diff": ("v",), "lowrank": ("c",)}[store]
-        self.items, self.lengths = [], []                  # (tensors of its shard, ids from:to, states from:to, prompt ids)
-        for path in paths:
-            with safe_open(path, "pt") as file:            # its tensors are views of the mapped file
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-            lengths, starts = tensors["lengths"].tolist(), tensors["starts"].tolist()
-            at_id = at_state = 0
-            for length, start in zip(lengths, starts):
-                end_state = at_state + length - start
-                self.items.append((tensors, slice(at_id, at_id + length), slice(at_state, end_state), start))
-                at_id, at_state = at_id + length, end_state
-            self.lengths += lengths
-
-    def batch(self, indices, pad_id, device):
-        """A padded Batch whose response mask marks the recorded positions, and base, plus, minus as representation_loss takes
-        them: lists of [T, D]; base None where it was not stored; minus None where plus holds v, or coefficients [T, k]."""
-        items = [self.items[i] for i in indices]
-        batch = data.collate([(tensors["ids"][at].tolist(), start) for tensors, at, _, start in items], pad_id, device)
-
-        def states(name):
-            if f"{name}.{self.layers[0]}" in items[0][0]:
-                return [torch.cat([tensors[f"{name}.{layer}"][at] for tensors, _, at, _ in items]).to(device) for layer in self.layers]
-        base, plus, minus = states("base"), states(self.names[0]), states(self.names[-1]) if len(self.names) == 2 else None
-        if self.directions:
-            v = plus if minus is None else [p.float() - m.float() for p, m in zip(plus, minus)]
-            plus, minus = [x[:, :len(U)] if self.names == ("c",) else x.float() @ U.T.float() for x, U in zip(v, self.directions)], None
-        return batch, base, plus, minus
-
-
-def find_directions(collection, k, pad_id, device):
-    """Per layer, the top k directions U [k, D] of v over the first collected responses, and the share of Σ|v|² that they hold."""
-    moments = [0.0] * len(collection.layers)
-    for i in range(0, min(SAMPLE, len(collection.items)), 64):
-        _, _, plus, minus = collection.batch(range(len(collection.items))[i:i + 64], pad_id, device)
-        v = [p.float() if minus is None else p.float() - minus[j].float() for j, p in enumerate(plus)]
-        moments = [moment + x.T @ x for moment, x in zip(moments, v)]                  # Σ v v^T: [D, D]
-    return zip(*(principal_directions(moment, k) for moment in moments))
+def find_directions(train, folder, record, layers, rank, device):
+    """Directions U [k, D] per layer, or None for the paper's form, and the share of Σ|v|² that they hold. UserError where there are not so many."""
+    settings = record["settings"]
+    most = settings["rank"] if settings["store"] == "lowrank" else record["hidden_size"]
+    if rank and rank > most:
+        raise UserError(f"--rank {rank}: {folder} has {most} directions a layer")
+    if settings["store"] == "lowrank":
+        stored = load_file(checked(folder, record, "directions.safetensors"), device=str(device))
+        shares = [record["energy"][settings["layers"].index(layer)] if rank in (None, most) else None for layer in layers]
+        return [stored[f"directions.{layer}"][:rank] for layer in layers], shares
+    if rank is None:
+        return None, [None] * len(layers)
+    directions, shares = principal_directions(train.differences(device), rank)
+    return [U.to(getattr(torch, settings["dtype"])) for U in directions], shares
 
 
 def base_states(trunk, adapter, layers, batch):
@@ -113,8 +84,9 @@ def base_states(trunk, adapter, layers, batch):
 def distances(trunk, adapter, held_out, layers, alphas, pad_id, device, batch_size):
     """Mean over held-out tokens of ||h - (b + α v)|| per layer: [L]."""
     norms = []
-    for i in range(0, len(held_out.items), batch_size):
-        batch, base, plus, minus = held_out.batch(range(len(held_out.items))[i:i + batch_size], pad_id, device)
+    for group in torch.arange(len(held_out.items)).split(batch_size):
+        batch = data.collate(held_out.examples(group), pad_id, device)
+        base, plus, minus = held_out.states(group, device)
         base = base or base_states(trunk, adapter, layers, batch)
         hidden = hidden_states(trunk, layers, batch.ids, batch.attention)
         norms.append(representation_loss(hidden, base, plus, minus, response_index(batch.response), alphas, directions=held_out.directions)[1])
@@ -129,8 +101,10 @@ def profile(step, loss, moved, path):
             with torch.profiler.record_function("step"):
                 step()
     profiler.export_chrome_trace(str(path))
-    whole, part = (Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=1).median for f in (step, loss))
-    print(f"a step {whole * 1e3:.3g} ms; loss and gradient {part * 1e3:.3g} ms of it ({part / whole:.1%}), {moved / 1e6:.3g} MB at {moved / part / 1e9:.3g} GB/s")
+    whole, part = (Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=1).median
+                   for f in (step, loss))
+    print(f"a step {whole * 1e3:.3g} ms; loss and gradient {part * 1e3:.3g} ms of it ({part / whole:.1%}), {moved / 1e6:.3g} MB at "
+          f"{moved / part / 1e9:.3g} GB/s" + (" (states that fit the GPU's cache may come from there)" if torch.cuda.is_available() else ""))
     print(f"wrote {path}: open it in a browser at chrome://tracing or ui.perfetto.dev")
 
 
@@ -140,18 +114,20 @@ def main(config):
     folder = Path(config.out) / method / "collect"
     record = read_stage(folder, "collect", "python collect.py")
     settings = record["settings"]
-    layers = config.layers and pick_layers(config.layers, load_config(config.model or settings["model"]).num_hidden_layers)
-    config.layers = layers
+    if config.layers:
+        config.layers = pick_layers(config.layers, load_config(config.model or settings["model"]).num_hidden_layers)
     inherit(config, settings, ("model", "seed", "layers"), folder)
-    missing = [layer for layer in config.layers if layer not in settings["layers"]]
+    layers, device = config.layers, pick_device(config.device)
+    missing = [layer for layer in layers if layer not in settings["layers"]]
     if missing:
         raise UserError(f"--layers {missing[0]}: {folder} holds layers {settings['layers']}: collect it with `python collect.py --layers ...`")
-    layers, device = config.layers, pick_device(config.device)
     if config.alpha is not None and config.strength is not None:
         raise UserError("--alpha and --strength exclude each other: give one of them")
     if config.alpha is None and config.strength is None:
         config.alpha = ALPHA[method]
     ratio = [record["ratio"][settings["layers"].index(layer)] for layer in layers]           # mean |v|/|h|
+    if config.strength is not None and not all(0 < r < math.inf for r in ratio):
+        raise UserError(f"--strength: {folder} has |v|/|h| {ratio} at layers {layers}: h+ and h- must differ; train stage 1 longer, or give --alpha")
     alphas = [config.strength / r if config.alpha is None else config.alpha for r in ratio]
     torch.manual_seed(config.seed)
     train = Collection([checked(folder, record, name) for name in record["shards"]], layers, settings["store"])
@@ -168,38 +144,30 @@ def main(config):
         LoRA(trunk, factors=below).requires_grad_(False).eval()
     adapter = LoRA(trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
 
-    # the directions, where v is used on some of them only
-    most, energy = settings["rank"] if settings["store"] == "lowrank" else record["hidden_size"], [1.0] * len(layers)
-    if (config.rank or 0) > most:
-        raise UserError(f"--rank {config.rank}: {folder} has {most} directions a layer" + (": collect it with a higher --rank" if settings["store"] == "lowrank" else ""))
-    if settings["store"] == "lowrank":
-        stored = load_file(checked(folder, record, "directions.safetensors"), device=str(device))
-        directions = [stored[f"directions.{layer}"][:config.rank] for layer in layers]
-    elif config.rank:
-        directions, energy = find_directions(train, config.rank, pad_id, device)
-        directions = [U.to(trunk.dtype) for U in directions]
-    else:
-        directions = None
+    directions, shares = find_directions(train, folder, record, layers, config.rank, device)
     train.directions = held_out.directions = directions
-    for layer, alpha, r, share in zip(layers, alphas, ratio, energy):
-        print(f"  layer {layer}: α {alpha:.3g}, α|v|/|h| {abs(alpha) * r:.2f}" + (f", {config.rank} directions hold {share:.0%} of |v|²" if share < 1 else "")
+    for layer, alpha, r, share in zip(layers, alphas, ratio, shares):
+        print(f"  layer {layer}: α {alpha:.3g}, α|v|/|h| {abs(alpha) * r:.2f}"
+              + (f", {len(directions[0])} directions hold {share:.0%} of |v|²" if share is not None else "")
               + ("  WARNING: near 1 or above, expect the model to collapse; lower the strength" if abs(alpha) * r > 0.8 else ""))
-    lengths, alphas = train.lengths[:config.limit], torch.tensor(alphas, dtype=torch.float64, device=device)
+    lengths, strengths = train.lengths[:config.limit], torch.tensor(alphas, dtype=torch.float32, device=device)     # α per layer
     print(f"layers {layers}, base {settings['base']}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters, "
           f"{len(lengths):,} responses, {config.steps} steps of {config.batch_size}")
 
     # training
-    start = distances(trunk, adapter, held_out, layers, alphas, pad_id, device, config.batch_size)
+    start = distances(trunk, adapter, held_out, layers, strengths, pad_id, device, config.batch_size)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
     draws = data.endless_batches(lengths, config.batch_size, config.seed)
     adapter.train()
 
     def drawn():
-        batch, base, plus, minus = train.batch(next(draws), pad_id, device)                # L x [T, D], or [T, k]
+        group = next(draws)
+        batch = data.collate(train.examples(group), pad_id, device)
+        base, plus, minus = train.states(group, device)                                    # b, h+, h-: L x [T, D]
         return batch, base or base_states(trunk, adapter, layers, batch), plus, minus
 
     def loss_of(hidden, batch, base, plus, minus):
-        return representation_loss(hidden, base, plus, minus, response_index(batch.response), alphas, kind=config.kind, directions=directions)[0]
+        return representation_loss(hidden, base, plus, minus, response_index(batch.response), strengths, kind=config.kind, directions=directions)[0]
 
     def train_step():
         batch, *states = drawn()
@@ -224,17 +192,18 @@ def main(config):
                 bar.set_postfix(loss=f"{loss.item():.3f}")
                 log(step=step, loss=loss.item())
     adapter.eval()
-    end = distances(trunk, adapter, held_out, layers, alphas, pad_id, device, config.batch_size)
+    end = distances(trunk, adapter, held_out, layers, strengths, pad_id, device, config.batch_size)
 
     # saving: the written adapter applies to the original base alone
     factors = adapter.factors() if below is None else stack(below, adapter.factors())
     if factors.rank > 16:
         print(f"WARNING: the adapter has rank {factors.rank}; some servers take 16 at most by default")
-    result = {"distance_start": start.tolist(), "distance_end": end.tolist()}
+    result = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": record["model_digest"], "alphas": alphas,
+              "distance_start": start.tolist(), "distance_end": end.tolist()}
     written = Path(config.out) / method / "align"
-    with new_stage(written, "align", {"settings": {**settings, **vars(config)}, "method": method, "model_digest": record["model_digest"], "alphas": alphas.tolist(), **result}) as new:
+    with new_stage(written, "align", result) as new:
         save_adapter(new, factors, trunk, config.model, config.lora_dropout)
-    for layer, a, b in zip(layers, *result.values()):
+    for layer, a, b in zip(layers, result["distance_start"], result["distance_end"]):
         print(f"  layer {layer}: held-out distance to the target {a:.3f} -> {b:.3f}" + (f" ({b / a:.2f} of it)" if a else ""))
     print(f"wrote {written}; held-out distance {start.mean():.3f} -> {end.mean():.3f}")
     print(next_command("evaluate.py", config.out))

@@ -47,7 +47,7 @@ class Config:
     stimulus: Literal["plain", "instructed"] = setting("plain", "DUAL: <q, r> to both models, or p+ to good and p- to bad (the paper)")
     last_prompt_token: bool = setting(True, "record the last prompt token too; the authors leave it out")
     store: Literal["full", "diff", "lowrank"] = setting("full", "plus and minus, their difference v, or its coefficients on a few directions")
-    rank: int = setting(8, "directions a layer, with --store lowrank", least=1)
+    rank: int | None = setting(None, "directions a layer, for --store lowrank; empty: 8", least=1)
     store_base: bool = setting(True, "store b too; without it align runs the base again in each step")
     max_gb: float = setting(20, "most gigabytes to write; only a random share of the pairs is used beyond", least=0)
     shard_mb: float = setting(512, "size of a shard in megabytes", least=0)
@@ -108,15 +108,12 @@ class Writer:
             self.parts, self.held = {}, 0
 
 
-def find_directions(examples, trunk, adapters, method, config, pad_id, device):
-    """Per layer, the top directions U [k, D] of v over a sample of the examples, and the share of Σ|v|² that they hold."""
-    sample = [examples[i] for i in torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))[:SAMPLE].tolist()]
-    moments = [0.0] * len(config.layers)
-    for i in tqdm(range(0, len(sample), config.batch_size), desc="directions", unit="batch"):
-        _, plus, minus = record_states(trunk, adapters, method, config, sample[i:i + config.batch_size], pad_id, device)
-        v = [p.float() - m.float() for p, m in zip(plus, minus)]
-        moments = [moment + x.T @ x for moment, x in zip(moments, v)]                           # Σ v v^T: [D, D]
-    return zip(*(principal_directions(moment, config.rank) for moment in moments))
+def sampled_differences(examples, trunk, adapters, method, config, pad_id, device):
+    """v of a random sample of the examples, batch by batch: lists of L tensors [T, D]."""
+    sample = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))[:SAMPLE]
+    for group in tqdm(sample.split(config.batch_size), desc="directions", unit="batch"):
+        _, plus, minus = record_states(trunk, adapters, method, config, [examples[i] for i in group.tolist()], pad_id, device)
+        yield [p.float() - m.float() for p, m in zip(plus, minus)]
 
 
 def record_split(examples, directions, writer, statistics, trunk, adapters, method, config, pad_id, device):
@@ -170,20 +167,25 @@ def main(config):
 
     # what it will take
     width, itemsize = trunk.config.get_text_config().hidden_size, torch.finfo(trunk.dtype).bits // 8
-    if config.store == "lowrank" and config.rank > width:
+    if config.rank and config.store != "lowrank":
+        raise UserError("--rank goes with --store lowrank; align.py has a --rank of its own for other collections")
+    config.rank = config.rank or min(8, width)
+    if config.rank > width:
         raise UserError(f"--rank {config.rank}: the hidden states are {width} wide")
     numbers = {"full": 2 * width, "diff": width, "lowrank": config.rank}[config.store] + config.store_base * width
-    token_bytes = len(config.layers) * numbers * itemsize + 4
+    token_bytes = len(config.layers) * numbers * itemsize
     tokens = {split: [len(pair.responses[response]) + config.last_prompt_token for pair, response in examples[split]] for split in examples}
-    share = min(1.0, config.max_gb * 1e9 / (sum(tokens["train"]) * token_bytes))
+    ids = {split: sum(4 * len(pair.example("plain", response)[0]) for pair, response in examples[split]) for split in examples}
+    needed = {split: sum(tokens[split]) * token_bytes + ids[split] for split in examples}
+    share = min(1.0, config.max_gb * 1e9 / needed["train"])
     if share < 1:                             # a random share of the pairs, both responses of each
         kept = torch.randperm(len(pairs["train"]), generator=torch.Generator().manual_seed(config.seed))[:int(share * len(pairs["train"]))].tolist()
         if not kept:
-            raise UserError(f"--max-gb {config.max_gb:g} holds no pair: all of them take {sum(tokens['train']) * token_bytes / 1e9:.3g} GB")
+            raise UserError(f"--max-gb {config.max_gb:g} holds no pair: all of them take {needed['train'] / 1e9:.3g} GB")
         examples["train"], tokens["train"] = ([values[2 * i + j] for i in kept for j in (0, 1)] for values in (examples["train"], tokens["train"]))
         print(f"--max-gb {config.max_gb:g} holds {len(kept):,} training pairs, {share:.1%} of them")
-    total, free = sum(map(sum, tokens.values())) * token_bytes, shutil.disk_usage(config.out).free
-    print(f"layers {config.layers} of width {width} in {config.dtype}: {token_bytes:,} bytes a token, {total / 1e6:,.1f} MB in all")
+    total, free = share * needed["train"] + needed["valid"], shutil.disk_usage(config.out).free
+    print(f"layers {config.layers} of width {width} in {config.dtype}: {token_bytes:,} bytes of states a token, {total / 1e6:,.1f} MB in all")
     if total > free:
         raise UserError(f"{config.out}: {total / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: lower --max-gb or use --store diff or lowrank")
     seen = "positive" if method == "scit" or config.stimulus == "instructed" else "plain"
@@ -195,7 +197,8 @@ def main(config):
     folder, statistics, directions = Path(config.out) / method / "collect", torch.zeros(3, len(config.layers), dtype=torch.float64), None
     with new_stage(folder, "collect", record) as new, torch.no_grad():
         if config.store == "lowrank":
-            directions, record["energy"] = find_directions(examples["train"], trunk, adapters, method, config, tokenizer.pad_token_id, device)
+            directions, record["energy"] = principal_directions(
+                sampled_differences(examples["train"], trunk, adapters, method, config, tokenizer.pad_token_id, device), config.rank)
             save_file({f"directions.{layer}": U.to(trunk.dtype).cpu() for layer, U in zip(config.layers, directions)}, new / "directions.safetensors")
         shards = Writer(new, "shard-{:05d}.safetensors", config.shard_mb * 1e6)
         for split, writer in (("train", shards), ("valid", Writer(new, "heldout.safetensors", math.inf))):

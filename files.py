@@ -3,7 +3,7 @@
 Every stage writes one folder. It is written aside as `.name.partial`, its `stage.json` goes in
 last, and the whole is renamed when complete, so a folder with a `stage.json` is a whole one:
 
-    {"kind": "scit", "version": 1, "made_by": {...versions}, "settings": {...}, "digests": {file: sha256}, ...}
+    {"kind": "scit", "version": 2, "made_by": {...versions}, "settings": {...}, "digests": {file: sha256}, ...}
 
 A later stage reads that record, checks kind, version and digests, and inherits the settings.
 """
@@ -21,7 +21,9 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, hf_hub_download
+from safetensors import safe_open
 from transformers import HfArgumentParser
 
 VERSION = 2                                   # of the files: a stage refuses another one
@@ -196,6 +198,54 @@ def checked(folder, record, name=""):
         if not path.is_file() or sha256(path) != digest:
             raise UserError(f"{path} is missing or not the file that {RECORD} describes: run that stage again")
     return Path(folder) / name
+
+
+class Collection:
+    """What collect.py wrote: token ids and, per target layer, packed states, mapped from the shards as they are read."""
+
+    def __init__(self, paths, layers, store):
+        self.layers, self.directions = layers, None        # a list of U [k, D] here turns v into coefficients on them
+        self.names = {"full": ("plus", "minus"), "diff": ("v",), "lowrank": ("c",)}[store]
+        self.items, self.lengths = [], []                  # (tensors of its shard, ids from:to, states from:to, prompt ids)
+        for path in paths:
+            with safe_open(path, "pt") as file:            # its tensors are views of the mapped file
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            lengths, starts = tensors["lengths"].tolist(), tensors["starts"].tolist()
+            at_id = at_state = 0
+            for length, start in zip(lengths, starts):
+                end_state = at_state + length - start
+                self.items.append((tensors, slice(at_id, at_id + length), slice(at_state, end_state), start))
+                at_id, at_state = at_id + length, end_state
+            self.lengths += lengths
+
+    def examples(self, indices):
+        """(ids, number of prompt ids) of responses, for data.collate: its response mask then marks the recorded positions."""
+        return [(tensors["ids"][at].tolist(), start) for tensors, at, _, start in (self.items[i] for i in indices)]
+
+    def states(self, indices, device):
+        """base, plus, minus of responses as representation_loss takes them: lists of L tensors [T, D]. base is None where it was
+        not stored; minus is None where plus holds v, or, with directions, coefficients [T, k] on them."""
+        items = [self.items[i] for i in indices]
+
+        def packed(name):
+            if f"{name}.{self.layers[0]}" in items[0][0]:
+                return [torch.cat([tensors[f"{name}.{layer}"][at] for tensors, _, at, _ in items]).to(device) for layer in self.layers]
+        base, plus, minus = packed("base"), packed(self.names[0]), packed("minus")
+        if self.names == ("c",):                           # of more directions than are asked for, the first
+            plus = [c[:, :len(U)] for c, U in zip(plus, self.directions)]
+        elif self.directions:
+            plus, minus = [v @ U.T.float() for v, U in zip(differences(plus, minus), self.directions)], None       # c = v U^T
+        return base, plus, minus
+
+    def differences(self, device, most=4096, size=64):
+        """v of the first `most` responses (their order is random), batch by batch: lists of L tensors [T, D]."""
+        for group in torch.arange(min(most, len(self.items))).split(size):
+            yield differences(*self.states(group, device)[1:])
+
+
+def differences(plus, minus):
+    """v = h+ - h- in fp32 per layer; minus None: plus is v."""
+    return [p.float() for p in plus] if minus is None else [p.float() - m.float() for p, m in zip(plus, minus)]
 
 
 def inherit(config, settings, names, source):

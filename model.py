@@ -166,10 +166,20 @@ def hidden_states(trunk, layers, ids, attention):
     return [states[layer] for layer in layers]
 
 
-def principal_directions(moment, k):
-    """The top k uncentred principal directions of v, from Σ v v^T [D, D]: orthonormal rows U [k, D], and their share of Σ |v|²."""
-    values, vectors = torch.linalg.eigh(moment)                                 # ascending
-    return vectors.flip(1)[:, :k].T.contiguous(), (values.flip(0)[:k].sum() / values.sum()).item()
+def principal_directions(batches, k):
+    """The top k uncentred principal directions of v, per layer, from its second moment Σ v v^T [D, D], summed in fp32.
+
+    batches: iterable of lists of L tensors v [T, D]. Returns L orthonormal U [k, D], and their shares of Σ|v|².
+    """
+    moments, directions, shares = None, [], []
+    for batch in batches:
+        new = [v.float().T @ v.float() for v in batch]
+        moments = new if moments is None else [moment.add_(x) for moment, x in zip(moments, new)]
+    for moment in moments:
+        values, vectors = torch.linalg.eigh(moment)                             # ascending
+        directions.append(vectors.flip(1)[:, :k].T.contiguous())
+        shares.append((values.flip(0)[:k].sum() / values.sum().clamp(min=1e-30)).item())
+    return directions, shares
 
 
 def response_logprobs(model, batch):

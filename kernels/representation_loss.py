@@ -15,7 +15,7 @@ gradient in the forward pass already, zeros for rows that are no response includ
 token, in bf16, where a share f of the rows are responses (Σ over L·T·D elements; counted, not measured):
 
     read h, b, h+, h-  8    write the gradient of every row  2 / f      fused:  8 + 2/f   (10 at f = 1)
-    low rank: read h, b  4 (c is k numbers a token, U stays in cache)           4 + 2/f
+    low rank: read h, b  4 (c is k numbers a token; if U stays in cache)        4 + 2/f
                                                                         eager, packed: 62 + 2/f
 """
 from __future__ import annotations            # the kernels' annotations are then no need of Triton
@@ -52,7 +52,7 @@ def representation_loss(hidden, base, plus, minus, index, alpha, kind="l2", deno
     """
     check(hidden, base, plus, minus, index, alpha, directions, kind, backend)
     if not isinstance(alpha, torch.Tensor):
-        alpha = torch.full((len(hidden),), alpha, dtype=torch.float64, device=index.device)
+        alpha = torch.full((len(hidden),), alpha, dtype=torch.promote_types(hidden[0].dtype, torch.float32), device=index.device)
     denom = max(1, len(base) * len(base[0])) if denom is None else denom
     if backend == "auto":
         backend = "triton" if hidden[0].is_cuda and not why_not_triton(hidden[0]) else "torch"
@@ -73,6 +73,8 @@ def check(hidden, base, plus, minus, index, alpha, directions, kind, backend):
     packed = {"base": base, "plus": plus, **({} if minus is None else {"minus": minus}), **({} if directions is None else {"directions": directions})}
     if directions is not None and minus is not None:
         raise ValueError("directions go with minus None: plus then holds coefficients on them")
+    if hidden and hidden[0].dim() != 3:
+        raise ValueError(f"hidden[0] has shape {tuple(hidden[0].shape)}, expected [B, S, D]")
     if not hidden or any(len(states) != len(hidden) for states in packed.values()):
         raise ValueError(f"hidden has {len(hidden)} layers, " + ", ".join(f"{name} {len(states)}" for name, states in packed.items()))
     B, S, D = hidden[0].shape
@@ -208,20 +210,23 @@ def scale_kernel(grad, factor, n, BLOCK: tl.constexpr):
 
 @torch.library.custom_op("rahf::fused", mutates_args=())                # an operator, so that torch.compile takes it as it is
 def fused(hidden: list[torch.Tensor], base: list[torch.Tensor], plus: list[torch.Tensor], minus: list[torch.Tensor],
-          directions: list[torch.Tensor], index: torch.Tensor, alpha: torch.Tensor, upstream: torch.Tensor | None, scale: float, squared: bool, gradient: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+          directions: list[torch.Tensor], index: torch.Tensor, alpha: torch.Tensor, upstream: torch.Tensor | None,
+          scale: float, squared: bool, gradient: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the kernel: (loss, norms [L, T], gradient [L, B, S, D], empty unless asked for). upstream: the incoming gradient, or 1."""
     loss, norms, grad = fused_shapes(hidden, base, plus, minus, directions, index, alpha, upstream, scale, squared, gradient)
-    (B, S, D), L = hidden[0].shape, len(hidden)
+    (B, S, D), L, T, K = hidden[0].shape, len(hidden), len(base[0]), plus[0].shape[1]
     if any(h.stride() != (*hidden[0].stride()[:2], 1) for h in hidden):
         hidden = [h.contiguous() for h in hidden]
-    base, plus, minus, directions = (tuple(state.contiguous() for state in states) for states in (base, plus, minus, directions))
+    stride_b, stride_s, _ = hidden[0].stride()
+    hidden, (base, plus, minus, directions) = tuple(hidden), [tuple(state.contiguous() for state in states) for states in (base, plus, minus, directions)]
     terms = torch.empty(L, B * S, dtype=loss.dtype, device=loss.device)
     block = triton.next_power_of_2(D)
     with torch.cuda.device_of(loss):
         loss_kernel[(L * B * S,)](
-            tuple(hidden), base, plus, minus or plus, directions or plus, index, alpha, index if upstream is None else upstream, grad, terms, norms, scale,
-            *hidden[0].stride()[:2], S, B * S, len(base[0]), D, plus[0].shape[1], L=L, BLOCK=block, ACC=tl.float64 if loss.dtype == torch.float64 else tl.float32,
-            SQUARED=squared, DIFFERENCED=not minus, LOW_RANK=bool(directions), GRADIENT=gradient, UPSTREAM=upstream is not None,
+            hidden, base, plus, minus or plus, directions or plus, index.contiguous(), alpha.contiguous(), index if upstream is None else upstream,
+            grad, terms, norms, scale, stride_b, stride_s, S, B * S, T, D, K,
+            L=L, BLOCK=block, ACC=tl.float64 if loss.dtype == torch.float64 else tl.float32, SQUARED=squared,
+            DIFFERENCED=not minus, LOW_RANK=bool(directions), GRADIENT=gradient, UPSTREAM=upstream is not None,
             num_warps=min(16, max(1, block // 512)))                     # 16 elements of each state a thread, as 16-byte loads
     return terms.sum(), norms, grad
 

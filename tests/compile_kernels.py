@@ -29,7 +29,9 @@ def compiled(capability, D, squared=False, upstream=False, differenced=False, lo
     names, attrs = list(types), {}
     for name in STATES:
         attrs |= {(names.index(name), i): aligned for i in range(L)}
-    for name in ("index", "alpha", "upstream", "grad", "terms", "norms", *(("stride_b", "stride_s", "D") if D % 16 == 0 else ())):
+    specialized = {parameter.name for parameter in loss_kernel.params if not parameter.do_not_specialize}
+    sizes = ("stride_b", "stride_s", "D", "S", "N", "T") if D % 16 == 0 else ()
+    for name in specialized.intersection(("index", "alpha", "upstream", "grad", "terms", "norms", *sizes)):
         attrs[names.index(name),] = aligned
     kernel = triton.compile(ASTSource(loss_kernel, types, constants, attrs), target=GPUTarget("cuda", capability, 32),
                             options={"num_warps": min(16, max(1, block // 512))})

@@ -6,7 +6,7 @@
 The first writes tests/results/wrong_labels_settings.json, the second tests/results/wrong_labels.json. About half an hour
 and an hour on two free cores. Every method but the new form gets what is best for it at each share of wrong labels: SFT its
 length, DPO its learning rate, the paper's RAHF its α, weight arithmetic its λ. The new form has one strength ρ, one rank
-and one choice of layers for all shares and both methods.
+and one choice of layers for all shares and both methods, chosen on two shares.
 """
 import contextlib
 import io
@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import random
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -39,8 +39,11 @@ from lora import Factors, LoRA, load_adapter, only, stack
 from model import load_model, load_tokenizer, response_logprobs
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, LRS, LAMBDAS = (75, 150, 300), (3e-4, 1e-3, 3e-3), (0.5, 1.0, 2.0)
-ALPHAS = {"dual": (0.5, 1.0, 2.0, 4.0), "scit": (0.25, 0.5, 1.0, 2.0)}
+METHODS, TUNED = ("dual", "scit"), (0.0, 0.3)
+STEPS, LRS = (75, 150, 300, 600), (1e-4, 3e-4, 1e-3)       # of SFT; of DPO, chosen on the shares TUNED: at .2 and .4 it has that of .3
+LAMBDAS = (0.5, 1.0, 2.0), (0.5, 1.0, 2.0, 4.0)            # for few and for many wrong labels: with them the useful strength grows
+ALPHAS = {"dual": ((0.5, 1.0, 2.0, 4.0), (0.5, 1.0, 2.0, 4.0, 6.0)), "scit": ((0.25, 0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0, 4.0))}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}        # 97.5% quantile of t, by number of seeds
 FORMS = [{"strength": strength, "rank": 8, "layers": [layers]} for strength in (0.15, 0.25, 0.4) for layers in ("middle", "all")]
 
 
@@ -159,35 +162,38 @@ def unit(config, seed, share, settings):
     torch.set_num_threads(1)
     u = Unit(config, seed, share)
     path = u.out / f"{config.phase}.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    found = kept["scores"] if kept.get("settings") == settings and kept else {}
     u.first_stages()
 
-    def add(name, make, *args, **settings):
+    def add(name, make, *args, **arguments):
         if name not in found:
-            found[name] = u.score(make(*args, **settings))
-            write_json(path, found)
+            found[name] = u.score(make(*args, **arguments))
+            write_json(path, {"settings": settings, "scores": found})
     add("base", lambda: None)
     if config.phase == "choose":
-        runs = {f"weights {x:g}": (u.weights, x) for x in LAMBDAS}
-        if share in (0.0, 0.3):                              # what is the same for all shares is chosen on these two
-            runs |= {f"sft {x}": (u.sft, x) for x in STEPS} | {f"dpo {x:g}": (u.dpo, x) for x in LRS}
-        for name, (make, x) in runs.items():
-            add(name, make, x)
-        for method in ("dual", "scit"):
-            for alpha in ALPHAS[method]:
-                add(f"{method} alpha {alpha:g}", u.rahf, method, alpha=alpha, **PAPER)
-            for form in FORMS if share in (0.0, 0.3) else ():
+        both = share in TUNED                                # what costs most is chosen on two shares
+        for x in LAMBDAS[share >= 0.3]:
+            add(f"weights {x:g}", u.weights, x)
+        for x in STEPS:
+            add(f"sft {x:g}", u.sft, x)
+        for x in LRS if both else ():
+            add(f"dpo {x:g}", u.dpo, x)
+        for method in METHODS:
+            for x in ALPHAS[method][share >= 0.3]:
+                add(f"{method} {x:g}", u.rahf, method, alpha=x, **PAPER)
+            for form in FORMS if both else ():
                 add(f"{method} form {json.dumps(form)}", u.rahf, method, **form)
     else:
         best, form = settings["shares"][str(share)], settings["form"]
-        add("sft", u.sft, settings["sft"])
-        add("dpo", u.dpo, settings["dpo"])
-        add("weights", u.weights, best["weights"])
-        for method in ("dual", "scit"):
+        add("sft", u.sft, best["sft"])
+        for method in METHODS:                               # from the paper's form to the new one, change by change
             add(f"{method}_paper", u.rahf, method, alpha=best[method], **PAPER)
             add(f"{method}_new", u.rahf, method, **form)
-        add("dual_rank_only", u.rahf, "dual", alpha=best["dual"], rank=form["rank"], layers=form["layers"])
-        add("dual_strength_only", u.rahf, "dual", strength=form["strength"], layers=form["layers"])
+            add(f"{method}_strength_only", u.rahf, method, strength=form["strength"], **PAPER)
+        add("dual_rank_only", u.rahf, "dual", alpha=best["dual"], rank=form["rank"], **PAPER)
+        add("dpo", u.dpo, best["dpo"])
+        add("weights", u.weights, best["weights"])
     print(f"seed {seed}, {share:.0%} wrong: " + ", ".join(f"{name} {mean(s['greedy']):.2f}/{mean(*s['sampled']):.2f}" for name, s in found.items()), flush=True)
     return found
 
@@ -197,24 +203,33 @@ def mean(*verdicts):
 
 
 def choose(units):
-    """The best settings by (greedy + sampled) / 2 on the validation pairs, mean over seeds; those of the new form, SFT and DPO over shares too."""
-    def value(name, shares):
-        scores = [units[seed][share][name] for seed in units for share in shares]
+    """The best settings by (greedy + sampled) / 2 on the validation pairs, mean over seeds. {"form", "shares": {share: {name: value}}}"""
+    shares = list(next(iter(units.values())))
+
+    def value(name, share):
+        scores = [units[seed][share][name] for seed in units]
         return sum(mean(s["greedy"]) + mean(*s["sampled"]) for s in scores) / 2 / len(scores)
-    shares, some = list(next(iter(units.values()))), ["0.0", "0.3"]
-    return {"form": max(FORMS, key=lambda form: sum(value(f"{method} form {json.dumps(form)}", some) for method in ("dual", "scit"))),
-            "sft": max(STEPS, key=lambda x: value(f"sft {x}", some)), "dpo": max(LRS, key=lambda x: value(f"dpo {x:g}", some)),
-            "shares": {share: {"weights": max(LAMBDAS, key=lambda x: value(f"weights {x:g}", [share])),
-                               **{method: max(ALPHAS[method], key=lambda x: value(f"{method} alpha {x:g}", [share])) for method in ALPHAS}} for share in shares}}
+
+    def best(name, values, share):
+        found = max(values, key=lambda x: value(f"{name} {x:g}", share))
+        if found in (values[0], values[-1]):
+            print(f"{share}: {name} {found:g} is at the edge of {values}")
+        return found
+    tuned = [str(share) for share in TUNED]
+    form = max(FORMS, key=lambda form: sum(value(f"{method} form {json.dumps(form)}", share) for method in METHODS for share in tuned))
+    chosen = {}
+    for share in shares:
+        wrong = float(share) >= 0.3
+        chosen[share] = {"sft": best("sft", STEPS, share), "weights": best("weights", LAMBDAS[wrong], share),
+                         "dpo": best("dpo", LRS, tuned[float(share) > 0]), **{method: best(method, ALPHAS[method][wrong], share) for method in METHODS}}
+    return {"form": form, "shares": chosen}
 
 
-def interval(values, draws=10000):
-    """Mean and 95% bootstrap interval over seeds and, within each, over items. values: float [seeds, items]."""
-    rng, (seeds, items) = np.random.default_rng(0), values.shape
-    picked = rng.integers(seeds, size=(draws, seeds))
-    drawn = np.stack([rng.multinomial(items, np.full(items, 1 / items), size=draws) for _ in range(seeds)], 1) / items       # [draws, seeds, items]
-    means = np.einsum("dsi,dsi->ds", drawn, values[picked]).mean(1)
-    return [round(float(x), 4) for x in (values.mean(), *np.quantile(means, (0.025, 0.975)))]
+def interval(values):
+    """Mean and 95% interval by Student's t over the seeds' means, which vary with the seed and with its items. values: float [seeds, items]."""
+    means = values.mean(1)
+    half = STUDENT[len(means)] * means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return [round(float(x), 4) for x in (means.mean(), means.mean() - half, means.mean() + half)]
 
 
 def summary(units):
@@ -246,16 +261,27 @@ def figure(table, path):
 def main(config):
     seeds = config.seeds or ([0, 1] if config.phase == "choose" else [3, 4, 5, 6, 7])
     settings = json.loads((RESULTS / "wrong_labels_settings.json").read_text())["settings"] if config.phase == "measure" else None
+    for seed in seeds:                                       # before two processes would train the same base
+        toy.ensure(toy.Config(out=f"{config.work}/seed{seed}", seed=seed, device="cpu"))
+    units = {str(seed): {} for seed in seeds}
     with ProcessPoolExecutor(config.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = {seed: {str(share): pool.submit(unit, config, seed, share, settings) for share in config.shares} for seed in seeds}
-        units = {str(seed): {share: job.result() for share, job in row.items()} for seed, row in jobs.items()}
+        jobs = {pool.submit(unit, config, seed, share, settings): (str(seed), str(share)) for share in config.shares for seed in seeds}
+        try:
+            for job in as_completed(jobs):
+                seed, share = jobs[job]
+                units[seed][share] = job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    units = {seed: {str(share): row[str(share)] for share in config.shares} for seed, row in units.items()}
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown") if os.path.exists("/proc/cpuinfo") else "unknown"
     made = {"command": "python " + " ".join(sys.argv), "machine": f"{config.workers} processes of one thread, {cpu}", "versions": versions(), "seeds": seeds}
     if config.phase == "choose":
         scores = {seed: {share: {name: [round(mean(s["greedy"]), 4), round(mean(*s["sampled"]), 4)] for name, s in found.items()} for share, found in row.items()}
                   for seed, row in units.items()}
         write_json(RESULTS / "wrong_labels_settings.json", {**made, "settings": choose(units), "greedy and sampled": scores})
-        return print(json.dumps(choose(units)))
+        print((RESULTS / "wrong_labels_settings.json").read_text().partition('"greedy and sampled"')[0])
+        return
     table = summary(units)
     write_json(RESULTS / "wrong_labels.json", {**made, "settings": settings, "summary": table, "verdicts": units})
     for share, models in table.items():

@@ -110,11 +110,19 @@ def test_strengths_and_ranks(refused, done, tmp_path):
     refused(align, "--out", done, "--method", "scit", "--alpha", "1", "--strength", "0.2", words=("--alpha", "--strength"), folder=done)
     refused(align, "--out", done, "--method", "scit", "--rank", "33", words=("--rank 33", "32 directions"), folder=done)
     refused(collect, "--out", done, "--method", "scit", "--store", "lowrank", "--rank", "33", words=("--rank 33", "32 wide"), folder=done)
+    refused(collect, "--out", done, "--method", "scit", "--rank", "3", words="--store lowrank", folder=done)
     refused(collect, "--out", done, "--method", "scit", "--layers", "upper", words=("--layers upper", "middle, last, all"), folder=done)
 
 
 def test_unknown_linears(refused, done):
     refused(align, "--out", done, "--method", "scit", "--lora-targets", "q_porj", words=("q_porj", "self_attn.q_proj"), folder=done)
+
+
+def test_strength_where_nothing_differs(refused, copy):
+    path = copy / "scit" / "collect" / "stage.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "ratio": [0.0]}))
+    refused(align, "--out", copy, "--method", "scit", "--strength", "0.2", words=("--strength", "h+ and h- must differ"), folder=copy)
 
 
 def test_unfinished_other_kind_other_version(refused, copy):

@@ -114,6 +114,12 @@ def test_strided_hidden_states(backend):
     for view in (lambda h: h[::2, 1:, :7], lambda h: h[:, :, 7:].transpose(0, 1), lambda h: h[:, :, ::2]):
         views = [view(h.detach()).requires_grad_() for h in hidden]
         T = views[0].shape[:2].numel()
+        wide = torch.tensor([[0.5, 9.0], [0.5, 9.0]], dtype=torch.float64, device=DEVICE)
+        mask_of = torch.ones(views[0].shape[:2], dtype=torch.bool, device=DEVICE)
+        packed_of = [[s[:T, 3:10] for s in states] for states in packed]
+        strided = representation_loss(views, *packed_of, torch.stack([response_index(mask_of)] * 2, 1)[:, 0], wide[:, 0], backend=backend)[0]
+        expanded = representation_loss(views, *packed_of, response_index(mask_of), wide[0, 0].expand(2), backend=backend)[0]
+        assert strided.item() == expanded.item() == pytest.approx(formula(views, *packed_of, mask_of, 0.5, "l2")[0].item(), rel=1e-12)
         compare((views, *[[s[:T, 3:10] for s in states] for states in packed], torch.ones(views[0].shape[:2], dtype=torch.bool, device=DEVICE)), backend=backend)
 
 
@@ -258,7 +264,9 @@ def test_same_bits_every_time():
 def test_more_than_2_to_the_31_elements():
     """Rows on both sides of 2^31 elements, packed and strided; most of the memory is never touched."""
     rows, D = 530_000, 4096
+    torch.utils.deterministic.fill_uninitialized_memory = False
     big = torch.empty(rows, D, dtype=torch.bfloat16, device=DEVICE)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     view = big.view(rows // 2, 2, D)[:: rows // 2 - 1]                          # [2, 2, D]: rows 0, 1, -2 and -1 of big
     view.copy_(torch.randn(2, 2, D))
     index = torch.tensor([rows - 1, -1, 0, rows - 2], dtype=torch.int32, device=DEVICE)
@@ -322,7 +330,7 @@ def test_what_does_not_fit_is_refused(backend):
     wide = dict(hidden=[torch.zeros(1, 1, 16385, device=DEVICE)], index=index[:1], base=(w := [torch.zeros(1, 16385, device=DEVICE)]), plus=w, minus=w)
     for change, words in [(dict(base=base[:1]), "layers"), (dict(plus=[p[:, :3] for p in plus]), r"plus\[0\] has shape"), (dict(minus=[m[:-1] for m in minus]), "minus"),
                           (dict(index=index.long()), "int32"), (dict(index=index[:-1]), "index"), (dict(kind="l1"), "l1"), (dict(backend="cuda"), "cuda"),
-                          (dict(alpha=torch.ones(3, device=DEVICE)), "alpha is"), (dict(directions=base), "minus None"),
+                          (dict(alpha=torch.ones(3, device=DEVICE)), "alpha is"), (dict(hidden=[h[0] for h in hidden]), r"expected \[B, S, D\]"), (dict(directions=base), "minus None"),
                           (dict(minus=None, directions=[b[:2] for b in base]), r"plus\[0\] has shape"), (dict(base=[base[0], base[1].float()]), r"base\[1\]"), (dict(plus=[p.long() for p in plus]), "int64"),
                           (dict(hidden=[hidden[0], hidden[1].to("meta")]), r"hidden\[1\] is on meta"), (wide if backend == "triton" else dict(kind=""), "16385 is over 16384|kind")]:
         arguments = {**dict(hidden=hidden, base=base, plus=plus, minus=minus, index=index, alpha=1.0, backend=backend), **change}
@@ -348,7 +356,7 @@ except ValueError as error:
 def test_align_trains_the_same_adapter_with_either_backend(tiny, tmp_path, monkeypatch):
     import collect
     import dual
-    go(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "20", "--device", DEVICE)
+    go(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "20", "--device", DEVICE, "--dtype", "float32")
     go(collect, "--out", tmp_path, "--device", DEVICE)
     adapters = []
     for backend in BACKENDS:

@@ -135,7 +135,7 @@ def test_low_rank_without_base_trains_the_same_adapter(runs, world, tmp_path):
         full, record = logits_of(world, tmp_path / method / "align"), read_stage(tmp_path / method / "align", "align", "")
         said = go(collect, "--out", tmp_path, "--method", method, "--store", "lowrank", "--rank", "16", "--store-base", "no", "--layers", "1", "2", *CPU)
         collected = read_stage(tmp_path / method / "collect", "collect", "")
-        assert collected["token_bytes"] == 2 * 16 * 4 + 4 and len(re.findall(r"16 directions hold \d+% of", said)) == 2
+        assert collected["token_bytes"] == 2 * 16 * 4 and len(re.findall(r"16 directions hold \d+% of", said)) == 2
         go(align, "--out", tmp_path, "--method", method, "--rank", "8", "--steps", "40", *CPU)
         again = read_stage(tmp_path / method / "align", "align", "")
         assert (logits_of(world, tmp_path / method / "align") - full).abs().max() <= 1e-3 * full.abs().max()
@@ -166,6 +166,10 @@ def test_strength_is_the_mean_share_of_length(runs, tmp_path):
     said = go(align, "--out", tmp_path, "--strength", "0.3", "--steps", "1", *CPU)
     ratio, alphas = read_stage(out / "dual" / "collect", "collect", "")["ratio"], read_stage(tmp_path / "dual" / "align", "align", "")["alphas"]
     assert alphas == pytest.approx([0.3 / r for r in ratio]) and said.count("α|v|/|h| 0.30") == 2
+    held = load_file(out / "dual" / "collect" / "heldout.safetensors")              # the fresh adapter is the identity: it starts α |v| away
+    away = [alpha * (held[f"plus.{layer}"] - held[f"minus.{layer}"]).norm(dim=1).mean().item() for alpha, layer in zip(alphas, (1, 2))]
+    go(align, "--out", tmp_path, "--strength", "0.3", "--steps", "1", *CPU)
+    assert read_stage(tmp_path / "dual" / "align", "align", "")["distance_start"] == pytest.approx(away, rel=1e-3)
 
 
 def test_prompt_shows_base_and_aligned_side_by_side(runs):

@@ -40,15 +40,26 @@ def test_dpo_loss_by_the_equation(pairs):  # noqa: F811
     assert all(A.grad.abs().max() > 0 for A in adapter.A)
 
 
-def test_interval_covers_seeds_and_items():
-    """The mean, and the width that theory gives: items alone for seeds that agree, seeds alone for items that agree."""
-    rng = np.random.default_rng(1)
-    same_seeds = np.tile((rng.random(400) < 0.5).astype(float), (5, 1))
-    middle, low, high = study.interval(same_seeds)
-    assert middle == pytest.approx(same_seeds.mean(), abs=1e-4) and (high - low) / 2 == pytest.approx(1.96 * 0.5 / math.sqrt(5 * 400), rel=0.1)
-    same_items = np.repeat([[0.0], [0.2], [0.4], [0.6], [0.8]], 30, axis=1)
-    middle, low, high = study.interval(same_items)
-    assert middle == 0.4 and (high - low) / 2 == pytest.approx(1.96 * np.std([0, 0.2, 0.4, 0.6, 0.8]) / math.sqrt(5), rel=0.1)
+def test_interval_by_hand():
+    """Seed means .2, .4, .6, .8 and 1: mean .6, standard deviation 0.3162, t = 2.776."""
+    values = np.array([[m - 0.1, m + 0.1] for m in (0.2, 0.4, 0.6, 0.8, 1.0)])
+    assert study.interval(values) == pytest.approx([0.6, 0.6 - 0.3926, 0.6 + 0.3926], abs=1e-3)
+
+
+def test_choice_takes_the_best_of_each(monkeypatch, capsys):
+    """A hand-made validation table: one best value a share, the new form the same for all, an edge said."""
+    monkeypatch.setattr(study, "FORMS", [{"strength": 1}, {"strength": 2}])
+    good, bad = {"greedy": "11", "sampled": ["10"]}, {"greedy": "10", "sampled": ["00"]}
+
+    def row(share):
+        names = {"sft": study.STEPS, "dpo": study.LRS, "weights": study.LAMBDAS[share >= 0.3], **{m: study.ALPHAS[m][share >= 0.3] for m in study.METHODS}}
+        best = {"sft": 300 if share else 150, "dpo": 3e-4, "weights": 2.0 if share else 1.0, "dual": 1.0, "scit": 0.25}
+        return {f"{name} {x:g}": good if x == best[name] else bad for name, xs in names.items() for x in xs} | {
+            f'{m} form {{"strength": {x}}}': good if x == 2 else bad for m in study.METHODS for x in (1, 2)}
+    found = study.choose({seed: {str(share): row(share) for share in (0.0, 0.3)} for seed in "01"})
+    assert found == {"form": {"strength": 2}, "shares": {"0.0": {"sft": 150, "dpo": 3e-4, "weights": 1.0, "dual": 1.0, "scit": 0.25},
+                                                         "0.3": {"sft": 300, "dpo": 3e-4, "weights": 2.0, "dual": 1.0, "scit": 0.25}}}
+    assert "scit 0.25 is at the edge" in capsys.readouterr().out
 
 
 def test_one_unit(world, tmp_path):
