@@ -1,8 +1,8 @@
 """Stage 3: train a LoRA whose hidden states land at base + α (h+ - h-) (paper section 3.3).
 
     python align.py                                      after collect.py
-    python align.py --alpha 1 --layers 12 16             the paper's form
-    python align.py --strength 0.25 --rank 8             α by layer from the states themselves, v on its top 8 directions
+    python align.py --alpha 1 --layers middle            the paper's form: one α for some middle layers
+    python align.py --strength 0.4 --rank 8              a strength of its own; v on its top 8 directions only
     python align.py --profile                            where a step's time goes; trains nothing
 
 On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same positions:
@@ -32,7 +32,7 @@ from kernels import bytes_moved, representation_loss, response_index
 from lora import LoRA, load_adapter, only, save_adapter, stack
 from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
 
-ALPHA = {"scit": 0.5, "dual": 1.0}           # default α, chosen on the validation pairs of the embedded default
+STRENGTH = 0.25                               # the default ρ, for both methods, chosen on validation pairs of the embedded default
 
 
 @dataclass
@@ -40,8 +40,8 @@ class Config:
     out: str = setting("out", "folder of all stages")
     method: Literal["scit", "dual"] | None = setting(None, "whose collection to use; empty takes the one that is there")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    alpha: float | None = setting(None, "α, as in the paper; empty: 0.5 for SCIT, 1 for DUAL, or what --strength says")
-    strength: float | None = setting(None, "ρ instead of α: α per layer such that α|v|/|h| is ρ in the mean; 0.25 is a good start")
+    alpha: float | None = setting(None, "α, the same for every layer, as in the paper; empty: what --strength says")
+    strength: float | None = setting(None, f"ρ: α per layer such that α|v|/|h| is ρ in the mean; empty: {STRENGTH}, unless --alpha is given")
     rank: int | None = setting(None, "use v's part on so many top directions a layer; empty: all of v, or what was collected", least=1)
     kind: Literal["l2", "mse"] = setting("l2", "the norm, as in the authors' code, or its square, as in the paper")
     layers: list[str] | None = setting(None, "target layers, of those collected, numbers or names as in collect.py; empty takes them all")
@@ -110,7 +110,7 @@ def profile(step, loss, moved, path):
 
 def main(config):
     # what collect says
-    method = choose_method(config.out, config.method, dict.fromkeys(ALPHA, "collect"), ["python collect.py"])
+    method = choose_method(config.out, config.method, dict.fromkeys(("scit", "dual"), "collect"), ["python collect.py"])
     folder = Path(config.out) / method / "collect"
     record = read_stage(folder, "collect", "python collect.py")
     settings = record["settings"]
@@ -124,7 +124,7 @@ def main(config):
     if config.alpha is not None and config.strength is not None:
         raise UserError("--alpha and --strength exclude each other: give one of them")
     if config.alpha is None and config.strength is None:
-        config.alpha = ALPHA[method]
+        config.strength = STRENGTH
     ratio = [record["ratio"][settings["layers"].index(layer)] for layer in layers]           # mean |v|/|h|
     if config.strength is not None and not all(0 < r < math.inf for r in ratio):
         raise UserError(f"--strength: {folder} has |v|/|h| {ratio} at layers {layers}: h+ and h- must differ; train stage 1 longer, or give --alpha")

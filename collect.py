@@ -41,7 +41,7 @@ class Config:
     out: str = setting("out", "folder of all stages")
     method: Literal["scit", "dual"] | None = setting(None, "whose stage 1 to use; empty takes the one that is there")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    layers: list[str] | None = setting(None, "target layers: numbers from 0, negative from the top, or middle, last, all; empty takes middle")
+    layers: list[str] | None = setting(None, "target layers: numbers from 0, negative from the top, or middle, last, all; empty: all of fewer than 12, else middle")
     base: Literal["instructed", "original"] | None = setting(
         None, "base of target and LoRA: the SCIT or good model, or the original; empty: instructed for SCIT, original for DUAL")
     stimulus: Literal["plain", "instructed"] = setting("plain", "DUAL: <q, r> to both models, or p+ to good and p- to bad (the paper)")

@@ -137,10 +137,11 @@ def find_linears(block, names="all"):
 
 def pick_layers(layers, n):
     """Sorted target layers, counted from 0, of a list of numbers (negative ones from the top) and names: middle and last
-    are thirds of the model, every second block of it where there are 12 or more; all is every block. Empty means middle."""
+    are thirds of the model, every second block of it where there are 12 or more; all is every block. Empty means all of
+    fewer than 12 blocks, else middle."""
     step, found = 2 if n >= 12 else 1, set()
     names = {"middle": range(n // 3, 2 * n // 3, step) or [0], "last": range(n - 1, 2 * n // 3 - 1, -step) or [n - 1], "all": range(n)}
-    for layer in layers or ["middle"]:
+    for layer in layers or ["all" if n < 12 else "middle"]:
         try:
             found |= set(names[layer]) if layer in names else {range(n)[int(layer)]}
         except (ValueError, IndexError):

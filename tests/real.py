@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from files import read_stage, run, setting, versions, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+ALPHA = {"scit": "0.5", "dual": "1"}           # the paper's form: one α for the middle layers
 
 
 @dataclass
@@ -28,7 +29,7 @@ def main(config):
     found, out = {"settings": {**vars(config), "model": Path(config.model).name, "data": Path(config.data).name}, "versions": versions(), "seconds": {}}, Path(config.work)
     source = ["--model", config.model, "--data", config.data]
     for method, more in (("scit", [*source, "--steps", str(config.scit_steps)]), ("dual", source)):
-        for script, args in ((method, more), ("collect", ["--method", method]), ("align", ["--method", method])):
+        for script, args in ((method, more), ("collect", ["--method", method, "--layers", "middle"]), ("align", ["--method", method, "--alpha", ALPHA[method]])):
             start = time.time()
             subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--out", config.work, "--device", "cpu", *args], check=True)
             found["seconds"][f"{method} {script}"] = round(time.time() - start, 1)

@@ -1,7 +1,8 @@
-"""The embedded default measured: both methods, preferred-SFT, the α sweep and the controls, over seeds.
+"""The embedded default measured: both methods, preferred-SFT, the paper's form with its α sweep, and the controls, over seeds.
 
-    python tests/results.py --split valid --seeds 0 1 2              to choose settings
-    python tests/results.py --seeds 0 1 2 --name embedded            writes tests/results/embedded.json
+    python tests/results.py --split valid --seeds 0 1 2                                          to choose settings
+    python tests/results.py --sweep False --name embedded_default                                the defaults alone
+    python tests/results.py --name embedded --collect '{"layers": ["middle"]}'                   the paper's form: sweep and controls
 
 A control changes the collected states and nothing else: h+ and h- swapped; v permuted across tokens (each
 layer's v keep their lengths and directions but sit at other tokens), as they are or less their mean; α = -0.5.
@@ -43,7 +44,7 @@ class Config:
     work: str = setting("/tmp/rahf-results", "folder of the stages, one folder a seed, reused")
     name: str | None = setting(None, "write tests/results/NAME.json")
     alphas: list[float] = field(default_factory=lambda: list(ALPHAS), metadata={"help": "α of the sweep"})
-    controls: bool = setting(True, "run the controls too")
+    sweep: bool = setting(True, "run the α sweep and the controls too")
     methods: str = setting("scit,dual", "methods to measure")
     align: str = setting("{}", "other settings of align.py, as JSON")
     collect: str = setting("{}", "other settings of collect.py, as JSON")
@@ -120,14 +121,14 @@ def measure(config, seed):
             found[f"{method}_{name}"] = figures(at / method / "align")
             found[f"{method}_{name}"]["distance"] = [read_stage(at / method / "align", "align", "")[f"distance_{when}"] for when in ("start", "end")]
             print(f"seed {seed} {method} {name}: {found[f'{method}_{name}']}", flush=True)
-        for alpha in config.alphas:
+        for alpha in config.alphas if config.sweep else ():
             aligned(f"alpha_{alpha:g}", alpha=alpha)
-        if config.controls:
+        if config.sweep:
             aligned("alpha_-0.5", alpha=-0.5)
             for change in (swapped, permuted, permuted_centred):
                 changed(folder, out / change.__name__ / method / "collect", change)
                 aligned(change.__name__, at=out / change.__name__)
-            aligned("aligned")                                    # the defaults, last: this adapter stays
+        aligned("aligned")                                        # last: this adapter stays
         record = read_stage(folder, "collect", "")
         found[f"{method}_collect"] = {"|v|/|h|": [round(v / h, 4) for v, h in zip(record["norm_v"], record["norm_h"])], "layers": record["settings"]["layers"]}
     return {"figures": found, "pairs": len(pairs), "seconds": {k: round(v, 1) for k, v in seconds.items()}}

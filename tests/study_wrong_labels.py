@@ -233,13 +233,33 @@ def interval(values):
 
 
 def summary(units):
-    """{share: {model: {greedy | sampled | ..._minus_sft: [mean, low, high]}}}; differences are paired by item."""
-    def verdicts(share, name, how):
-        return np.array([np.mean([[int(c) for c in run] for run in ([s["greedy"]] if how == "greedy" else s["sampled"])], 0)
-                         for s in (unit[share][name] for unit in units.values())])
-    first = next(iter(units.values()))
-    return {share: {name: {key: interval(value) for how in ("greedy", "sampled") for key, value in (
-        (how, verdicts(share, name, how)), (f"{how}_minus_sft", verdicts(share, name, how) - verdicts(share, "sft", how)))} for name in first[share]} for share in first}
+    """{share: {model: {greedy | sampled | greedy_minus_sft | sampled_minus_sft: [mean, low, high]}}}."""
+    def verdicts(share, name, how):                          # [seeds, items]: the part of the answers to an item that is right
+        scores = [unit[share][name] for unit in units.values()]
+        runs = [[score["greedy"]] if how == "greedy" else score["sampled"] for score in scores]
+        return np.array([np.mean([[int(verdict) for verdict in run] for run in seed], 0) for seed in runs])
+    table = {}
+    for share, models in next(iter(units.values())).items():
+        table[share] = {name: {} for name in models}
+        for name, row in table[share].items():
+            for how in ("greedy", "sampled"):
+                ours = verdicts(share, name, how)
+                row[how], row[f"{how}_minus_sft"] = interval(ours), interval(ours - verdicts(share, "sft", how))
+    return table
+
+
+NAMES = {"base": "base", "sft": "preferred-SFT", "dpo": "DPO", "weights": "weights: base + λ (good − bad)",
+         "dual_paper": "DUAL, paper's form, best α", "dual_rank_only": "DUAL + rank", "dual_strength_only": "DUAL + ρ", "dual_new": "**DUAL, new form**",
+         "scit_paper": "SCIT, paper's form, best α", "scit_strength_only": "SCIT + ρ", "scit_new": "**SCIT, new form**"}
+
+
+def markdown(table, key="sampled"):
+    """The README's table: a row a model, a column a share, mean ± half of the interval."""
+    rows = ["| | " + " | ".join(f"{float(share):.0%} wrong" for share in table) + " |", "|---" * (len(table) + 1) + "|"]
+    for name, label in NAMES.items():
+        cells = [table[share][name][key] for share in table]
+        rows.append(f"| {label} | " + " | ".join(f"{middle:.2f} ± {(high - low) / 2:.2f}" for middle, low, high in cells) + " |")
+    return "\n".join(rows)
 
 
 def figure(table, path):
@@ -247,11 +267,10 @@ def figure(table, path):
     from matplotlib import pyplot
     plot, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, how in zip(axes, ("greedy", "sampled")):
-        for i, (name, label) in enumerate((("sft", "preferred-SFT"), ("dpo", "DPO"), ("weights", "weights"), ("dual_paper", "DUAL, paper's form"), ("dual_new", "DUAL, new form"),
-                                           ("scit_paper", "SCIT, paper's form"), ("scit_new", "SCIT, new form"))):
+        for i, name in enumerate(("sft", "dpo", "weights", "dual_paper", "dual_new", "scit_paper", "scit_new")):
             x = np.array([float(share) for share in table]) + 0.004 * (i - 3)
             middle, low, high = np.array([table[share][name][how] for share in table]).T
-            axis.errorbar(x, middle, [middle - low, high - middle], label=label, marker="o", markersize=4, capsize=2, linestyle="--" if "paper" in name else "-")
+            axis.errorbar(x, middle, [middle - low, high - middle], label=NAMES[name].strip("*"), marker="o", markersize=4, capsize=2, linestyle="--" if "paper" in name else "-")
         axis.set(title={"greedy": "greedy", "sampled": "temperature 1"}[how], xlabel="share of training labels swapped", ylim=(0, 1))
     axes[0].set_ylabel("right and polite answers")
     axes[0].legend(fontsize=8)
@@ -273,7 +292,7 @@ def main(config):
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    units = {seed: {str(share): row[str(share)] for share in config.shares} for seed, row in units.items()}
+    units = {seed: {share: row[share] for share in sorted(row)} for seed, row in units.items()}
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown") if os.path.exists("/proc/cpuinfo") else "unknown"
     made = {"command": "python " + " ".join(sys.argv), "machine": f"{config.workers} processes of one thread, {cpu}", "versions": versions(), "seeds": seeds}
     if config.phase == "choose":
@@ -284,9 +303,8 @@ def main(config):
         return
     table = summary(units)
     write_json(RESULTS / "wrong_labels.json", {**made, "settings": settings, "summary": table, "verdicts": units})
-    for share, models in table.items():
-        for name, row in models.items():
-            print(f"{share:>4} {name:>18}  " + "  ".join(f"{how} {row[how][0]:.3f} [{row[how][1]:.3f}, {row[how][2]:.3f}]" for how in row))
+    for key in next(iter(table["0.0"].values())):
+        print(f"\n{key}\n{markdown(table, key)}")
     try:
         figure(table, RESULTS / "wrong_labels.png")
     except ImportError:

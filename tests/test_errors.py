@@ -22,7 +22,7 @@ def done(tiny, tmp_path_factory):
     for stage, args in [(scit, [*source, *QUICK]), (dual, [*source, *QUICK])]:
         go(stage, *args)
     for method in ("scit", "dual"):
-        go(collect, "--out", out, "--method", method, "--device", "cpu")
+        go(collect, "--out", out, "--method", method, "--layers", "1", "--device", "cpu")
         go(align, "--out", out, "--method", method, *QUICK)
     return out
 

@@ -42,7 +42,8 @@ def test_cut_model_equals_the_whole_at_the_targets(model, tmp_path):
 
 
 def test_layers_are_counted_from_0_and_from_the_top():
-    assert M.pick_layers(None, 6) == [2, 3] and M.pick_layers(None, 32) == [10, 12, 14, 16, 18, 20] and M.pick_layers(None, 5) == [1, 2]
+    assert M.pick_layers(None, 6) == [0, 1, 2, 3, 4, 5] and M.pick_layers(None, 32) == [10, 12, 14, 16, 18, 20]
+    assert M.pick_layers(["middle"], 6) == [2, 3] and M.pick_layers(["middle"], 5) == [1, 2] and M.pick_layers(["middle"], 1) == [0]
     assert M.pick_layers(None, 1) == [0] and M.pick_layers(["-1", "0", "3"], 4) == [0, 3]
     assert M.pick_layers(["last"], 6) == [4, 5] and M.pick_layers(["last"], 32) == [21, 23, 25, 27, 29, 31] and M.pick_layers(["last"], 1) == [0]
     assert M.pick_layers(["all"], 14) == list(range(14)) and M.pick_layers(["middle", "-1"], 6) == [2, 3, 5]

@@ -66,8 +66,8 @@ def test_held_out_states_reach_their_target(runs):
         record = read_stage(out / method / "align", "align", "")
         assert all(end < 0.6 * start for start, end in zip(record["distance_start"], record["distance_end"]))
         collected = read_stage(out / method / "collect", "collect", "")
-        for layer, ratio in zip(collected["settings"]["layers"], collected["ratio"]):
-            assert f"layer {layer}: α {record['settings']['alpha']:g}, α|v|/|h| {record['settings']['alpha'] * ratio:.2f}" in said[method]
+        for layer, ratio, alpha in zip(collected["settings"]["layers"], collected["ratio"], record["alphas"]):
+            assert alpha == pytest.approx(0.25 / ratio) and f"layer {layer}: α {alpha:.3g}, α|v|/|h| 0.25" in said[method]
 
 
 def test_written_adapter_applies_to_the_original_base_alone(runs, world):
@@ -77,7 +77,7 @@ def test_written_adapter_applies_to_the_original_base_alone(runs, world):
         record, folder = read_stage(out / method / "align", "align", ""), out / method / "collect"
         model = load_model(str(world[0]), torch.float32, "cpu")
         LoRA(model.base_model, factors=load_adapter(out / method / "align", model.base_model)).eval()
-        held, layers, alpha = load_file(folder / "heldout.safetensors"), record["settings"]["layers"], record["settings"]["alpha"]
+        held, layers, alphas = load_file(folder / "heldout.safetensors"), record["settings"]["layers"], record["alphas"]
         sums, at_id, at = torch.zeros(len(layers)), 0, 0
         for length, start in zip(held["lengths"].tolist(), held["starts"].tolist()):
             ids = held["ids"][at_id:at_id + length].long()[None]
@@ -85,7 +85,7 @@ def test_written_adapter_applies_to_the_original_base_alone(runs, world):
                 states = hidden_states(model.base_model, layers, ids, torch.ones_like(ids, dtype=torch.bool))
             for i, layer in enumerate(layers):
                 b, p, m = (held[f"{name}.{layer}"][at:at + length - start] for name in ("base", "plus", "minus"))
-                sums[i] += (states[i][0, start:] - b - alpha * (p - m)).norm(dim=1).sum()
+                sums[i] += (states[i][0, start:] - b - alphas[i] * (p - m)).norm(dim=1).sum()
             at_id, at = at_id + length, at + length - start
         assert sums.tolist() == pytest.approx([d * at for d in record["distance_end"]], rel=1e-3)
 

@@ -79,6 +79,6 @@ def test_one_unit(world, tmp_path):
     scores = {name: unit.score(factors) for name, factors in (("base", None), ("sft", unit.sft(60)), ("weights", unit.weights(1.0)))}
     assert all(len(run) == 180 for score in scores.values() for run in [score["greedy"], *score["sampled"]]) and len(scores["sft"]["sampled"]) == 3
     assert study.mean(scores["sft"]["greedy"]) >= study.mean(scores["base"]["greedy"]) + 0.1
-    table = study.summary({"0": {"0.3": scores}})["0.3"]
+    table = study.summary({"0": {"0.3": scores}, "1": {"0.3": scores}})["0.3"]
     assert table["sft"]["greedy"][0] == pytest.approx(study.mean(scores["sft"]["greedy"]), abs=1e-4) and table["sft"]["sampled_minus_sft"] == [0, 0, 0]
     assert table["weights"]["sampled_minus_sft"][0] == pytest.approx(study.mean(*scores["weights"]["sampled"]) - study.mean(*scores["sft"]["sampled"]), abs=2e-4)
