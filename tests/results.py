@@ -1,7 +1,6 @@
 """The embedded default measured: both methods, preferred-SFT, the paper's form with its α sweep, and the controls, over seeds.
 
     python tests/results.py --split valid --seeds 0 1 2                                          to choose settings
-    python tests/results.py --sweep False --name embedded_default                                the defaults alone
     python tests/results.py --name embedded --collect '{"layers": ["middle"]}'                   the paper's form: sweep and controls
 
 A control changes the collected states and nothing else: h+ and h- swapped; v permuted across tokens (each

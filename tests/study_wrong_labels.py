@@ -194,6 +194,8 @@ def unit(config, seed, share, settings):
         add("dual_rank_only", u.rahf, "dual", alpha=best["dual"], rank=form["rank"], **PAPER)
         add("dpo", u.dpo, best["dpo"])
         add("weights", u.weights, best["weights"])
+        for method in METHODS if share == 0 else ():         # what `python align.py` does when nothing is said
+            add(f"{method}_default", u.rahf, method)
     print(f"seed {seed}, {share:.0%} wrong: " + ", ".join(f"{name} {mean(s['greedy']):.2f}/{mean(*s['sampled']):.2f}" for name, s in found.items()), flush=True)
     return found
 
@@ -251,14 +253,25 @@ def summary(units):
 NAMES = {"base": "base", "sft": "preferred-SFT", "dpo": "DPO", "weights": "weights: base + λ (good − bad)",
          "dual_paper": "DUAL, paper's form, best α", "dual_rank_only": "DUAL + rank", "dual_strength_only": "DUAL + ρ", "dual_new": "**DUAL, new form**",
          "scit_paper": "SCIT, paper's form, best α", "scit_strength_only": "SCIT + ρ", "scit_new": "**SCIT, new form**"}
+CLEAN = ("base", "sft", "dual_paper", "dual_default", "scit_paper", "scit_default")
+
+
+def cell(middle, low, high):
+    return f"{middle:.2f} ± {(high - low) / 2:.2f}"
+
+
+def clean_markdown(table):
+    """The README's table of the defaults: clean labels, greedy and sampled."""
+    names = {**NAMES, "dual_default": "**DUAL, the default**", "scit_default": "**SCIT, the default**"}
+    rows = ["| | greedy | T = 1 |", "|---|---|---|"]
+    return "\n".join(rows + [f"| {names[name]} | {cell(*table['0.0'][name]['greedy'])} | {cell(*table['0.0'][name]['sampled'])} |" for name in CLEAN])
 
 
 def markdown(table, key="sampled"):
     """The README's table: a row a model, a column a share, mean ± half of the interval."""
     rows = ["| | " + " | ".join(f"{float(share):.0%} wrong" for share in table) + " |", "|---" * (len(table) + 1) + "|"]
     for name, label in NAMES.items():
-        cells = [table[share][name][key] for share in table]
-        rows.append(f"| {label} | " + " | ".join(f"{middle:.2f} ± {(high - low) / 2:.2f}" for middle, low, high in cells) + " |")
+        rows.append(f"| {label} | " + " | ".join(cell(*table[share][name][key]) for share in table) + " |")
     return "\n".join(rows)
 
 
@@ -305,6 +318,7 @@ def main(config):
     write_json(RESULTS / "wrong_labels.json", {**made, "settings": settings, "summary": table, "verdicts": units})
     for key in next(iter(table["0.0"].values())):
         print(f"\n{key}\n{markdown(table, key)}")
+    print(f"\n{clean_markdown(table)}")
     try:
         figure(table, RESULTS / "wrong_labels.png")
     except ImportError:

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import study_wrong_labels
 from conftest import ROOT, SMALL_WORLD
 from kernels.bench_forms import forms
 
@@ -35,6 +36,15 @@ def test_result_table_is_the_committed_one():
     for name, cells in rows.items():
         for figure, cell in zip(("judge_greedy", "judge_sampled", "preference_accuracy"), cells.split("|")):
             assert [float(x) for x in re.findall(r"[\d.]+", cell)] == [round(seed["figures"][name][figure], 2) for seed in seeds], (name, figure)
+
+
+def test_tables_of_the_study_and_of_the_disk_are_the_committed_ones():
+    table = json.loads((ROOT / "tests" / "results" / "wrong_labels.json").read_text())["summary"]
+    assert study_wrong_labels.markdown(table, "sampled") in README and study_wrong_labels.markdown(table, "greedy") in README
+    assert study_wrong_labels.clean_markdown(table) in README
+    disk = json.loads((ROOT / "tests" / "results" / "disk.json").read_text())["forms"]
+    rows = re.findall(r"^\|[^|]+\|[^|]*\| ([\d,]+) \|$", README, re.M)
+    assert [int(row.replace(",", "")) for row in rows] == [round(form["bytes a token"]) for form in disk.values()]
 
 
 def test_bytes_table_is_what_the_benchmark_counts():
