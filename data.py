@@ -2,11 +2,11 @@
 
 A file holds one row a pair, as JSON lines or one JSON list, gzipped or not. All rows of a file have one of these forms:
     transcripts     {"chosen": "\\n\\nHuman: q\\n\\nAssistant: r_h", "rejected": "\\n\\nHuman: q\\n\\nAssistant: r_l"}       HH-RLHF
-    prompt          {"prompt": q, "chosen": r_h, "rejected": r_l}        strings, or lists of {"role", "content"}     TRL, UltraFeedback
+    prompt          {"prompt" (or "question"): q, "chosen": r_h, "rejected": r_l}   strings, or lists of {"role", "content"}   TRL
     no prompt       {"chosen": q + r_h, "rejected": q + r_l}             the same; the prompt is what both begin with
     conversations   {"conversations": [{"from", "value"}, ...], "chosen": {"from", "value"}, "rejected": {...}}       ShareGPT
     instruction     {"instruction": q, "input": more of q or "", "chosen": r_h, "rejected": r_l}                     Alpaca
-A row may carry "split": "train", "valid" or "test"; other rows are split by a hash of seed and prompt.
+A row may carry "system": a text; and "split": "train", "valid" or "test"; other rows are split by a hash of seed and prompt.
 """
 import hashlib
 import os
@@ -42,6 +42,7 @@ class Encoded:
     pair: Pair
     prompts: dict                             # {"plain" | "positive" | "negative": list of ids}
     responses: dict                           # {"chosen" | "rejected": list of ids, with EOS}
+    end: int | None                           # the token that ends a response, if any
 
     def example(self, prompt, response):
         """(ids of prompt + response, number of prompt ids)."""
@@ -51,9 +52,9 @@ class Encoded:
 # ---------------------------------------------------------------- reading
 
 def parse_transcript(text):
-    """An HH-RLHF transcript as a tuple of (role, text) turns; empty where it is none."""
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    return tuple((ROLES[role.lower()], turn.strip()) for role, turn in zip(parts[1::2], parts[2::2]))
+    """An HH-RLHF transcript as a tuple of (role, text) turns; empty where the text does not begin as one."""
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text.strip())
+    return () if parts[0] else tuple((ROLES[role.lower()], turn.strip()) for role, turn in zip(parts[1::2], parts[2::2]))
 
 
 def parse_turns(turns, field):
@@ -79,50 +80,47 @@ def form_of(row):
     for name in ("chosen", "rejected"):
         if name not in row:
             raise ValueError(f"field {name!r} is missing")
-    for form in ("conversations", "instruction", "prompt"):
+    for form in ("conversations", "instruction", "prompt", "question"):
         if form in row:
             return form
-    return "transcripts" if isinstance(row["chosen"], str) and parse_transcript(tidy(row["chosen"])) else "no prompt"
+    return "transcripts" if isinstance(row["chosen"], str) and parse_transcript(row["chosen"]) else "no prompt"
 
 
 def parse_replies(row, form):
     """(prompt turns, chosen, rejected) of a row, or None where the two replies belong to different prompts."""
-    prompt, replies = (), [row["chosen"], row["rejected"]]
+    prompt, asked = (), None                  # asked: the prompt where it is one text
     if form == "instruction":
         parts = [row["instruction"], row.get("input") or ""]
         if not all(isinstance(part, str) for part in parts):
             raise ValueError("field 'instruction' or 'input' is not a string")
-        prompt = (("user", tidy("\n".join(parts))),)
-    elif form in ("conversations", "prompt"):
-        prompt = row[form]
-        if isinstance(prompt, str) and form == "prompt":
-            prompt = parse_transcript(tidy(prompt)) or (("user", tidy(prompt)),)
-            prompt = prompt[:-1] if prompt[-1] == ("assistant", "") else prompt      # a transcript that ends with "Assistant:"
-        else:
-            prompt = parse_turns(prompt, form)
-    for i, name in enumerate(("chosen", "rejected")):
-        if isinstance(replies[i], str):
-            text = tidy(replies[i])
-            if isinstance(row.get("prompt"), str) and tidy(row["prompt"]):
-                text = text.removeprefix(tidy(row["prompt"])).strip()                # the prompt repeated inside the reply
-            replies[i] = parse_transcript(text) or text
-        else:
-            replies[i] = parse_turns(replies[i], name)
-    chosen, rejected = replies
+        history = [(role, tidy(text)) for pair in row.get("history") or () for role, text in zip(("user", "assistant"), pair)]
+        prompt = (*history, ("user", tidy("\n".join(parts))))
+    elif form in ("prompt", "question") and isinstance(row[form], str):
+        asked = tidy(row[form])
+        prompt = parse_transcript(asked) or (("user", asked),)
+        prompt = prompt[:-1] if prompt[-1] == ("assistant", "") else prompt          # a transcript that ends with "Assistant:"
+    elif form not in ("transcripts", "no prompt"):
+        prompt = parse_turns(row[form], form)
+    chosen, rejected = (tidy(row[name]) if isinstance(row[name], str) else parse_turns(row[name], name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("fields 'chosen' and 'rejected' are of different kinds")
-    if isinstance(chosen, str) and not prompt:
-        start = os.path.commonprefix(replies)
-        start = start[:max(start.rfind(" "), start.rfind("\n")) + 1]                 # whole words
-        return ((("user", start.strip()),), *(reply.removeprefix(start).strip() for reply in replies)) if start.strip() else None
-    if isinstance(chosen, str):
-        return prompt, chosen, rejected
+    if form == "transcripts":
+        chosen, rejected = parse_transcript(chosen), parse_transcript(rejected)
+    elif isinstance(chosen, str):
+        start = f"{asked} " if asked and " " in asked else ""                        # the prompt repeated inside both replies
+        if form == "no prompt":
+            start = os.path.commonprefix([chosen, rejected])
+            start = start[:max(start.rfind(" "), start.rfind("\n")) + 1]             # whole words
+            prompt = (("user", start.strip()),)
+        if all(re.sub(r"\s", " ", reply).startswith(re.sub(r"\s", " ", start)) for reply in (chosen, rejected)):
+            chosen, rejected = chosen[len(start):].strip(), rejected[len(start):].strip()
+        return (prompt, chosen, rejected) if prompt[-1][1] or form != "no prompt" else None
     if not chosen or not rejected or chosen[-1][0] != "assistant" or rejected[-1][0] != "assistant":
         raise ValueError("field 'chosen' or 'rejected' does not end with the assistant's reply")
-    before, other = chosen[:-1], rejected[:-1]
-    if before != other:
+    before = chosen[:-1]
+    if before != rejected[:-1]:
         return None
-    repeated = before[-len(prompt):] == prompt                                        # the prompt repeated inside the dialogue
+    repeated = before[-len(prompt):] == prompt or before[-1:] == (("user", asked),)  # the prompt repeated inside the dialogue
     return before if repeated else prompt + before, chosen[-1][1], rejected[-1][1]
 
 
@@ -137,6 +135,10 @@ def parse_row(row, seed, specials=()):
     prompt, *replies = parsed
     if not prompt or prompt[-1][0] != "user" or not prompt[-1][1]:
         raise ValueError("its prompt does not end with a user's turn")
+    if isinstance(row.get("system"), str) and row["system"].strip() and prompt[0][0] != "system":
+        prompt = (("system", tidy(row["system"])), *prompt)
+    if [role for role, _ in prompt if role != "system"][0] != "user":
+        return None, "beginning with the assistant"
     for special in specials * 2:              # twice: doubled, or one within the other
         replies = [reply.removeprefix(special).removesuffix(special).strip() for reply in replies]
     if not all(replies):
@@ -186,23 +188,41 @@ def render(turns):
 
 
 def chat(tokenizer, turns, instruction=""):
-    """(text of a dialogue by the tokenizer's chat template up to where the reply begins, its messages).
+    """A dialogue by the tokenizer's chat template, up to where the assistant's reply begins.
 
     The instruction opens the system turn; where the template has no system turn, the first user turn.
     """
-    system = "\n\n".join(filter(None, (instruction, *(text for role, text in turns if role == "system"))))
-    messages = [{"role": role, "content": text} for role, text in turns if role != "system"]
+    system, messages = "\n\n".join(filter(None, (instruction.strip(), *(text for role, text in turns if role == "system")))), []
+    for role, text in turns:
+        if messages and messages[-1]["role"] == role:        # many templates refuse two turns in a row of one role
+            messages[-1]["content"] += f"\n\n{text}"
+        elif role != "system":
+            messages.append({"role": role, "content": text})
 
     def written(messages):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return f"{text}\n</think>\n\n" if text.rstrip().endswith("<think>") else text
     try:
-        whole = [{"role": "system", "content": system}, *messages] if system else messages
-        if system in (text := written(whole)):
-            return text, whole
+        text = written([{"role": "system", "content": system}, *messages] if system else messages)
+        if system in text:
+            return text
     except TemplateError:                     # this is how a template says that it knows no system turn
         pass
-    folded = [{"role": "user", "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
-    return written(folded), folded
+    messages[0]["content"] = f"{system}\n\n{messages[0]['content']}".strip()
+    try:
+        return written(messages)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses a dialogue of {', '.join(m['role'] for m in messages)}: {error}; use --template plain") from None
+
+
+def around_reply(tokenizer):
+    """What the chat template puts right before and after a reply, up to the token that ends it: (text, ids)."""
+    asked, reply = [{"role": "user", "content": "?"}], {"role": "assistant", "content": "REPLY"}
+    whole, begun = tokenizer.apply_chat_template([*asked, reply], tokenize=False, enable_thinking=False), chat(tokenizer, (("user", "?"),))
+    before, _, after = whole.removeprefix(begun).partition("REPLY") if whole.startswith(begun) else ("", "", "")
+    ids, ends = tokenizer(after, add_special_tokens=False)["input_ids"], {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    return before, [tokenizer.eos_token_id] if end is None else ids[:end + 1]
 
 
 def encode(tokenizer, pair, positive=POSITIVE, negative=NEGATIVE, template="plain"):
@@ -216,23 +236,19 @@ def encode(tokenizer, pair, positive=POSITIVE, negative=NEGATIVE, template="plai
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if template == "chat":
-        (dialogue, messages), up, down = (chat(tokenizer, pair.prompt, instruction) for instruction in ("", positive, negative))
-        query = ids(dialogue)
-        prompts = {"plain": query, "positive": ids(up[0]), "negative": ids(down[0])}
+        dialogue, up, down = (chat(tokenizer, pair.prompt, instruction) for instruction in ("", positive, negative))
+        query, (before, eos) = ids(dialogue), around_reply(tokenizer)
+        prompts = {"plain": query, "positive": ids(up), "negative": ids(down)}
     else:
-        dialogue = render(pair.prompt)
+        dialogue, before = render(pair.prompt), " "
         query = ids(dialogue)
         prompts = {"plain": bos + query, "positive": bos + ids(positive) + query, "negative": bos + ids(negative) + query}
 
     def response(reply):
-        text, end = f" {reply}", eos
-        if template == "chat":                # the template's own end of a turn, if it only appends
-            whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": reply}], tokenize=False)
-            text, end = (whole[len(dialogue):].rstrip(), []) if whole.startswith(dialogue) else (reply, eos)
-        whole = ids(dialogue + text)          # what a model would continue with, unless the tokenizer
-        joined = whole[:len(query)] == query  # merges the reply with the prompt's last token
-        return (whole[len(query):] if joined else ids(text)) + end
-    return Encoded(pair, prompts, {"chosen": response(pair.chosen), "rejected": response(pair.rejected)})
+        whole = ids(dialogue + before + reply)                                      # what a model would continue with, unless the
+        joined = whole[:len(query)] == query                                        # tokenizer merges the reply with the prompt's end
+        return (whole[len(query):] if joined else ids(before + reply)) + eos
+    return Encoded(pair, prompts, {"chosen": response(pair.chosen), "rejected": response(pair.rejected)}, eos[-1] if eos else None)
 
 
 def pick_template(template, tokenizer):
@@ -245,8 +261,7 @@ def pick_template(template, tokenizer):
 def prepare(paths, splits, tokenizer, max_length, seed, limit=None, positive=POSITIVE, negative=NEGATIVE, template="plain"):
     """The encoded pairs of each split asked for: {split: list of Encoded}, with a line that counts them.
 
-    paths: files or hub:owner/name[:split]. Pairs of which any input is longer than max_length tokens are left out; limit
-    keeps the first ones of a split.
+    paths: files or hub:owner/name[:split]. Pairs with an input of over max_length tokens are left out; limit keeps the first.
     """
     pairs, skipped, found = [], {}, {}
     specials = tuple(filter(None, (tokenizer.bos_token, tokenizer.eos_token)))

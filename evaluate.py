@@ -80,12 +80,12 @@ def preferences(model, pairs, prompt, pad_id, device, batch_size):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, sample, config, seed):
-    """Answers to prompts (lists of ids), greedy or sampled at temperature 1: lists of ids, with EOS where it came."""
+def generate(model, tokenizer, prompts, sample, config, seed, end=None):
+    """Answers to prompts (lists of ids), greedy or sampled at temperature 1: lists of ids, with EOS, or the token `end`, where it came."""
     stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    stops = set(stop if isinstance(stop, list) else [stop])
+    stops = {*(stop if isinstance(stop, list) else [stop]), *([] if end is None else [end])}
     # temperature 1 means the model's own distribution: no top-k, no top-p
-    how = GenerationConfig(do_sample=sample, max_new_tokens=config.max_new_tokens, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id,
+    how = GenerationConfig(do_sample=sample, max_new_tokens=config.max_new_tokens, eos_token_id=list(stops), pad_token_id=tokenizer.pad_token_id,
                            **(dict(temperature=1.0, top_k=0, top_p=1.0) if sample else {}))
     torch.manual_seed(seed)
     answers, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -132,7 +132,7 @@ def evaluate_model(model, adapter, tokenizer, pairs, prompt, judge, config):
     accuracy, margin, chosen_nll = preferences(model, pairs, prompt, tokenizer.pad_token_id, model.device, config.batch_size)
     scores, rows, answers = {}, [], []
     for sample in (False, True):
-        new = generate(model, tokenizer, [pair.prompts[prompt] for pair in pairs], sample, config, config.seed)
+        new = generate(model, tokenizer, [pair.prompts[prompt] for pair in pairs], sample, config, config.seed, pairs[0].end)
         found = [{"instruction": data.render(pair.pair.prompt), "output": text_of(tokenizer, answer), "temperature": float(sample)}
                  for pair, answer in zip(pairs, new)]
         if judge:
@@ -179,7 +179,7 @@ def main(config):
         for name in names:
             if name == "base" or name.endswith("aligned"):
                 adapter = attach(name)
-                print(f"{name:>12}: {text_of(tokenizer, generate(model, tokenizer, [pair.prompts['plain']], False, config, config.seed)[0])}")
+                print(f"{name:>12}: {text_of(tokenizer, generate(model, tokenizer, [pair.prompts['plain']], False, config, config.seed, pair.end)[0])}")
                 if adapter:
                     adapter.remove()
         return

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def read_rows(path):
     try:
         raw = Path(path).read_bytes()
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"--data {path}: {error}") from None
     if text.lstrip().startswith("["):
         try:
@@ -97,19 +98,28 @@ def read_rows(path):
 
 
 def hub_rows(source):
-    """(place, row) for every row of hub:owner/name[:split]: JSON files by huggingface_hub, other formats by `datasets`."""
+    """(place, row) for every row of hub:owner/name[:split]: JSON files by huggingface_hub, other formats by `datasets`.
+
+    A split is a word in a file's path, such as train, or a folder of splits, of which the train files are then taken.
+    """
     name, _, split = source.removeprefix("hub:").partition(":")
+
+    def having(word, names):
+        return [file for file in names if re.search(rf"(^|[/_.-]){re.escape(word)}([/_.-]|$)", file)]
     try:
-        names = [file for file in HfApi().list_repo_files(name, repo_type="dataset") if re.search(r"\.jsonl?(\.gz)?$", file)]
-        wanted = [file for file in names if (split or "train") in file]
+        names = [file for file in HfApi().list_repo_files(name, repo_type="dataset") if re.search(r"\.jsonl?(\.gz)?$", file) and "dataset_info" not in file]
+        wanted = having(split or "train", names) or (names if len(names) == 1 and not split else [])
+        wanted = having("train", wanted) or wanted
         if wanted:
             return [(f"{file} {place}", row) for file in wanted for place, row in read_rows(hf_hub_download(name, file, repo_type="dataset"))]
         from datasets import load_dataset
         return [(f"row {i}", row) for i, row in enumerate(load_dataset(name, split=split or "train"), 1)]
     except ImportError:
-        raise UserError(f"--data {source}: no JSON file of split {split or 'train'} there, and other formats need `pip install datasets`") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--data {source}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"--data {source}: no JSON file of {split or 'train'} among {', '.join(names) or 'its files'}; other formats need `pip install datasets`") from None
+    except UserError:
+        raise
+    except Exception as error:                # other people's networks and files: whatever it is, one line
+        raise UserError(f"--data {source}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
 
 
 # ---------------------------------------------------------------- stage folders

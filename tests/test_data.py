@@ -1,4 +1,5 @@
 """Rows, splits, tokens, masks and batches."""
+import copy
 import gzip
 import json
 
@@ -73,12 +74,34 @@ def test_system_turn_is_kept():
 
 
 @pytest.mark.parametrize("row", [
-    {**TRL, "chosen": "And? Good.", "rejected": "And? Bad."},                          # the prompt repeated inside the replies
     {**TRL, "chosen": "Good.</s></s>", "rejected": "Bad.</s>"}, {**TRL, "chosen": "<s> Good.", "rejected": "<s>Bad.</s>"},
     {**TRL, "prompt": "And?\r\n", "chosen": "Good.\r\n", "rejected": "\r\nBad."}])
 def test_traps_leave_the_pair_as_it_is(row):
     pair, _ = data.parse_row(row, 0, ("<s>", "</s>"))
     assert (pair.prompt, pair.chosen, pair.rejected) == ((("user", "And?"),), "Good.", "Bad.")
+
+
+def test_prompt_repeated_inside_replies_is_taken_off_and_a_likeness_is_not():
+    pair, _ = data.parse_row({"prompt": "What is\nit?", "chosen": "What is it? Good.", "rejected": "What is it?\n\nBad."}, 0)
+    assert (pair.chosen, pair.rejected) == ("Good.", "Bad.")
+    for prompt, chosen, rejected in [("Hi", "Hi there.", "Hi you."), ("Say hello.", "Say hello. Good.", "No."), ("Say hello", "Say hello, ok", "Say helloo")]:
+        pair, _ = data.parse_row({"prompt": prompt, "chosen": chosen, "rejected": rejected}, 0)
+        assert (pair.chosen, pair.rejected) == (chosen, rejected)
+
+
+def test_transcripts_inside_ordinary_text_stay_text():
+    log = "Here it is:\n\nHuman: Hi\n\nAssistant: Hello!"
+    pair, _ = data.parse_row({"prompt": f"Read this.\n\nHuman: A\n\nAssistant: B", "chosen": log, "rejected": "No."}, 0)
+    assert pair.prompt == (("user", "Read this.\n\nHuman: A\n\nAssistant: B"),) and pair.chosen == log
+
+
+def test_system_question_and_history_columns():
+    pair, _ = data.parse_row({"system": "Be brief.", "question": "What colour is the sky?", "chosen": "The sky is blue.", "rejected": "The sky is black."}, 0)
+    assert pair.prompt == (("system", "Be brief."), ("user", "What colour is the sky?")) and pair.chosen == "The sky is blue."
+    pair, _ = data.parse_row({"instruction": "And?", "input": "", "history": [["Hi.", "Hello."]], "chosen": "Good.", "rejected": "Bad."}, 0)
+    assert pair.prompt == ASKED
+    opened = {"conversations": [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "And?"}], "chosen": {"from": "gpt", "value": "Good."}, "rejected": {"from": "gpt", "value": "Bad."}}
+    assert data.parse_row(opened, 0) == (None, "beginning with the assistant")
 
 
 def test_what_is_only_a_special_token_is_empty():
@@ -121,14 +144,16 @@ def test_hub_data(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "hf_hub_download", lambda name, file, repo_type: write(tmp_path / "x.jsonl", [{**TRL, "chosen": file}]))
     assert data.load_pairs("hub:someone/pairs:test", 0)[0][0].chosen == "data/test-0.jsonl"
     assert data.load_pairs("hub:someone/pairs", 0)[0][0].chosen == "data/train-0.jsonl"
+    listed[1:] = ["latest/train.jsonl", "latest/test.jsonl", "constraint.json", "dataset_infos.json"]
+    assert data.load_pairs("hub:someone/pairs:test", 0)[0][0].chosen == "latest/test.jsonl" and len(data.load_pairs("hub:someone/pairs:latest", 0)[0]) == 1
     listed[1:] = ["train.parquet"]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         data.load_pairs("hub:someone/pairs", 0)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, split: [{**TRL, "chosen": f"{name} {split}"}]))
     assert data.load_pairs("hub:someone/pairs:test", 0)[0][0].chosen == "someone/pairs test"
-    monkeypatch.setattr(files.HfApi, "list_repo_files", lambda self, name, repo_type: 1 / 0 if name != "someone/none" else (_ for _ in ()).throw(OSError("no such repository")))
-    with pytest.raises(UserError, match="hub:someone/none: no such repository"):
+    monkeypatch.setattr(files.HfApi, "list_repo_files", lambda self, name, repo_type: (_ for _ in ()).throw(Exception("no such repository\nmore")))
+    with pytest.raises(UserError, match="hub:someone/none: no such repository$"):
         data.load_pairs("hub:someone/none", 0)
 
 
@@ -138,10 +163,41 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System 
 SILENT = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
 
 
+STRICT = ("{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}" + CHATML)
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    """A tokenizer with the special tokens of chat templates."""
+    copied = copy.deepcopy(tokenizer)
+    copied.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return copied
+
+
+def test_templates_that_insist_on_turns(chatty):
+    """Two turns in a row of one role are joined; what a template refuses all the same is one clear line."""
+    chatty.chat_template = STRICT
+    pair = data.encode(chatty, data.Pair((("user", "Hi."), ("assistant", "A."), ("assistant", "B."), ("user", "And?")), "Good.", "Bad.", "train"), template="chat")
+    plain, up = (chatty.decode(pair.prompts[name]) for name in ("plain", "positive"))
+    assert "<|im_start|>assistant\nA.\n\nB.<|im_end|>" in plain and up == plain.replace("Hi.", f"{data.POSITIVE}\n\nHi.", 1)
+    with pytest.raises(UserError, match="refuses a dialogue of assistant, user: Roles must alternate"):
+        data.chat(chatty, (("assistant", "A."), ("user", "And?")))
+
+
+def test_templates_that_think_or_end_otherwise(chatty):
+    """An open think block is closed in the prompt; a reply ends with the first special token after it, and generation stops there."""
+    chatty.chat_template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}").replace("<|im_end|>\n", "<|im_end|>\n<|end|>")
+    pair = data.encode(chatty, data.Pair((("user", "And?"),), "Good.", "Bad.", "train"), template="chat")
+    assert chatty.decode(pair.prompts["plain"]).endswith("assistant\n<think>\n\n</think>\n\n") and chatty.decode(pair.responses["chosen"]) == "Good.<|end|>"
+    chatty.chat_template = CHATML.replace("<|im_end|>\n", "<|im_end|>\n<|end|>")
+    pair = data.encode(chatty, data.Pair((("user", "And?"),), "Good.", "Bad.", "train"), template="chat")
+    assert chatty.decode(pair.responses["chosen"]) == "Good.<|im_end|>" and chatty.decode([pair.end]) == "<|im_end|>"
+
+
 @pytest.mark.parametrize("template", [CHATML, NO_SYSTEM, SILENT])
-def test_chat_template(tokenizer, monkeypatch, template):
+def test_chat_template(chatty, monkeypatch, template):
     """p+ and p- are the system turn, or open the user's where the template has none; r is the same in all and ends as the template ends it."""
-    monkeypatch.setattr(tokenizer, "chat_template", template, raising=False)
+    tokenizer, chatty.chat_template = chatty, template
     for system in ((), (("system", "Be brief."),)):
         pair = data.encode(tokenizer, data.Pair((*system, ("user", "And?")), "Good.", "Bad.", "train"), template="chat")
         plain, up, down = (tokenizer.decode(pair.prompts[name]) for name in ("plain", "positive", "negative"))
