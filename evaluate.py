@@ -83,9 +83,9 @@ def preferences(model, pairs, prompt, pad_id, device, batch_size):
 def generate(model, tokenizer, prompts, sample, config, seed, end=None):
     """Answers to prompts (lists of ids), greedy or sampled at temperature 1: lists of ids, with EOS, or the token `end`, where it came."""
     stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    stops = {*(stop if isinstance(stop, list) else [stop]), *([] if end is None else [end])}
+    stops = {*(stop if isinstance(stop, list) else [stop]), end} - {None}
     # temperature 1 means the model's own distribution: no top-k, no top-p
-    how = GenerationConfig(do_sample=sample, max_new_tokens=config.max_new_tokens, eos_token_id=list(stops), pad_token_id=tokenizer.pad_token_id,
+    how = GenerationConfig(do_sample=sample, max_new_tokens=config.max_new_tokens, eos_token_id=list(stops) or None, pad_token_id=tokenizer.pad_token_id,
                            **(dict(temperature=1.0, top_k=0, top_p=1.0) if sample else {}))
     torch.manual_seed(seed)
     answers, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -96,8 +96,7 @@ def generate(model, tokenizer, prompts, sample, config, seed, end=None):
         attention = torch.tensor([[0] * (width - len(prompts[j])) + [1] * len(prompts[j]) for j in group])
         new = model.generate(input_ids=ids.to(model.device), attention_mask=attention.to(model.device), generation_config=how)[:, width:]
         for j, answer in zip(group, new.tolist()):
-            end = next((k + 1 for k, token in enumerate(answer) if token in stops), len(answer))
-            answers[j] = answer[:end]
+            answers[j] = answer[:next((k + 1 for k, token in enumerate(answer) if token in stops), len(answer))]
     return answers
 
 
