@@ -284,7 +284,7 @@ def figure(table, path):
             x = np.array([float(share) for share in table]) + 0.004 * (i - 3)
             middle, low, high = np.array([table[share][name][how] for share in table]).T
             axis.errorbar(x, middle, [middle - low, high - middle], label=NAMES[name].strip("*"), marker="o", markersize=4, capsize=2, linestyle="--" if "paper" in name else "-")
-        axis.set(title={"greedy": "greedy", "sampled": "temperature 1"}[how], xlabel="share of training labels swapped", ylim=(0, 1))
+        axis.set(title={"greedy": "greedy", "sampled": "temperature 1"}[how], xlabel="share of training labels swapped", ylim=(0, 1.03))
     axes[0].set_ylabel("right and polite answers")
     axes[0].legend(fontsize=8)
     plot.savefig(path, dpi=110)
