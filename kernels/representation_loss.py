@@ -147,7 +147,7 @@ def pick(pointers, layer, L: tl.constexpr):
 
 @jit(do_not_specialize=["S", "N", "T"])       # they change with every batch: no new compilation for them
 def loss_kernel(hidden, base, plus, minus, directions, index, alpha, upstream, grad, terms, norms, scale: tl.float64,
-                stride_b, stride_s, S, N, T, D, K, L: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, SQUARED: tl.constexpr,
+                stride_b, stride_s, S, N, T, D, K: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, SQUARED: tl.constexpr,
                 DIFFERENCED: tl.constexpr, LOW_RANK: tl.constexpr, GRADIENT: tl.constexpr, UPSTREAM: tl.constexpr):
     """One program is one row of one layer: its term of the loss, its norm and its row of the gradient.
 
@@ -214,7 +214,7 @@ def fused(hidden: list[torch.Tensor], base: list[torch.Tensor], plus: list[torch
           scale: float, squared: bool, gradient: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the kernel: (loss, norms [L, T], gradient [L, B, S, D], empty unless asked for). upstream: the incoming gradient, or 1."""
     loss, norms, grad = fused_shapes(hidden, base, plus, minus, directions, index, alpha, upstream, scale, squared, gradient)
-    (B, S, D), L, T, K = hidden[0].shape, len(hidden), len(base[0]), plus[0].shape[1]
+    (B, S, D), L, T, K = hidden[0].shape, len(hidden), len(base[0]), len(directions[0]) if directions else 0
     if any(h.stride() != (*hidden[0].stride()[:2], 1) for h in hidden):
         hidden = [h.contiguous() for h in hidden]
     stride_b, stride_s, _ = hidden[0].stride()

@@ -22,9 +22,9 @@ STATES = ("hidden", "base", "plus", "minus", "directions")
 def compiled(capability, D, squared=False, upstream=False, differenced=False, low_rank=False, gradient=True):
     """Registers, stack bytes (spills) and the widths of loads and stores of bf16 rows of D."""
     block = triton.next_power_of_2(D)
-    constants = dict(L=L, BLOCK=block, ACC=tl.float32, SQUARED=squared, DIFFERENCED=differenced, LOW_RANK=low_rank, GRADIENT=gradient, UPSTREAM=upstream)
+    constants = dict(K=8 if low_rank else 0, L=L, BLOCK=block, ACC=tl.float32, SQUARED=squared, DIFFERENCED=differenced, LOW_RANK=low_rank, GRADIENT=gradient, UPSTREAM=upstream)
     types = {**dict.fromkeys(STATES, ("*bf16",) * L), "index": "*i32", "alpha": "*fp64", "upstream": "*fp32", "grad": "*bf16", "terms": "*fp32", "norms": "*fp32",
-             "scale": "fp64", **dict.fromkeys(("stride_b", "stride_s", "S", "N", "T", "D", "K"), "i32"), **dict.fromkeys(constants, "constexpr")}
+             "scale": "fp64", **dict.fromkeys(("stride_b", "stride_s", "S", "N", "T", "D"), "i32"), **dict.fromkeys(constants, "constexpr")}
     aligned = [["tt.divisibility", 16]]       # what Triton finds out itself when it launches: 16-byte pointers, D a multiple of 16
     names, attrs = list(types), {}
     for name in STATES:
