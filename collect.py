@@ -28,11 +28,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
-from files import UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting
+from files import SAMPLE, UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting
 from lora import CONFIG, WEIGHTS, LoRA, load_adapter, only
 from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
 
-SAMPLE = 4096                                 # responses, of which the directions of the low-rank form are found
 ADAPTERS = {"scit": {"scit": "adapter"}, "dual": {"good": "good", "bad": "bad"}}     # method: {kind: folder}
 
 

@@ -29,6 +29,7 @@ from transformers import HfArgumentParser
 
 VERSION = 2                                   # of the files: a stage refuses another one
 RECORD = "stage.json"
+SAMPLE = 4096                                 # responses, at most, of which the directions of v are found
 
 
 class UserError(Exception):
@@ -247,9 +248,9 @@ class Collection:
             plus, minus = [v @ U.T.float() for v, U in zip(differences(plus, minus), self.directions)], None       # c = v U^T
         return base, plus, minus
 
-    def differences(self, device, most=4096, size=64):
-        """v of the first `most` responses (their order is random), batch by batch: lists of L tensors [T, D]."""
-        for group in torch.arange(min(most, len(self.items))).split(size):
+    def differences(self, device, size=64):
+        """v of the first responses (their order is random), batch by batch: lists of L tensors [T, D]."""
+        for group in torch.arange(min(SAMPLE, len(self.items))).split(size):
             yield differences(*self.states(group, device)[1:])
 
 
