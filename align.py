@@ -2,7 +2,7 @@
 
     python align.py                                      after collect.py
     python align.py --alpha 1 --layers middle            the paper's form: one α for some middle layers
-    python align.py --strength 0.4 --rank 8              a strength of its own; v on its top 8 directions only
+    python align.py --strength 0.15 0.25 0.4             a sweep: an adapter each, scored on held-out pairs, the best marked
     python align.py --profile                            where a step's time goes; trains nothing
 
 On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same positions:
@@ -14,9 +14,11 @@ so that states move by a share ρ of their length. And v may be replaced by v U^
 top k uncentred principal directions U [k, D] (ρ is still of the whole v).
 
 The LoRA is on blocks 0 to the highest target; nothing above is loaded or run. One collection serves many α.
-Writes OUT/METHOD/align, a PEFT adapter that applies to the original base model alone.
+Writes OUT/METHOD/align, a PEFT adapter that applies to the original base model alone. A sweep has its adapters and its
+table in OUT/METHOD/sweep, and the best is OUT/METHOD/align.
 """
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,14 +27,17 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 import data
-from files import Collection, UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting
+from files import Collection, UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting, write_json
 from kernels import bytes_moved, representation_loss, response_index
-from lora import LoRA, load_adapter, only, save_adapter, stack
-from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
+from lora import CONFIG, WEIGHTS, LoRA, descend, load_adapter, only, save_adapter, stack
+from model import find_linears, hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
+from score import choose, load_judge, load_reward_model, score_model, table
 
 STRENGTH = 0.25                               # the default ρ, for both methods, chosen on validation pairs of the embedded default
+SCORED = 200                                  # held-out pairs, at most, that the adapters of a sweep are scored on
 
 
 @dataclass
@@ -40,8 +45,8 @@ class Config:
     out: str = setting("out", "folder of all stages")
     method: Literal["scit", "dual"] | None = setting(None, "whose collection to use; empty takes the one that is there")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    alpha: float | None = setting(None, "α, the same for every layer, as in the paper; empty: what --strength says")
-    strength: float | None = setting(None, f"ρ: α per layer such that α|v|/|h| is ρ in the mean; empty: {STRENGTH}, unless --alpha is given")
+    alpha: list[float] | None = setting(None, "α, the same for every layer, as in the paper; empty: what --strength says; several: a sweep")
+    strength: list[float] | None = setting(None, f"ρ: α per layer such that α|v|/|h| is ρ in the mean; empty: {STRENGTH}, unless --alpha is given; several: a sweep")
     rank: int | None = setting(None, "use v's part on so many top directions a layer; empty: all of v, or what was collected", least=1)
     kind: Literal["l2", "mse"] = setting("l2", "the norm, as in the authors' code, or its square, as in the paper")
     layers: list[str] | None = setting(None, "target layers, of those collected, numbers or names as in collect.py; empty takes them all")
@@ -51,14 +56,19 @@ class Config:
     lora_rank: int = setting(8, "rank of the adapter", least=1)
     lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / lora_rank")
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
-    lora_targets: str = setting("all", "linears to adapt: all, or names such as q_proj,v_proj")
+    lora_targets: str = setting("all-linear", "linears to adapt: all-linear, attention, or names such as q_proj,v_proj")
+    gradient_checkpointing: bool = setting(False, "run blocks again in the backward: less memory, more time")
     limit: int | None = setting(None, "use the first collected responses only", least=1)
+    merge: bool = setting(False, "also write OUT/METHOD/merged: the whole model with the adapter in its weights")
+    judge: str | None = setting(None, "of a sweep: module:function that scores (prompt, response); empty inherits")
+    reward_model: str | None = setting(None, "of a sweep: a sequence classifier of one label, folder or hub name")
+    max_new_tokens: int = setting(64, "of a sweep: longest answer", least=1)
     profile: bool = setting(False, "trace a few steps, tell the loss kernel's share and bandwidth, and end")
     model: str | None = setting(None, "the base model, where it has moved; empty inherits from collect")
     seed: int | None = setting(None, "seed of the adapter and the order; empty inherits")
 
 
-def find_directions(train, folder, record, layers, rank, device):
+def find_directions(collection, folder, record, layers, rank, device):
     """Directions U [k, D] per layer, or None for the paper's form, and the share of Σ|v|² that they hold. UserError where there are not so many."""
     settings = record["settings"]
     most = settings["rank"] if settings["store"] == "lowrank" else record["hidden_size"]
@@ -70,27 +80,64 @@ def find_directions(train, folder, record, layers, rank, device):
         return [stored[f"directions.{layer}"][:rank] for layer in layers], shares
     if rank is None:
         return None, [None] * len(layers)
-    directions, shares = principal_directions(train.differences(device), rank)
-    return [U.to(getattr(torch, settings["dtype"])) for U in directions], shares
+    directions, shares = principal_directions(collection.differences(device), rank)
+    return [U.to(getattr(torch, settings["dtype"])) for U in directions], [share[rank - 1] for share in shares]
 
 
-def base_states(trunk, adapter, layers, batch):
-    """b of a collection that does not hold it: the states of the model with the adapter off. List of [T, D]."""
-    with torch.no_grad(), only([adapter]):
-        return [h[batch.response] for h in hidden_states(trunk, layers, batch.ids, batch.attention)]
+def targets(collection, group, trunk, adapter, pad_id, device):
+    """A batch of collected responses with their b, h+ and h-: (Batch, base, plus, minus), the last three lists of L tensors [T, D]."""
+    batch = data.collate(collection.examples(group), pad_id, device)
+    base, plus, minus = collection.states(group, device)
+    if base is None:                          # not stored: the states of the model with the adapter off
+        with torch.no_grad(), only([adapter]):
+            base = [h[batch.response] for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
+    return batch, base, plus, minus
+
+
+def alignment_loss(hidden, collection, batch, base, plus, minus, alphas, kind="l2"):
+    """mean || A(π_lora, <q, r>, l) - (b_l + α_l (h+_l - h-_l)) ||_2, and the norms [L, T]. hidden: L x [B, S, D]; alphas: [L]."""
+    return representation_loss(hidden, base, plus, minus, response_index(batch.response), alphas, kind=kind, directions=collection.directions)
 
 
 @torch.no_grad()
-def distances(trunk, adapter, held_out, layers, alphas, pad_id, device, batch_size):
-    """Mean over held-out tokens of ||h - (b + α v)|| per layer: [L]."""
+def distances(trunk, adapter, held_out, alphas, pad_id, device, batch_size):
+    """Mean over held-out tokens of || h - (b + α v) || per layer: [L]."""
     norms = []
     for group in torch.arange(len(held_out.items)).split(batch_size):
-        batch = data.collate(held_out.examples(group), pad_id, device)
-        base, plus, minus = held_out.states(group, device)
-        base = base or base_states(trunk, adapter, layers, batch)
-        hidden = hidden_states(trunk, layers, batch.ids, batch.attention)
-        norms.append(representation_loss(hidden, base, plus, minus, response_index(batch.response), alphas, directions=held_out.directions)[1])
+        batch, *states = targets(held_out, group, trunk, adapter, pad_id, device)
+        norms.append(alignment_loss(hidden_states(trunk, held_out.layers, batch.ids, batch.attention), held_out, batch, *states, alphas)[1])
     return torch.cat(norms, 1).mean(1)
+
+
+def train(trunk, adapter, collection, alphas, config, pad_id, device, log, name):
+    """Move the adapter's hidden states to their targets, config.steps steps over batches of collected responses.
+
+    With --profile, instead, trace and time a step.
+    """
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(device.type, enabled=trunk.dtype == torch.float16)
+    draws = data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed)
+    adapter.train()
+
+    def train_step():
+        batch, *states = targets(collection, next(draws), trunk, adapter, pad_id, device)  # b, h+, h-: L x [T, D]
+        hidden = hidden_states(trunk, collection.layers, batch.ids, batch.attention)       # A(π_lora, <q, r>, l): L x [B, S, D]
+        loss, _ = alignment_loss(hidden, collection, batch, *states, alphas, config.kind)
+        descend(loss, adapter, optimizer, scaler)
+        return loss
+
+    if config.profile:
+        batch, *states = targets(collection, next(draws), trunk, adapter, pad_id, device)
+        hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
+        return profile(train_step, lambda: torch.autograd.grad(alignment_loss(hidden, collection, batch, *states, alphas, config.kind)[0], hidden),
+                       bytes_moved(hidden, *states, collection.directions), Path(config.out) / "align_trace.json")
+    bar = tqdm(range(1, config.steps + 1), desc=name, unit="step")
+    for step in bar:
+        loss = train_step()
+        if step % 10 == 0 or step == config.steps:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            log(adapter=name, step=step, loss=loss.item())
+    adapter.eval()
 
 
 def profile(step, loss, moved, path):
@@ -108,6 +155,23 @@ def profile(step, loss, moved, path):
     print(f"wrote {path}: open it in a browser at chrome://tracing or ui.perfetto.dev")
 
 
+def sweep(factors, scorers, config, settings, tokenizer, device, folder):
+    """Score every adapter {name: Factors} and their base on held-out pairs; writes sweep.json and sweep.md. Returns the best's name."""
+    pairs = data.prepare(settings["data"], ("valid",), tokenizer, settings["max_length"], settings["seed"], None,
+                         settings["positive"], settings["negative"], settings["template"])["valid"][:SCORED]
+    model, reports = load_model(config.model, getattr(torch, settings["dtype"]), device), {}
+    for name in tqdm(["base", *factors], desc="sweep", unit="model"):
+        adapter = LoRA(model.base_model, factors=factors[name]).eval() if name in factors else None
+        reports[name], _ = score_model(model, adapter, tokenizer, pairs, "plain", scorers, config.max_new_tokens, 64, config.seed)
+        if adapter:
+            adapter.remove()
+    best, why = choose(reports)
+    write_json(folder / "sweep.json", {"best": best, "why": why, "pairs": len(pairs), "models": reports, "settings": {**settings, **vars(config)}})
+    (folder / "sweep.md").write_text(f"{table(reports)}\n\nbest: {best}, {why}\n")
+    print((folder / "sweep.md").read_text())
+    return best
+
+
 def main(config):
     # what collect says
     method = choose_method(config.out, config.method, dict.fromkeys(("scit", "dual"), "collect"), ["python collect.py"])
@@ -116,96 +180,90 @@ def main(config):
     settings = record["settings"]
     if config.layers:
         config.layers = pick_layers(config.layers, load_config(config.model or settings["model"]).num_hidden_layers)
-    inherit(config, settings, ("model", "seed", "layers"), folder)
+    inherit(config, {"judge": None, **settings}, ("model", "seed", "layers", "judge"), folder)
     layers, device = config.layers, pick_device(config.device)
     missing = [layer for layer in layers if layer not in settings["layers"]]
     if missing:
         raise UserError(f"--layers {missing[0]}: {folder} holds layers {settings['layers']}: collect it with `python collect.py --layers ...`")
-    if config.alpha is not None and config.strength is not None:
+    if config.alpha and config.strength:
         raise UserError("--alpha and --strength exclude each other: give one of them")
-    if config.alpha is None and config.strength is None:
-        config.strength = STRENGTH
+    if not config.alpha and not config.strength:
+        config.strength = [STRENGTH]
     ratio = [record["ratio"][settings["layers"].index(layer)] for layer in layers]           # mean |v|/|h|
-    if config.strength is not None and not all(0 < r < math.inf for r in ratio):
+    if config.strength and not all(0 < r < math.inf for r in ratio):
         raise UserError(f"--strength: {folder} has |v|/|h| {ratio} at layers {layers}: h+ and h- must differ; train stage 1 longer, or give --alpha")
-    alphas = [config.strength / r if config.alpha is None else config.alpha for r in ratio]
-    torch.manual_seed(config.seed)
-    train = Collection([checked(folder, record, name) for name in record["shards"]], layers, settings["store"])
+    # every adapter to train: {name: (setting, its value, α per layer)}
+    runs = {f"alpha_{alpha:g}": ("alpha", alpha, [alpha] * len(layers)) for alpha in config.alpha or ()}
+    runs |= {f"strength_{rho:g}": ("strength", rho, [rho / r for r in ratio]) for rho in config.strength or ()}
+    scorers, dtype = {}, getattr(torch, settings["dtype"])
+    if len(runs) > 1 and config.judge:
+        scorers["judge"] = load_judge(config.judge)
+    if len(runs) > 1 and config.reward_model:
+        scorers["reward"] = load_reward_model(config.reward_model, dtype, device, config.batch_size)
+    collection = Collection([checked(folder, record, name) for name in record["shards"]], layers, settings["store"])
     held_out = Collection([checked(folder, record, "heldout.safetensors")], layers, settings["store"])
 
-    # the base up to the highest target layer, with its adapter where there is one, and a fresh LoRA
-    pad_id = load_tokenizer(config.model).pad_token_id
-    trunk = load_model(config.model, getattr(torch, settings["dtype"]), device, blocks=layers[-1] + 1)
+    # the base up to the highest target layer, with its adapter where there is one
+    tokenizer = load_tokenizer(config.model)
+    trunk = load_model(config.model, dtype, device, blocks=layers[-1] + 1, checkpointing=config.gradient_checkpointing)
     if model_digest(config.model) != record["model_digest"]:
         raise UserError(f"{folder} was made for another model than --model {config.model}: run `python collect.py` again")
+    adapted = {path.rpartition(".")[2] for path in find_linears(trunk, config.lora_targets)}
     below = None
     if settings["base"] == "instructed":
         below = load_adapter(checked(folder, record, "base_adapter"), trunk)
         LoRA(trunk, factors=below).requires_grad_(False).eval()
-    adapter = LoRA(trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
+    collection.directions, shares = find_directions(collection, folder, record, layers, config.rank, device)
+    held_out.directions = collection.directions
+    for name, (_, _, alphas) in runs.items():
+        for layer, alpha, r, share in zip(layers, alphas, ratio, shares):
+            print(f"  {name}, layer {layer}: α {alpha:.3g}, α|v|/|h| {abs(alpha) * r:.2f}"
+                  + (f", {len(collection.directions[0])} directions hold {share:.0%} of |v|²" if share is not None else "")
+                  + ("  WARNING: near 1 or above, expect the model to collapse; lower the strength" if abs(alpha) * r > 0.8 else ""))
+    print(f"layers {layers}, base {settings['base']}: {len(collection.lengths[:config.limit]):,} responses, "
+          f"{len(runs)} times {config.steps} steps of {config.batch_size}, LoRA on {', '.join(sorted(adapted))}")
 
-    directions, shares = find_directions(train, folder, record, layers, config.rank, device)
-    train.directions = held_out.directions = directions
-    for layer, alpha, r, share in zip(layers, alphas, ratio, shares):
-        print(f"  layer {layer}: α {alpha:.3g}, α|v|/|h| {abs(alpha) * r:.2f}"
-              + (f", {len(directions[0])} directions hold {share:.0%} of |v|²" if share is not None else "")
-              + ("  WARNING: near 1 or above, expect the model to collapse; lower the strength" if abs(alpha) * r > 0.8 else ""))
-    lengths, strengths = train.lengths[:config.limit], torch.tensor(alphas, dtype=torch.float32, device=device)     # α per layer
-    print(f"layers {layers}, base {settings['base']}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters, "
-          f"{len(lengths):,} responses, {config.steps} steps of {config.batch_size}")
-
-    # training
-    start = distances(trunk, adapter, held_out, layers, strengths, pad_id, device, config.batch_size)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
-    draws = data.endless_batches(lengths, config.batch_size, config.seed)
-    adapter.train()
-
-    def drawn():
-        group = next(draws)
-        batch = data.collate(train.examples(group), pad_id, device)
-        base, plus, minus = train.states(group, device)                                    # b, h+, h-: L x [T, D]
-        return batch, base or base_states(trunk, adapter, layers, batch), plus, minus
-
-    def loss_of(hidden, batch, base, plus, minus):
-        return representation_loss(hidden, base, plus, minus, response_index(batch.response), strengths, kind=config.kind, directions=directions)[0]
-
-    def train_step():
-        batch, *states = drawn()
-        hidden = hidden_states(trunk, layers, batch.ids, batch.attention)                  # A(π_lora, <q, r>, l): L x [B, S, D]
-        loss = loss_of(hidden, batch, *states)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    if config.profile:
-        batch, *states = drawn()
-        hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, layers, batch.ids, batch.attention)]
-        return profile(train_step, lambda: torch.autograd.grad(loss_of(hidden, batch, *states), hidden), bytes_moved(hidden, *states, directions),
-                       Path(config.out) / "align_trace.json")
+    # training, saving: a written adapter applies to the original base alone
+    factors, out = {}, Path(config.out) / method
     with open_log(config.out, "align") as log:
-        bar = tqdm(range(1, config.steps + 1), desc="align", unit="step")
-        for step in bar:
-            loss = train_step()
-            if step % 10 == 0 or step == config.steps:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-                log(step=step, loss=loss.item())
-    adapter.eval()
-    end = distances(trunk, adapter, held_out, layers, strengths, pad_id, device, config.batch_size)
+        for name, (kind, value, alphas) in runs.items():
+            torch.manual_seed(config.seed)
+            adapter = LoRA(trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
+            strengths = torch.tensor(alphas, dtype=torch.float32, device=device)
+            start = distances(trunk, adapter, held_out, strengths, tokenizer.pad_token_id, device, config.batch_size)
+            train(trunk, adapter, collection, strengths, config, tokenizer.pad_token_id, device, log, name)
+            if config.profile:
+                return
+            end = distances(trunk, adapter, held_out, strengths, tokenizer.pad_token_id, device, config.batch_size)
+            adapter.remove()
+            factors[name] = adapter.factors() if below is None else stack(below, adapter.factors())
+            result = {"settings": {**settings, **vars(config), "alpha": None, "strength": None, kind: value}, "method": method,
+                      "model_digest": record["model_digest"], "alphas": alphas, "distance_start": start.tolist(), "distance_end": end.tolist()}
+            written = out / "align" if len(runs) == 1 else out / "sweep" / name
+            with new_stage(written, "align", result) as new:
+                save_adapter(new, factors[name], trunk, config.model, config.lora_dropout)
+            for layer, a, b in zip(layers, result["distance_start"], result["distance_end"]):
+                print(f"  layer {layer}: held-out distance to the target {a:.3f} -> {b:.3f}" + (f" ({b / a:.2f} of it)" if a else ""))
+            print(f"wrote {written}; held-out distance {start.mean():.3f} -> {end.mean():.3f}")
+    if factors[name].rank > 16:
+        print(f"WARNING: the adapter has rank {factors[name].rank}; some servers take 16 at most by default")
+    del trunk, adapter                        # the whole model comes next
 
-    # saving: the written adapter applies to the original base alone
-    factors = adapter.factors() if below is None else stack(below, adapter.factors())
-    if factors.rank > 16:
-        print(f"WARNING: the adapter has rank {factors.rank}; some servers take 16 at most by default")
-    result = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": record["model_digest"], "alphas": alphas,
-              "distance_start": start.tolist(), "distance_end": end.tolist()}
-    written = Path(config.out) / method / "align"
-    with new_stage(written, "align", result) as new:
-        save_adapter(new, factors, trunk, config.model, config.lora_dropout)
-    for layer, a, b in zip(layers, result["distance_start"], result["distance_end"]):
-        print(f"  layer {layer}: held-out distance to the target {a:.3f} -> {b:.3f}" + (f" ({b / a:.2f} of it)" if a else ""))
-    print(f"wrote {written}; held-out distance {start.mean():.3f} -> {end.mean():.3f}")
+    # the best of a sweep, the merged model
+    best = name if len(runs) == 1 else sweep(factors, scorers, config, settings, tokenizer, device, out / "sweep")
+    if len(runs) > 1:
+        chosen = read_stage(out / "sweep" / best, "align", "python align.py")
+        with new_stage(out / "align", "align", {key: value for key, value in chosen.items() if key not in ("kind", "version", "made_by", "digests")}) as new:
+            for file in (CONFIG, WEIGHTS):
+                shutil.copy(out / "sweep" / best / file, new / file)
+        print(f"wrote {out / 'align'}: {best}; all of them and their table are in {out / 'sweep'}")
+    if config.merge:
+        model = load_model(config.model, dtype, device)
+        LoRA(model.base_model, factors=factors[best]).merge()
+        with new_stage(out / "merged", "merged", {"settings": result["settings"], "adapter": best}) as new:
+            model.save_pretrained(new)
+            AutoTokenizer.from_pretrained(config.model).save_pretrained(new)
+        print(f"wrote {out / 'merged'}: the whole model with {best} in its weights, for plain from_pretrained")
     print(next_command("evaluate.py", config.out))
 
 

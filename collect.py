@@ -3,6 +3,7 @@
     python collect.py                                    after scit.py or dual.py
     python collect.py --layers 10 12 14 16 18 --max-gb 200
     python collect.py --store lowrank --rank 8 --store-base no       some numbers a token instead of vectors
+    python collect.py --survey                           which layers and which strength? collects nothing
 
 For each response r, chosen and rejected, and each target layer l, at the same token positions:
 
@@ -16,6 +17,8 @@ or run. Writes OUT/METHOD/collect, which is all that align.py needs besides the 
 
 Beyond the paper, `--store lowrank` keeps of v = h+ - h- its coefficients c = v U^T alone, where the rows of U [k, D] are
 the top k uncentred principal directions of v at that layer, found in a pass over a sample before.
+
+`--survey` measures every block and recommends layers, strength and rank, see survey.py.
 """
 import math
 import shutil
@@ -31,6 +34,7 @@ import data
 from files import SAMPLE, UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting
 from lora import CONFIG, WEIGHTS, LoRA, load_adapter, only
 from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
+from survey import survey
 
 ADAPTERS = {"scit": {"scit": "adapter"}, "dual": {"good": "good", "bad": "bad"}}     # method: {kind: folder}
 
@@ -52,6 +56,7 @@ class Config:
     shard_mb: float = setting(512, "size of a shard in megabytes", least=0)
     batch_size: int = setting(32, "responses in a forward pass", least=1)
     limit: int | None = setting(None, "use the first training pairs only", least=1)
+    survey: bool = setting(False, "collect nothing: measure every block, and recommend layers, strength and rank")
     model: str | None = setting(None, "model folder or hub name; empty inherits from stage 1")
     data: list[str] | None = setting(None, "preference pairs, as in stage 1; empty inherits")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the model and the states; empty inherits")
@@ -151,9 +156,10 @@ def main(config):
     torch.manual_seed(config.seed)
 
     # the model up to the highest target layer, and the pairs
-    config.layers = pick_layers(config.layers, load_config(config.model).num_hidden_layers)
+    config.layers = pick_layers(["all"] if config.survey else config.layers, load_config(config.model).num_hidden_layers)
     tokenizer = load_tokenizer(config.model)
-    trunk = load_model(config.model, getattr(torch, config.dtype), device, blocks=config.layers[-1] + 1)
+    model = load_model(config.model, getattr(torch, config.dtype), device, blocks=None if config.survey else config.layers[-1] + 1)
+    trunk = model.base_model
     if model_digest(config.model) != first["model_digest"]:
         raise UserError(f"--model {config.model} is not the model that {config.out}/{method} was trained on: run `python {method}.py` again")
     adapters = {}
@@ -163,6 +169,15 @@ def main(config):
                          settings["positive"], settings["negative"], settings["template"])
     examples = {split: [(pair, response) for pair in pairs[split] for response in ("chosen", "rejected")] for split in pairs}
     examples["valid"] = examples["valid"][:128]
+
+    if config.survey:
+        def record_of(group):
+            return record_states(trunk, adapters, method, config, group, tokenizer.pad_token_id, device)
+        with only(adapters.values(), *([next(iter(adapters.values()))] if config.base == "instructed" else [])):           # the model that b is of
+            layers, strengths, rank = survey(model, record_of, pairs, config, tokenizer.pad_token_id, Path(config.out) / method / "survey.json")
+        print(next_command("collect.py", config.out, config.method) + f" --layers {' '.join(map(str, layers))}")
+        print(next_command("align.py", config.out, config.method) + f" --strength {' '.join(map(str, strengths))}" + (f" --rank {rank}" if rank else ""))
+        return
 
     # what it will take
     width, itemsize = trunk.config.get_text_config().hidden_size, torch.finfo(trunk.dtype).bits // 8
@@ -196,8 +211,9 @@ def main(config):
     folder, statistics, directions = Path(config.out) / method / "collect", torch.zeros(3, len(config.layers), dtype=torch.float64), None
     with new_stage(folder, "collect", record) as new, torch.no_grad():
         if config.store == "lowrank":
-            directions, record["energy"] = principal_directions(
+            directions, shares = principal_directions(
                 sampled_differences(examples["train"], trunk, adapters, method, config, tokenizer.pad_token_id, device), config.rank)
+            record["energy"] = [share[config.rank - 1] for share in shares]
             save_file({f"directions.{layer}": U.to(trunk.dtype).cpu() for layer, U in zip(config.layers, directions)}, new / "directions.safetensors")
         shards = Writer(new, "shard-{:05d}.safetensors", config.shard_mb * 1e6)
         for split, writer in (("train", shards), ("valid", Writer(new, "heldout.safetensors", math.inf))):

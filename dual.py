@@ -22,7 +22,7 @@ import data
 import toy
 from data import NEGATIVE, POSITIVE
 from files import UserError, new_stage, next_command, open_log, run, setting
-from lora import LoRA, only, save_adapter
+from lora import LoRA, descend, only, save_adapter
 from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs
 
 
@@ -45,7 +45,8 @@ class Config:
     lora_rank: int = setting(8, "rank of the adapters", least=1)
     lora_alpha: float = setting(16, "the adapters' scale is lora_alpha / lora_rank")
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", least=0)
-    lora_targets: str = setting("all", "linears to adapt: all, or names such as q_proj,v_proj")
+    lora_targets: str = setting("all-linear", "linears to adapt: all-linear, attention, or names such as q_proj,v_proj")
+    gradient_checkpointing: bool = setting(False, "run blocks again in the backward: less memory, more time")
 
 
 def response_nll(model, pairs, response, pad_id, device):
@@ -77,7 +78,7 @@ def main(config):
     pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
                          config.positive, config.negative, config.template)
     train, valid, pad_id = pairs["train"], pairs["valid"][:64], tokenizer.pad_token_id
-    model = load_model(source["model"], pick_dtype(config.dtype, device), device)
+    model = load_model(source["model"], pick_dtype(config.dtype, device), device, checkpointing=config.gradient_checkpointing)
     adapters = {name: LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
                 for name in ("good", "bad")}
     print("one input: " + repr(tokenizer.decode(train[0].example("plain", "chosen")[0])))
@@ -91,6 +92,7 @@ def main(config):
             with only(adapters.values(), adapter):
                 start = held_out(model, valid, response, pad_id, device, config.batch_size)
                 optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+                scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
                 warm_up = max(1, config.steps // 10)
                 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
                     (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / config.steps))))
@@ -100,10 +102,7 @@ def main(config):
                 for step in bar:
                     nll, tokens = response_nll(model, [train[i] for i in next(draws)], response, pad_id, device)
                     loss = nll / tokens
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    descend(loss, adapter, optimizer, scaler)
                     schedule.step()
                     if step % 10 == 0 or step == config.steps:
                         bar.set_postfix(loss=f"{loss.item():.3f}")

@@ -1,4 +1,4 @@
-"""Stage folders, rows and user errors: how the stages hand off, what they read, and how they refuse.
+"""Stage folders, settings and user errors: how the stages hand off, and how they refuse.
 
 Every stage writes one folder. It is written aside as `.name.partial`, its `stage.json` goes in
 last, and the whole is renamed when complete, so a folder with a `stage.json` is a whole one:
@@ -10,20 +10,18 @@ A later stage reads that record, checks kind, version and digests, and inherits 
 import argparse
 import dataclasses
 import difflib
-import gzip
 import hashlib
 import importlib.metadata
 import json
 import os
-import re
+import resource
 import shutil
 import sys
-import zlib
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
 from safetensors import safe_open
 from transformers import HfArgumentParser
 
@@ -61,7 +59,8 @@ class Parser(HfArgumentParser):
 
 
 def run(main, config_class):
-    """Parse the command line into `config_class` and call main(config); user errors end with exit code 2."""
+    """Parse the command line into `config_class`, call main(config), tell time and memory; user errors end with exit code 2."""
+    start = time.perf_counter()
     try:
         parser = Parser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__.split("\n\n")[0])
         config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
@@ -69,58 +68,17 @@ def run(main, config_class):
             near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
             raise UserError(f"unknown setting {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
         main(config)
+        print(f"{Path(sys.argv[0]).name}: {time.perf_counter() - start:.0f} s, peak memory {peak_memory() / 1e9:.2f} GB")
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 
-# ---------------------------------------------------------------- rows of other people's files
-
-def read_rows(path):
-    """(place, row) for every row of a JSON or JSON-lines file, gzipped or not; place is "line 3" or "row 3"."""
-    try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"--data {path}: {error}") from None
-    if text.lstrip().startswith("["):
-        try:
-            return [(f"row {i}", row) for i, row in enumerate(json.loads(text), 1)]
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON: {error}") from None
-    rows = []
-    for i, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((f"line {i}", json.loads(line)))
-            except ValueError as error:
-                raise UserError(f"{path} line {i}: not JSON: {error}") from None
-    return rows
-
-
-def hub_rows(source):
-    """(place, row) for every row of hub:owner/name[:split]: JSON files by huggingface_hub, other formats by `datasets`.
-
-    A split is a word in a file's path, such as train, or a folder of splits, of which the train files are then taken.
-    """
-    name, _, split = source.removeprefix("hub:").partition(":")
-
-    def having(word, names):
-        return [file for file in names if re.search(rf"(^|[/_.-]){re.escape(word)}([/_.-]|$)", file)]
-    try:
-        names = [file for file in HfApi().list_repo_files(name, repo_type="dataset") if re.search(r"\.jsonl?(\.gz)?$", file) and "dataset_info" not in file]
-        wanted = having(split or "train", names) or (names if len(names) == 1 and not split else [])
-        wanted = having("train", wanted) or wanted
-        if wanted:
-            return [(f"{file} {place}", row) for file in wanted for place, row in read_rows(hf_hub_download(name, file, repo_type="dataset"))]
-        from datasets import load_dataset
-        return [(f"row {i}", row) for i, row in enumerate(load_dataset(name, split=split or "train"), 1)]
-    except ImportError:
-        raise UserError(f"--data {source}: no JSON file of {split or 'train'} among {', '.join(names) or 'its files'}; other formats need `pip install datasets`") from None
-    except UserError:
-        raise
-    except Exception as error:                # other people's networks and files: whatever it is, one line
-        raise UserError(f"--data {source}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
+def peak_memory():
+    """The most bytes this process has held: of the GPU's memory where it has used one, else of the machine's."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---------------------------------------------------------------- stage folders

@@ -34,16 +34,14 @@ class Factors:
 class LoRA(nn.Module):
     """A trainable adapter on the linears of blocks 0..blocks-1 of a trunk; the identity until trained (B = 0)."""
 
-    def __init__(self, trunk, rank=8, alpha=16, dropout=0.0, blocks=None, targets="all", factors=None):
+    def __init__(self, trunk, rank=8, alpha=16, dropout=0.0, blocks=None, targets="all-linear", factors=None):
         """targets: see model.find_linears. factors: take A and B (and rank and alpha) from there instead of fresh ones;
         those of blocks that the trunk lacks are left out."""
         super().__init__()
         self.enabled, self.dropout = True, dropout
         self.rank, self.alpha = (factors.rank, factors.alpha) if factors else (rank, alpha)
         self.scale = self.alpha / self.rank
-        path, stack = find_blocks(trunk)
-        linears = {f"{path}.{i}.{name}": linear for i, block in enumerate(stack[:blocks])
-                   for name, linear in find_linears(block, targets).items()}
+        linears = find_linears(trunk, targets, blocks)
         if factors:
             linears = {name: linear for name, linear in linears.items() if name in factors.pairs}
         self.names, self.A, self.B, self.handles = list(linears), nn.ParameterList(), nn.ParameterList(), []
@@ -95,6 +93,16 @@ def out_features(linear):
     return linear.weight.shape[1] if isinstance(linear, Conv1D) else linear.out_features
 
 
+def descend(loss, adapter, optimizer, scaler):
+    """One optimiser step. Gradients are clipped to norm 1; scaler (torch.amp.GradScaler) keeps those of fp16 from vanishing."""
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
 @contextlib.contextmanager
 def only(adapters, *on):
     """Within the block, just the adapters `on` are enabled, of all those given."""
@@ -137,17 +145,31 @@ def save_adapter(folder, factors, trunk, base_model, dropout=0.0):
                for name, pair in factors.pairs.items() for x, tensor in zip("AB", pair)}
     path, blocks = find_blocks(trunk)
     inside = [name.removeprefix(path + ".").partition(".") for name in factors.pairs]        # (block, ".", linear)
+    layers = sorted({int(block) for block, _, _ in inside})
+    # what a name must not match: the trunk's other linears, and, of the blocks adapted (a cut trunk lacks some), those left out
+    others = {name for name, m in trunk.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and not name.startswith(f"{path}.")}
+    others |= {f"{path}.{i}.{name}" for i in layers for name in {name for _, _, name in inside}}
+    others |= {name for name in find_linears(trunk) if int(name.removeprefix(path + ".").partition(".")[0]) in layers}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": factors.rank, "lora_alpha": factors.alpha, "lora_dropout": dropout, "bias": "none",
-        "target_modules": sorted({linear for _, _, linear in inside}),
-        "layers_to_transform": sorted({int(block) for block, _, _ in inside}),
+        "target_modules": target_names(factors.pairs, others),
+        "layers_to_transform": layers,
         "layers_pattern": path.rpartition(".")[2],
         "fan_in_fan_out": any(isinstance(m, Conv1D) for m in blocks.modules()),
         "inference_mode": True, "modules_to_save": None,
     }
     save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
     (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def target_names(paths, others):
+    """The shortest endings of module paths by which PEFT's suffix match finds `paths` and none of the others."""
+    for parts in range(1, 1 + max(path.count(".") + 1 for path in paths)):
+        names = sorted({".".join(path.split(".")[-parts:]) for path in paths})
+        if not any(f".{other}".endswith(tuple(f".{name}" for name in names)) for other in others if other not in paths):
+            break
+    return names
 
 
 def load_adapter(folder, trunk):

@@ -2,6 +2,7 @@
 
 A "trunk" is a causal language model without its head: embeddings, decoder blocks, final norm.
 """
+import functools
 import hashlib
 import json
 import struct
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, logging
@@ -34,14 +36,14 @@ def pick_dtype(dtype, device):
     return getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
-def read_model(what, name, read):
+def read_model(what, name, read, setting="--model"):
     """read() with its many ways to fail turned into one line."""
     if ("/" in name and not Path(name).is_dir()) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"--model {name}: no such folder")
+        raise UserError(f"{setting} {name}: no such folder")
     try:
         return read()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"--model {name}: cannot read its {what}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{setting} {name}: cannot read its {what}: {str(error).strip().splitlines()[0]}") from None
 
 
 def load_config(name):
@@ -62,10 +64,11 @@ def load_tokenizer(name):
     return tokenizer
 
 
-def load_model(name, dtype, device, blocks=None):
+def load_model(name, dtype, device, blocks=None, checkpointing=False):
     """A frozen causal language model, or, with `blocks`, the trunk of its first `blocks` blocks.
 
     The cut trunk ends at its last block: later blocks and the head are not read, the final norm is dropped.
+    checkpointing: keep only the input of each block for the backward, which then runs the block again.
     """
     verbosity = logging.get_verbosity()
     if blocks is not None:                    # the weights of the blocks cut off are reported as unexpected
@@ -73,12 +76,27 @@ def load_model(name, dtype, device, blocks=None):
     try:
         if blocks is None:
             model = read_model("weights", name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype))
+            check_decoder(name, model.eval())
         else:
             model = read_model("weights", name, lambda: AutoModel.from_pretrained(name, dtype=dtype, num_hidden_layers=blocks))
             drop_final_norm(model)
     finally:
         logging.set_verbosity(verbosity)
+    if checkpointing:                         # within the hooks on a block; transformers' own switch does nothing in evaluation mode
+        for block in find_blocks(model.base_model)[1]:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return model.requires_grad_(False).eval().to(device)
+
+
+@torch.no_grad()
+def check_decoder(name, model):
+    """UserError unless a model is a trunk with a head, its trunk one plain stack of blocks, and no state depends on later tokens."""
+    if model.base_model is model:
+        raise UserError(f"--model {name}: {type(model).__name__} has no trunk under the name {model.base_model_prefix!r}")
+    find_blocks(model.base_model)
+    first = model(input_ids=torch.tensor([[2, 3], [2, 4]]), use_cache=False).logits[:, 0].float()
+    if (first[0] - first[1]).norm() > 1e-2 * first.norm():
+        raise UserError(f"--model {name}: {type(model).__name__} looks ahead: what it says after a token depends on later ones; need a decoder-only model")
 
 
 def drop_final_norm(trunk):
@@ -117,22 +135,30 @@ def model_digest(name):
 def find_blocks(trunk):
     """(path, ModuleList) of the decoder blocks: the list that is as long as the config says there are blocks."""
     count = trunk.config.get_text_config().num_hidden_layers
-    found = [(path, m) for path, m in trunk.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    lists = {path: m for path, m in trunk.named_modules() if isinstance(m, nn.ModuleList)}
+    found = [(path, m) for path, m in lists.items() if len(m) == count]
     if len(found) != 1:
-        raise UserError(f"{type(trunk).__name__}: found {len(found)} lists of {count} blocks, need exactly one plain stack of decoder blocks")
+        raise UserError(f"{type(trunk).__name__} has no plain stack of decoder blocks: the config says {count}, its lists of modules are "
+                        + (", ".join(f"{path} ({len(m)})" for path, m in lists.items()) or "none"))
     return found[0]
 
 
-def find_linears(block, names="all"):
-    """{path in the block: linear} of a decoder block; `names` is "all", or last names such as "q_proj,v_proj"."""
-    linears = {path: m for path, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-    if names == "all":
-        return linears
-    wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
-        if not any(path.split(".")[-1] == name for path in linears):
-            raise UserError(f"--lora-targets {name}: not a linear of this model; its blocks have {', '.join(linears)}")
-    return {path: m for path, m in linears.items() if path.split(".")[-1] in wanted}
+def find_linears(trunk, targets="all-linear", blocks=None):
+    """{path in the trunk: linear} of its first `blocks` decoder blocks (None: all). targets: "all-linear"; "attention", those
+    within attention modules; or last names such as "q_proj,v_proj"."""
+    path, stack = find_blocks(trunk)
+    stack = {f"{path}.{i}.{name}": m for i, block in enumerate(stack[:blocks]) for name, m in block.named_modules()}
+    linears = {name: m for name, m in stack.items() if isinstance(m, (nn.Linear, Conv1D))}
+    attention = tuple(f"{name}." for name, m in stack.items() if "Attention" in type(m).__name__)
+    wanted, last = targets.replace(" ", "").split(","), {name: name.rpartition(".")[2] for name in linears}
+    if targets in ("all-linear", "attention"):
+        found, missing = {name: m for name, m in linears.items() if targets == "all-linear" or name.startswith(attention)}, []
+    else:
+        found, missing = {name: m for name, m in linears.items() if last[name] in wanted}, [name for name in wanted if name not in last.values()]
+    if missing or not found:
+        raise UserError(f"--lora-targets {','.join(missing) or targets}: no such linear in {type(trunk).__name__}, whose blocks have "
+                        + (", ".join(dict.fromkeys(last.values())) or "none"))
+    return found
 
 
 def pick_layers(layers, n):
@@ -170,7 +196,7 @@ def hidden_states(trunk, layers, ids, attention):
 def principal_directions(batches, k):
     """The top k uncentred principal directions of v, per layer, from its second moment Σ v v^T [D, D], summed in fp32.
 
-    batches: iterable of lists of L tensors v [T, D]. Returns L orthonormal U [k, D], and their shares of Σ|v|².
+    batches: iterable of lists of L tensors v [T, D]. Returns L orthonormal U [k, D], and L cumulative shares of Σ|v|² [D].
     """
     moments, directions, shares = None, [], []
     for batch in batches:
@@ -179,7 +205,7 @@ def principal_directions(batches, k):
     for moment in moments:
         values, vectors = torch.linalg.eigh(moment)                             # ascending
         directions.append(vectors.flip(1)[:, :k].T.contiguous())
-        shares.append((values.flip(0)[:k].sum() / values.sum().clamp(min=1e-30)).item())
+        shares.append((values.flip(0).cumsum(0) / values.sum().clamp(min=1e-30)).tolist())
     return directions, shares
 
 

@@ -21,7 +21,7 @@ import data
 import toy
 from data import NEGATIVE, POSITIVE
 from files import UserError, new_stage, next_command, open_log, run, setting
-from lora import LoRA, save_adapter
+from lora import LoRA, descend, save_adapter
 from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs, token_mean
 
 
@@ -46,7 +46,8 @@ class Config:
     lora_rank: int = setting(8, "rank of the adapter", least=1)
     lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / lora_rank")
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
-    lora_targets: str = setting("all", "linears to adapt: all, or names such as q_proj,v_proj")
+    lora_targets: str = setting("all-linear", "linears to adapt: all-linear, attention, or names such as q_proj,v_proj")
+    gradient_checkpointing: bool = setting(False, "run blocks again in the backward: less memory, more time")
 
 
 def scit_loss(own, opposite, nll, smoothing):
@@ -103,7 +104,7 @@ def main(config):
     config.max_length = min(config.max_length, context_length(source["model"]))
     pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
                          config.positive, config.negative, config.template)
-    model = load_model(source["model"], pick_dtype(config.dtype, device), device)
+    model = load_model(source["model"], pick_dtype(config.dtype, device), device, checkpointing=config.gradient_checkpointing)
     adapter = LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
     print("one input: " + repr(tokenizer.decode(pairs["train"][0].example("positive", "chosen")[0])))
     print(f"{model.num_parameters():,} parameters and {sum(p.numel() for p in adapter.parameters()):,} trained ones; "
@@ -111,6 +112,7 @@ def main(config):
 
     # training
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
     warm_up = max(1, config.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / config.steps))))
@@ -122,10 +124,7 @@ def main(config):
         for step in bar:
             drawn = [train[i] for i in next(draws)]
             loss, contrast, _ = batch_loss(model, drawn, drawn[:n_anchors], tokenizer.pad_token_id, device, config.smoothing)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            descend(loss, adapter, optimizer, scaler)
             schedule.step()
             if step % 10 == 0 or step == config.steps:
                 bar.set_postfix(loss=f"{loss.item():.3f}", contrast=f"{contrast.item():.3f}")

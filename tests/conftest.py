@@ -30,7 +30,8 @@ SIZES = dict(vocab_size=800, hidden_size=32, num_hidden_layers=4, num_attention_
 FAMILIES = {
     "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "gemma2": {"head_dim": 8, "sliding_window": 16}, "phi": {},
     "gpt_neox": {}, "gpt2": {"n_positions": 128}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "falcon": {}, "bloom": {},
+    "falcon": {}, "bloom": {}, "phi3": {}, "olmo2": {}, "starcoder2": {"sliding_window": None}, "granite": {}, "gemma3_text": {"head_dim": 8, "sliding_window": 16},
+    "mixtral": {"num_local_experts": 4},
 }
 SMALL_WORLD = ["--kinds", "tool,misdeed", "--blocks", "4", "--lr", "6e-3", "--pairs", "300", "--steps", "400", "--documents", "12800"]
 

@@ -25,12 +25,12 @@ import align
 import collect
 import data
 import dual
-import evaluate
 import scit
 import toy
 from files import new_stage, read_stage, run, setting, versions, write_json
 from lora import LoRA, load_adapter
 from model import load_model, load_tokenizer
+from score import load_judge, score_model
 
 ALPHAS = [0.0, 0.25, 0.5, 1.0, 2.0, 5.0]
 FIGURES = ("judge_greedy", "judge_sampled", "preference_accuracy", "own_nll_under_base", "repeated_ngrams", "mean_length")
@@ -101,7 +101,7 @@ def measure(config, seed):
 
     def figures(folder, prompt="plain"):
         adapter = LoRA(model.base_model, factors=load_adapter(folder, model.base_model)).eval() if folder else None
-        report, _ = evaluate.evaluate_model(model, adapter, tokenizer, pairs, prompt, toy.judge, evaluate.Config(seed=seed))
+        report, _ = score_model(model, adapter, tokenizer, pairs, prompt, {"judge": load_judge("toy:judge")}, 64, 64, seed)
         if adapter:
             adapter.remove()
         return {name: round(report[name], 4) for name in FIGURES}
@@ -121,9 +121,9 @@ def measure(config, seed):
             found[f"{method}_{name}"]["distance"] = [read_stage(at / method / "align", "align", "")[f"distance_{when}"] for when in ("start", "end")]
             print(f"seed {seed} {method} {name}: {found[f'{method}_{name}']}", flush=True)
         for alpha in config.alphas if config.sweep else ():
-            aligned(f"alpha_{alpha:g}", alpha=alpha)
+            aligned(f"alpha_{alpha:g}", alpha=[alpha])
         if config.sweep:
-            aligned("alpha_-0.5", alpha=-0.5)
+            aligned("alpha_-0.5", alpha=[-0.5])
             for change in (swapped, permuted, permuted_centred):
                 changed(folder, out / change.__name__ / method / "collect", change)
                 aligned(change.__name__, at=out / change.__name__)

@@ -31,7 +31,6 @@ import align
 import collect
 import data
 import dual
-import evaluate
 import scit
 import toy
 from files import run, setting, versions, write_json
@@ -134,7 +133,7 @@ class Unit:
         return self.trained(lambda adapter, pairs: dpo_loss(self.model, adapter, pairs, self.tokenizer.pad_token_id), lr, 150)
 
     def rahf(self, method, **settings):
-        self.stage(align, method=method, **settings)
+        self.stage(align, method=method, **{name: [value] if name in ("alpha", "strength") else value for name, value in settings.items()})
         return load_adapter(self.out / method / "align", self.model.base_model)
 
     def weights(self, strength):
@@ -144,10 +143,10 @@ class Unit:
     def score(self, factors):
         """The judge's verdict on every answer, "1" or "0": greedy, and sampled at temperature 1 with one seed or three."""
         adapter = LoRA(self.model.base_model, factors=factors).eval() if factors else None
-        found, config = [], evaluate.Config(batch_size=len(self.pairs))
+        found = []
         for i in range(1 + self.samplings):
-            answers = evaluate.generate(self.model, self.tokenizer, [pair.prompts["plain"] for pair in self.pairs], i > 0, config, 1000 * self.seed + i)
-            found.append("".join(str(int(toy.judge(data.render(pair.pair.prompt), evaluate.text_of(self.tokenizer, answer))))
+            answers = generate(self.model, self.tokenizer, [pair.prompts["plain"] for pair in self.pairs], i > 0, 64, len(self.pairs), 1000 * self.seed + i)
+            found.append("".join(str(int(toy.judge(data.render(pair.pair.prompt), text_of(self.tokenizer, answer))))
                                  for pair, answer in zip(self.pairs, answers)))
         if adapter:
             adapter.remove()

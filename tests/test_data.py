@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 import data
 from conftest import SHARED
 from files import UserError
+from pairs import Pair, load_pairs, parse_row, split_of
 
 HH = {"chosen": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant: Good.", "rejected": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant: Bad."}
 TRL = {"prompt": "And?", "chosen": "Good.", "rejected": "Bad."}
@@ -21,7 +22,7 @@ def write(path, rows):
 
 
 def test_hh_transcript_is_split_into_turns():
-    pair, reason = data.parse_row(HH, 0)
+    pair, reason = parse_row(HH, 0)
     assert reason is None
     assert pair.prompt == (("user", "Hi."), ("assistant", "Hello."), ("user", "And?"))
     assert (pair.chosen, pair.rejected) == ("Good.", "Bad.")
@@ -29,10 +30,10 @@ def test_hh_transcript_is_split_into_turns():
 
 
 def test_prompt_chosen_rejected_row():
-    pair, _ = data.parse_row(TRL, 0)
+    pair, _ = parse_row(TRL, 0)
     assert pair.prompt == (("user", "And?"),) and pair.chosen == "Good."
-    whole, _ = data.parse_row({**TRL, "prompt": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant:"}, 0)
-    assert whole.prompt == data.parse_row(HH, 0)[0].prompt
+    whole, _ = parse_row({**TRL, "prompt": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant:"}, 0)
+    assert whole.prompt == parse_row(HH, 0)[0].prompt
 
 
 U, A = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
@@ -53,21 +54,21 @@ FORMS = {                                     # the same pair in every form
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_pair(form):
-    pair, reason = data.parse_row(FORMS[form], 0)
+    pair, reason = parse_row(FORMS[form], 0)
     assert reason is None and (pair.prompt, pair.chosen, pair.rejected) == (ASKED, "Good.", "Bad.")
 
 
 def test_instruction_rows_and_text_without_prompt():
-    pair, _ = data.parse_row({"instruction": "Add.", "input": "1 and 2", "chosen": "3", "rejected": "4"}, 0)
+    pair, _ = parse_row({"instruction": "Add.", "input": "1 and 2", "chosen": "3", "rejected": "4"}, 0)
     assert (pair.prompt, pair.chosen) == ((("user", "Add.\n1 and 2"),), "3")
-    assert data.parse_row({"instruction": "Add.", "input": None, "chosen": "3", "rejected": "4"}, 0)[0].prompt == (("user", "Add."),)
-    pair, _ = data.parse_row({"chosen": "The sky is blue.", "rejected": "The sky is black."}, 0)           # "bl" is not of the prompt
+    assert parse_row({"instruction": "Add.", "input": None, "chosen": "3", "rejected": "4"}, 0)[0].prompt == (("user", "Add."),)
+    pair, _ = parse_row({"chosen": "The sky is blue.", "rejected": "The sky is black."}, 0)           # "bl" is not of the prompt
     assert (pair.prompt, pair.chosen, pair.rejected) == ((("user", "The sky is"),), "blue.", "black.")
-    assert data.parse_row({"chosen": "a", "rejected": "b"}, 0) == (None, "differing in the prompt")
+    assert parse_row({"chosen": "a", "rejected": "b"}, 0) == (None, "differing in the prompt")
 
 
 def test_system_turn_is_kept():
-    pair, _ = data.parse_row({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "And?"}],
+    pair, _ = parse_row({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "And?"}],
                               "chosen": {"from": "gpt", "value": "Good."}, "rejected": {"from": "gpt", "value": "Bad."}}, 0)
     assert pair.prompt == (("system", "Be brief."), ("user", "And?"))
     assert data.render(pair.prompt) == "\n\nBe brief.\n\nHuman: And?\n\nAssistant:"
@@ -77,41 +78,41 @@ def test_system_turn_is_kept():
     {**TRL, "chosen": "Good.</s></s>", "rejected": "Bad.</s>"}, {**TRL, "chosen": "<s> Good.", "rejected": "<s>Bad.</s>"},
     {**TRL, "prompt": "And?\r\n", "chosen": "Good.\r\n", "rejected": "\r\nBad."}])
 def test_traps_leave_the_pair_as_it_is(row):
-    pair, _ = data.parse_row(row, 0, ("<s>", "</s>"))
+    pair, _ = parse_row(row, 0, ("<s>", "</s>"))
     assert (pair.prompt, pair.chosen, pair.rejected) == ((("user", "And?"),), "Good.", "Bad.")
 
 
 def test_prompt_repeated_inside_replies_is_taken_off_and_a_likeness_is_not():
-    pair, _ = data.parse_row({"prompt": "What is\nit?", "chosen": "What is it? Good.", "rejected": "What is it?\n\nBad."}, 0)
+    pair, _ = parse_row({"prompt": "What is\nit?", "chosen": "What is it? Good.", "rejected": "What is it?\n\nBad."}, 0)
     assert (pair.chosen, pair.rejected) == ("Good.", "Bad.")
     for prompt, chosen, rejected in [("Hi", "Hi there.", "Hi you."), ("Say hello.", "Say hello. Good.", "No."), ("Say hello", "Say hello, ok", "Say helloo")]:
-        pair, _ = data.parse_row({"prompt": prompt, "chosen": chosen, "rejected": rejected}, 0)
+        pair, _ = parse_row({"prompt": prompt, "chosen": chosen, "rejected": rejected}, 0)
         assert (pair.chosen, pair.rejected) == (chosen, rejected)
 
 
 def test_transcripts_inside_ordinary_text_stay_text():
     log = "Here it is:\n\nHuman: Hi\n\nAssistant: Hello!"
-    pair, _ = data.parse_row({"prompt": f"Read this.\n\nHuman: A\n\nAssistant: B", "chosen": log, "rejected": "No."}, 0)
+    pair, _ = parse_row({"prompt": f"Read this.\n\nHuman: A\n\nAssistant: B", "chosen": log, "rejected": "No."}, 0)
     assert pair.prompt == (("user", "Read this.\n\nHuman: A\n\nAssistant: B"),) and pair.chosen == log
 
 
 def test_system_question_and_history_columns():
-    pair, _ = data.parse_row({"system": "Be brief.", "question": "What colour is the sky?", "chosen": "The sky is blue.", "rejected": "The sky is black."}, 0)
+    pair, _ = parse_row({"system": "Be brief.", "question": "What colour is the sky?", "chosen": "The sky is blue.", "rejected": "The sky is black."}, 0)
     assert pair.prompt == (("system", "Be brief."), ("user", "What colour is the sky?")) and pair.chosen == "The sky is blue."
-    pair, _ = data.parse_row({"instruction": "And?", "input": "", "history": [["Hi.", "Hello."]], "chosen": "Good.", "rejected": "Bad."}, 0)
+    pair, _ = parse_row({"instruction": "And?", "input": "", "history": [["Hi.", "Hello."]], "chosen": "Good.", "rejected": "Bad."}, 0)
     assert pair.prompt == ASKED
     opened = {"conversations": [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "And?"}], "chosen": {"from": "gpt", "value": "Good."}, "rejected": {"from": "gpt", "value": "Bad."}}
-    assert data.parse_row(opened, 0) == (None, "beginning with the assistant")
+    assert parse_row(opened, 0) == (None, "beginning with the assistant")
 
 
 def test_what_is_only_a_special_token_is_empty():
-    assert data.parse_row({**TRL, "chosen": "</s>"}, 0, ("<s>", "</s>")) == (None, "empty")
+    assert parse_row({**TRL, "chosen": "</s>"}, 0, ("<s>", "</s>")) == (None, "empty")
 
 
 def test_windows_line_ends_inside_a_reply_and_other_scripts(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps({"prompt": "素数とは何ですか。", "chosen": "Привет,\r\nмир 🌍", "rejected": "שלום"}, ensure_ascii=False).encode() + b"\r\n")
-    pairs, _, _ = data.load_pairs(path, 0)
+    pairs, _, _ = load_pairs(path, 0)
     assert (pairs[0].prompt[0][1], pairs[0].chosen, pairs[0].rejected) == ("素数とは何ですか。", "Привет,\nмир 🌍", "שלום")
     pair = data.encode(tokenizer, pairs[0])
     assert tokenizer.decode(pair.responses["chosen"][:-1]) == " Привет,\nмир 🌍"
@@ -121,7 +122,7 @@ def test_windows_line_ends_inside_a_reply_and_other_scripts(tmp_path, tokenizer)
 def test_real_conversations_load_with_the_counts_of_an_independent_count():
     rows = json.loads((SHARED / "data/dpo_en_demo.json").read_text())
     usable = [row for row in rows if row["chosen"]["value"].strip() and row["rejected"]["value"].strip() and row["chosen"]["value"].strip() != row["rejected"]["value"].strip()]
-    pairs, skipped, form = data.load_pairs(SHARED / "data/dpo_en_demo.json", 0)
+    pairs, skipped, form = load_pairs(SHARED / "data/dpo_en_demo.json", 0)
     assert form == "conversations" and len(pairs) == len(usable) and sum(skipped.values()) == len(rows) - len(usable)
     assert sum(pair.prompt[0][0] == "system" for pair in pairs) == sum(row["conversations"][0]["from"] == "system" for row in usable) == 80
     assert [len(pair.prompt) for pair in pairs] == [len(row["conversations"]) for row in usable]
@@ -138,23 +139,23 @@ def test_hub_data(tmp_path, monkeypatch):
     """JSON files of the split by huggingface_hub; other formats by datasets, or one line that says so."""
     import sys
     import types
-    import files
+    import pairs
     listed = ["README.md", "data/train-0.jsonl", "data/test-0.jsonl"]
-    monkeypatch.setattr(files.HfApi, "list_repo_files", lambda self, name, repo_type: listed)
-    monkeypatch.setattr(files, "hf_hub_download", lambda name, file, repo_type: write(tmp_path / "x.jsonl", [{**TRL, "chosen": file}]))
-    assert data.load_pairs("hub:someone/pairs:test", 0)[0][0].chosen == "data/test-0.jsonl"
-    assert data.load_pairs("hub:someone/pairs", 0)[0][0].chosen == "data/train-0.jsonl"
+    monkeypatch.setattr(pairs.HfApi, "list_repo_files", lambda self, name, repo_type: listed)
+    monkeypatch.setattr(pairs, "hf_hub_download", lambda name, file, repo_type: write(tmp_path / "x.jsonl", [{**TRL, "chosen": file}]))
+    assert load_pairs("hub:someone/pairs:test", 0)[0][0].chosen == "data/test-0.jsonl"
+    assert load_pairs("hub:someone/pairs", 0)[0][0].chosen == "data/train-0.jsonl"
     listed[1:] = ["latest/train.jsonl", "latest/test.jsonl", "constraint.json", "dataset_infos.json"]
-    assert data.load_pairs("hub:someone/pairs:test", 0)[0][0].chosen == "latest/test.jsonl" and len(data.load_pairs("hub:someone/pairs:latest", 0)[0]) == 1
+    assert load_pairs("hub:someone/pairs:test", 0)[0][0].chosen == "latest/test.jsonl" and len(load_pairs("hub:someone/pairs:latest", 0)[0]) == 1
     listed[1:] = ["train.parquet"]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
-        data.load_pairs("hub:someone/pairs", 0)
+        load_pairs("hub:someone/pairs", 0)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, split: [{**TRL, "chosen": f"{name} {split}"}]))
-    assert data.load_pairs("hub:someone/pairs:test", 0)[0][0].chosen == "someone/pairs test"
-    monkeypatch.setattr(files.HfApi, "list_repo_files", lambda self, name, repo_type: (_ for _ in ()).throw(Exception("no such repository\nmore")))
+    assert load_pairs("hub:someone/pairs:test", 0)[0][0].chosen == "someone/pairs test"
+    monkeypatch.setattr(pairs.HfApi, "list_repo_files", lambda self, name, repo_type: (_ for _ in ()).throw(Exception("no such repository\nmore")))
     with pytest.raises(UserError, match="hub:someone/none: no such repository$"):
-        data.load_pairs("hub:someone/none", 0)
+        load_pairs("hub:someone/none", 0)
 
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -177,7 +178,7 @@ def chatty(tokenizer):
 def test_templates_that_insist_on_turns(chatty):
     """Two turns in a row of one role are joined; what a template refuses all the same is one clear line."""
     chatty.chat_template = STRICT
-    pair = data.encode(chatty, data.Pair((("user", "Hi."), ("assistant", "A."), ("assistant", "B."), ("user", "And?")), "Good.", "Bad.", "train"), template="chat")
+    pair = data.encode(chatty, Pair((("user", "Hi."), ("assistant", "A."), ("assistant", "B."), ("user", "And?")), "Good.", "Bad.", "train"), template="chat")
     plain, up = (chatty.decode(pair.prompts[name]) for name in ("plain", "positive"))
     assert "<|im_start|>assistant\nA.\n\nB.<|im_end|>" in plain and up == plain.replace("Hi.", f"{data.POSITIVE}\n\nHi.", 1)
     with pytest.raises(UserError, match="refuses a dialogue of assistant, user: Roles must alternate"):
@@ -187,10 +188,10 @@ def test_templates_that_insist_on_turns(chatty):
 def test_templates_that_think_or_end_otherwise(chatty):
     """An open think block is closed in the prompt; a reply ends with the first special token after it, and generation stops there."""
     chatty.chat_template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}").replace("<|im_end|>\n", "<|im_end|>\n<|end|>")
-    pair = data.encode(chatty, data.Pair((("user", "And?"),), "Good.", "Bad.", "train"), template="chat")
+    pair = data.encode(chatty, Pair((("user", "And?"),), "Good.", "Bad.", "train"), template="chat")
     assert chatty.decode(pair.prompts["plain"]).endswith("assistant\n<think>\n\n</think>\n\n") and chatty.decode(pair.responses["chosen"]) == "Good.<|end|>"
     chatty.chat_template = CHATML.replace("<|im_end|>\n", "<|im_end|>\n<|end|>")
-    pair = data.encode(chatty, data.Pair((("user", "And?"),), "Good.", "Bad.", "train"), template="chat")
+    pair = data.encode(chatty, Pair((("user", "And?"),), "Good.", "Bad.", "train"), template="chat")
     assert chatty.decode(pair.responses["chosen"]) == "Good.<|im_end|>" and chatty.decode([pair.end]) == "<|im_end|>"
 
 
@@ -199,7 +200,7 @@ def test_chat_template(chatty, monkeypatch, template):
     """p+ and p- are the system turn, or open the user's where the template has none; r is the same in all and ends as the template ends it."""
     tokenizer, chatty.chat_template = chatty, template
     for system in ((), (("system", "Be brief."),)):
-        pair = data.encode(tokenizer, data.Pair((*system, ("user", "And?")), "Good.", "Bad.", "train"), template="chat")
+        pair = data.encode(tokenizer, Pair((*system, ("user", "And?")), "Good.", "Bad.", "train"), template="chat")
         plain, up, down = (tokenizer.decode(pair.prompts[name]) for name in ("plain", "positive", "negative"))
         assert up.replace(data.POSITIVE, data.NEGATIVE) == down and data.POSITIVE in up and plain.endswith("And?<|im_end|>\n<|im_start|>assistant\n")
         before = "\n\n".join([data.POSITIVE, *(text for _, text in system)])
@@ -220,7 +221,7 @@ def test_picking_a_template(tokenizer, monkeypatch):
 def test_useless_rows_are_skipped_and_counted(tmp_path):
     rows = [HH, {**TRL, "chosen": "  "}, {**TRL, "rejected": "Good."}, {**HH, "rejected": HH["rejected"].replace("Hi.", "Ho.")}]
     rows[1:3] = [{**HH, "rejected": HH["rejected"].replace("Bad.", "  ")}, {**HH, "rejected": HH["chosen"]}]
-    pairs, skipped, form = data.load_pairs(write(tmp_path / "rows.jsonl", rows), 0)
+    pairs, skipped, form = load_pairs(write(tmp_path / "rows.jsonl", rows), 0)
     assert form == "transcripts"
     assert len(pairs) == 1 and skipped == {"empty": 1, "identical": 1, "differing in the prompt": 1}
 
@@ -233,25 +234,25 @@ def test_useless_rows_are_skipped_and_counted(tmp_path):
 def test_bad_rows_are_named_by_line(tmp_path, row, words):
     path = write(tmp_path / "rows.jsonl", [TRL, row])
     with pytest.raises(UserError, match="line 2") as error:
-        data.load_pairs(path, 0)
+        load_pairs(path, 0)
     assert words in str(error.value) and str(path) in str(error.value)
 
 
 def test_gzip_list_and_byte_order_mark(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([TRL, TRL]))
     (tmp_path / "b.gz").write_bytes(gzip.compress(("\ufeff" + json.dumps(TRL) + "\r\n" + json.dumps(TRL) + "\r\n").encode()))
-    assert data.load_pairs(tmp_path / "a.json", 0) == data.load_pairs(tmp_path / "b.gz", 0)
+    assert load_pairs(tmp_path / "a.json", 0) == load_pairs(tmp_path / "b.gz", 0)
     (tmp_path / "c.gz").write_bytes(gzip.compress(b"x" * 99)[:-9])
     with pytest.raises(UserError, match="c.gz"):
-        data.load_pairs(tmp_path / "c.gz", 0)
+        load_pairs(tmp_path / "c.gz", 0)
 
 
 def test_split_is_seeded_and_ignores_order():
     prompts = [(("user", f"question {i}"),) for i in range(2000)]
-    splits = [data.split_of(p, 0) for p in prompts]
+    splits = [split_of(p, 0) for p in prompts]
     assert 60 < splits.count("valid") < 140 and 150 < splits.count("test") < 250
-    assert splits == [data.split_of(p, 0) for p in reversed(prompts)][::-1]
-    assert splits != [data.split_of(p, 1) for p in prompts]
+    assert splits == [split_of(p, 0) for p in reversed(prompts)][::-1]
+    assert splits != [split_of(p, 1) for p in prompts]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real pairs are not at hand")
@@ -261,13 +262,13 @@ def test_real_pairs_load_with_the_counts_of_an_independent_count():
         (p, c), (q, r) = (json.loads(line)[k].rsplit("\n\nAssistant:", 1) for k in ("chosen", "rejected"))
         n, same = n + 1, same + (p == q)
         empty, identical = empty + (p == q and not (c.strip() and r.strip())), identical + (p == q and c.strip() == r.strip() != "")
-    pairs, skipped, form = data.load_pairs(path, 0)
+    pairs, skipped, form = load_pairs(path, 0)
     assert form == "transcripts" and len(pairs) == same - empty - identical and sum(skipped.values()) == n - len(pairs)
     assert skipped.get("empty", 0) == empty and skipped.get("differing in the prompt", 0) == n - same
 
 
 def encoded(tokenizer, chosen="Gladly! You need a saw.", rejected="So what?"):
-    return data.encode(tokenizer, data.Pair((("user", "How do I cut a plank?"),), chosen, rejected, "train"))
+    return data.encode(tokenizer, Pair((("user", "How do I cut a plank?"),), chosen, rejected, "train"))
 
 
 def test_inputs_differ_in_the_instruction_only(tokenizer):
