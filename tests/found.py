@@ -64,6 +64,19 @@ def measure(out, seed):
     return {**found, "base": figures(), "pairs": len(pairs), "seconds": {name: round(s, 1) for name, s in seconds.items()}}
 
 
+def markdown(seeds):
+    """The README's table."""
+    lines = ["| method, seed | layers | strengths | rank | best ρ: greedy, T = 1 | best ρ without the judge: greedy, T = 1 |", "|---|---|---|---|---|---|"]
+    for method in ("scit", "dual"):
+        for seed, found in seeds.items():
+            row, cells = found[method], []
+            for best, test in ((row["best"], row["test"]), (row["best_without_judge"], row["test_without_judge"])):
+                cells.append(f"{best.removeprefix('strength_')}: {test['judge_greedy']:.2f}, {test['judge_sampled']:.2f}")
+            lines.append(f"| {method.upper()}, {seed} | {' '.join(map(str, row['advice']['layers']))} | {' '.join(map(str, row['advice']['strengths']))} | "
+                         f"{row['advice']['rank']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(config):
     seeds = {seed: measure(Path(config.work) / f"seed{seed}", seed) for seed in config.seeds}
     write_json(Path(__file__).parent / "results" / "found.json", {

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import found
 import study_wrong_labels
 from conftest import ROOT, SMALL_WORLD
 from kernels.bench_forms import forms
@@ -42,6 +43,11 @@ def test_tables_of_the_study_and_of_the_disk_are_the_committed_ones():
     table = json.loads((ROOT / "tests" / "results" / "wrong_labels.json").read_text())["summary"]
     assert study_wrong_labels.markdown(table, "sampled") in README and study_wrong_labels.markdown(table, "greedy") in README
     assert study_wrong_labels.clean_markdown(table) in README
+    seeds = json.loads((ROOT / "tests" / "results" / "found.json").read_text())["seeds"]
+    assert found.markdown(seeds) in README
+    aucs = [block["auc"] for seed in seeds.values() for method in ("scit", "dual") for block in seed[method]["blocks"]]
+    assert f"({min(aucs):.2f} to {max(aucs):.2f} over all blocks)" in README
+    assert min(seed[method][test]["judge_greedy"] for seed in seeds.values() for method in ("scit", "dual") for test in ("test", "test_without_judge")) >= 0.975
     disk = json.loads((ROOT / "tests" / "results" / "disk.json").read_text())["forms"]
     rows = re.findall(r"^\|.*\| ([\d,]+) \|$", README.partition("| stored |")[2].partition("\n\n")[0], re.M)
     assert [int(row.replace(",", "")) for row in rows] == [round(form["bytes a token"]) for form in disk.values()]
@@ -64,7 +70,7 @@ def test_every_setting_it_names_exists():
     helps = ""
     for script in ("scit", "dual", "collect", "align", "evaluate", "toy"):
         helps += (ROOT / f"{script}.py").read_text()
-    for script in ("tests/study_wrong_labels.py", "tests/disk.py", "tests/results.py", "tests/real.py", "kernels/bench.py"):
+    for script in ("tests/study_wrong_labels.py", "tests/disk.py", "tests/results.py", "tests/real.py", "tests/found.py", "kernels/bench.py"):
         helps += (ROOT / script).read_text()
     for name in set(re.findall(r"`--([a-z-]+)", README)) - {"help"}:
         assert re.search(rf"^    {name.replace('-', '_')}: ", helps, re.M), name
