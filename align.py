@@ -17,6 +17,7 @@ The LoRA is on blocks 0 to the highest target; nothing above is loaded or run. O
 Writes OUT/METHOD/align, a PEFT adapter that applies to the original base model alone. A sweep has its adapters and its
 table in OUT/METHOD/sweep, and the best is OUT/METHOD/align.
 """
+import gc
 import math
 import shutil
 from dataclasses import dataclass
@@ -32,12 +33,21 @@ from transformers import AutoTokenizer
 import data
 from files import Collection, UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting, write_json
 from kernels import bytes_moved, representation_loss, response_index
-from lora import CONFIG, WEIGHTS, LoRA, descend, load_adapter, only, save_adapter, stack
+from lora import CONFIG, WEIGHTS, LoRA, descend, load_adapter, only, save_adapter, sizes, stack
 from model import find_linears, hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
-from score import choose, load_judge, load_reward_model, score_model, table
+from score import check_reward_model, choose, load_judge, load_reward_model, score_models, table
 
 STRENGTH = 0.25                               # the default ρ, for both methods, chosen on validation pairs of the embedded default
 SCORED = 200                                  # held-out pairs, at most, that the adapters of a sweep are scored on
+
+
+@dataclass
+class Run:
+    """One adapter to train: its name, the setting that it is of ("alpha" or "strength") with its value, and α per layer."""
+    name: str
+    setting: str
+    value: float
+    alphas: list
 
 
 @dataclass
@@ -84,14 +94,15 @@ def find_directions(collection, folder, record, layers, rank, device):
     return [U.to(getattr(torch, settings["dtype"])) for U in directions], [share[rank - 1] for share in shares]
 
 
-def targets(collection, group, trunk, adapter, pad_id, device):
-    """A batch of collected responses with their b, h+ and h-: (Batch, base, plus, minus), the last three lists of L tensors [T, D]."""
-    batch = data.collate(collection.examples(group), pad_id, device)
-    base, plus, minus = collection.states(group, device)
-    if base is None:                          # not stored: the states of the model with the adapter off
-        with torch.no_grad(), only([adapter]):
-            base = [h[batch.response] for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
-    return batch, base, plus, minus
+def targets(collection, groups, trunk, adapter, pad_id, device):
+    """For each group of collected responses (Batch, base, plus, minus), read one step ahead; b, h+ and h- are lists of L tensors [T, D]."""
+    def read(group):
+        return data.collate(collection.examples(group), pad_id, device), *collection.states(group, device)
+    for batch, base, plus, minus in data.one_ahead(read, groups, device):
+        if base is None:                      # not stored: the states of the model with the adapter off
+            with torch.no_grad(), only([adapter]):
+                base = [h[batch.response] for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
+        yield batch, base, plus, minus
 
 
 def alignment_loss(hidden, collection, batch, base, plus, minus, alphas, kind="l2"):
@@ -102,32 +113,30 @@ def alignment_loss(hidden, collection, batch, base, plus, minus, alphas, kind="l
 @torch.no_grad()
 def distances(trunk, adapter, held_out, alphas, pad_id, device, batch_size):
     """Mean over held-out tokens of || h - (b + α v) || per layer: [L]."""
-    norms = []
-    for group in torch.arange(len(held_out.items)).split(batch_size):
-        batch, *states = targets(held_out, group, trunk, adapter, pad_id, device)
+    norms, groups = [], iter(torch.arange(len(held_out.items)).split(batch_size))
+    for batch, *states in targets(held_out, groups, trunk, adapter, pad_id, device):
         norms.append(alignment_loss(hidden_states(trunk, held_out.layers, batch.ids, batch.attention), held_out, batch, *states, alphas)[1])
     return torch.cat(norms, 1).mean(1)
 
 
 def train(trunk, adapter, collection, alphas, config, pad_id, device, log, name):
-    """Move the adapter's hidden states to their targets, config.steps steps over batches of collected responses.
-
-    With --profile, instead, trace and time a step.
-    """
+    """Move the adapter's hidden states to their targets, config.steps steps over batches of collected responses (--profile: trace and
+    time a step instead)."""
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=trunk.dtype == torch.float16)
-    draws = data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed)
+    groups = data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed)
+    draws = targets(collection, groups, trunk, adapter, pad_id, device)
     adapter.train()
 
     def train_step():
-        batch, *states = targets(collection, next(draws), trunk, adapter, pad_id, device)  # b, h+, h-: L x [T, D]
+        batch, *states = next(draws)                                                       # b, h+, h-: L x [T, D]
         hidden = hidden_states(trunk, collection.layers, batch.ids, batch.attention)       # A(π_lora, <q, r>, l): L x [B, S, D]
         loss, _ = alignment_loss(hidden, collection, batch, *states, alphas, config.kind)
         descend(loss, adapter, optimizer, scaler)
         return loss
 
     if config.profile:
-        batch, *states = targets(collection, next(draws), trunk, adapter, pad_id, device)
+        batch, *states = next(draws)
         hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
         return profile(train_step, lambda: torch.autograd.grad(alignment_loss(hidden, collection, batch, *states, alphas, config.kind)[0], hidden),
                        bytes_moved(hidden, *states, collection.directions), Path(config.out) / "align_trace.json")
@@ -155,16 +164,14 @@ def profile(step, loss, moved, path):
     print(f"wrote {path}: open it in a browser at chrome://tracing or ui.perfetto.dev")
 
 
-def sweep(factors, scorers, config, settings, tokenizer, device, folder):
+def score_sweep(factors, pairs, config, settings, tokenizer, device, folder):
     """Score every adapter {name: Factors} and their base on held-out pairs; writes sweep.json and sweep.md. Returns the best's name."""
-    pairs = data.prepare(settings["data"], ("valid",), tokenizer, settings["max_length"], settings["seed"], None,
-                         settings["positive"], settings["negative"], settings["template"])["valid"][:SCORED]
-    model, reports = load_model(config.model, getattr(torch, settings["dtype"]), device), {}
-    for name in tqdm(["base", *factors], desc="sweep", unit="model"):
-        adapter = LoRA(model.base_model, factors=factors[name]).eval() if name in factors else None
-        reports[name], _ = score_model(model, adapter, tokenizer, pairs, "plain", scorers, config.max_new_tokens, 64, config.seed)
-        if adapter:
-            adapter.remove()
+    dtype = getattr(torch, settings["dtype"])
+    scorers = {"judge": load_judge(config.judge)} if config.judge else {}
+    if config.reward_model:
+        scorers["reward"] = load_reward_model(config.reward_model, dtype, device, config.batch_size)
+    adapters = {"base": (None, "plain"), **{name: (adapter, "plain") for name, adapter in factors.items()}}
+    reports, _ = score_models(load_model(config.model, dtype, device), adapters, tokenizer, pairs, scorers, config.max_new_tokens, config.batch_size, config.seed)
     best, why = choose(reports)
     write_json(folder / "sweep.json", {"best": best, "why": why, "pairs": len(pairs), "models": reports, "settings": {**settings, **vars(config)}})
     (folder / "sweep.md").write_text(f"{table(reports)}\n\nbest: {best}, {why}\n")
@@ -192,19 +199,22 @@ def main(config):
     ratio = [record["ratio"][settings["layers"].index(layer)] for layer in layers]           # mean |v|/|h|
     if config.strength and not all(0 < r < math.inf for r in ratio):
         raise UserError(f"--strength: {folder} has |v|/|h| {ratio} at layers {layers}: h+ and h- must differ; train stage 1 longer, or give --alpha")
-    # every adapter to train: {name: (setting, its value, α per layer)}
-    runs = {f"alpha_{alpha:g}": ("alpha", alpha, [alpha] * len(layers)) for alpha in config.alpha or ()}
-    runs |= {f"strength_{rho:g}": ("strength", rho, [rho / r for r in ratio]) for rho in config.strength or ()}
-    scorers, dtype = {}, getattr(torch, settings["dtype"])
-    if len(runs) > 1 and config.judge:
-        scorers["judge"] = load_judge(config.judge)
-    if len(runs) > 1 and config.reward_model:
-        scorers["reward"] = load_reward_model(config.reward_model, dtype, device, config.batch_size)
+    runs = [Run(f"alpha_{alpha:g}", "alpha", alpha, [alpha] * len(layers)) for alpha in config.alpha or ()]
+    runs += [Run(f"strength_{rho:g}", "strength", rho, [rho / r for r in ratio]) for rho in config.strength or ()]
+    if len({r.name for r in runs}) < len(runs) or not all(math.isfinite(r.value) for r in runs):
+        raise UserError(f"--{runs[0].setting} {' '.join(f'{r.value:g}' for r in runs)}: give finite values, each once")
+    tokenizer, dtype = load_tokenizer(config.model), getattr(torch, settings["dtype"])
+    if len(runs) > 1:                         # what the end of a sweep needs fails at its start
+        if config.judge:
+            load_judge(config.judge)
+        if config.reward_model:
+            check_reward_model(config.reward_model)
+        pairs = data.sample(data.prepare(settings["data"], ("valid",), tokenizer, settings["max_length"], settings["seed"], None, settings["positive"],
+                                         settings["negative"], settings["template"])["valid"], SCORED, config.seed)
     collection = Collection([checked(folder, record, name) for name in record["shards"]], layers, settings["store"])
     held_out = Collection([checked(folder, record, "heldout.safetensors")], layers, settings["store"])
 
     # the base up to the highest target layer, with its adapter where there is one
-    tokenizer = load_tokenizer(config.model)
     trunk = load_model(config.model, dtype, device, blocks=layers[-1] + 1, checkpointing=config.gradient_checkpointing)
     if model_digest(config.model) != record["model_digest"]:
         raise UserError(f"{folder} was made for another model than --model {config.model}: run `python collect.py` again")
@@ -215,55 +225,76 @@ def main(config):
         LoRA(trunk, factors=below).requires_grad_(False).eval()
     collection.directions, shares = find_directions(collection, folder, record, layers, config.rank, device)
     held_out.directions = collection.directions
-    for name, (_, _, alphas) in runs.items():
-        for layer, alpha, r, share in zip(layers, alphas, ratio, shares):
-            print(f"  {name}, layer {layer}: α {alpha:.3g}, α|v|/|h| {abs(alpha) * r:.2f}"
+    for each in runs:
+        for layer, alpha, r, share in zip(layers, each.alphas, ratio, shares):
+            print(f"  {each.name}, layer {layer}: α {alpha:.3g}, α|v|/|h| {abs(alpha) * r:.2f}"
                   + (f", {len(collection.directions[0])} directions hold {share:.0%} of |v|²" if share is not None else "")
                   + ("  WARNING: near 1 or above, expect the model to collapse; lower the strength" if abs(alpha) * r > 0.8 else ""))
-    print(f"layers {layers}, base {settings['base']}: {len(collection.lengths[:config.limit]):,} responses, "
+    print(f"layers {layers}, base {settings['base']}: {len(collection.lengths[:config.limit]):,} responses of "
+          f"{sum(collection.lengths) / len(collection.lengths):.0f} tokens in the mean, {record['tokens'] * record['token_bytes'] / 1e9:.3g} GB of states on disk, "
           f"{len(runs)} times {config.steps} steps of {config.batch_size}, LoRA on {', '.join(sorted(adapted))}")
 
-    # training, saving: a written adapter applies to the original base alone
-    factors, out = {}, Path(config.out) / method
+    # training; a written adapter applies to the original base alone
+    def train_one(each, written, log):
+        torch.manual_seed(config.seed)
+        adapter, alphas = LoRA(trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets), torch.tensor(each.alphas, device=device)
+        print(f"{each.name}: {sizes(trunk, adapter)}")
+        try:
+            start = distances(trunk, adapter, held_out, alphas, tokenizer.pad_token_id, device, config.batch_size)
+            train(trunk, adapter, collection, alphas, config, tokenizer.pad_token_id, device, log, each.name)
+            if config.profile:
+                return None
+            end = distances(trunk, adapter, held_out, alphas, tokenizer.pad_token_id, device, config.batch_size)
+        finally:
+            adapter.remove()
+        factors = adapter.factors() if below is None else stack(below, adapter.factors())
+        result = {"settings": {**settings, **vars(config), "alpha": None, "strength": None, each.setting: each.value}, "method": method,
+                  "model_digest": record["model_digest"], "alphas": each.alphas, "distance_start": start.tolist(), "distance_end": end.tolist()}
+        with new_stage(written, "align", result) as new:
+            save_adapter(new, factors, trunk, config.model, config.lora_dropout)
+        for layer, a, b in zip(layers, result["distance_start"], result["distance_end"]):
+            print(f"  layer {layer}: held-out distance to the target {a:.3f} -> {b:.3f}" + (f" ({b / a:.2f} of it)" if a else ""))
+        print(f"{each.name}: held-out distance {start.mean():.3f} -> {end.mean():.3f}")
+        return factors
+
+    out = Path(config.out) / method
     with open_log(config.out, "align") as log:
-        for name, (kind, value, alphas) in runs.items():
-            torch.manual_seed(config.seed)
-            adapter = LoRA(trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
-            strengths = torch.tensor(alphas, dtype=torch.float32, device=device)
-            start = distances(trunk, adapter, held_out, strengths, tokenizer.pad_token_id, device, config.batch_size)
-            train(trunk, adapter, collection, strengths, config, tokenizer.pad_token_id, device, log, name)
+        if len(runs) == 1 or config.profile:
+            best, factors = runs[0].name, {runs[0].name: train_one(runs[0], out / "align", log)}
             if config.profile:
                 return
-            end = distances(trunk, adapter, held_out, strengths, tokenizer.pad_token_id, device, config.batch_size)
-            adapter.remove()
-            factors[name] = adapter.factors() if below is None else stack(below, adapter.factors())
-            result = {"settings": {**settings, **vars(config), "alpha": None, "strength": None, kind: value}, "method": method,
-                      "model_digest": record["model_digest"], "alphas": alphas, "distance_start": start.tolist(), "distance_end": end.tolist()}
-            written = out / "align" if len(runs) == 1 else out / "sweep" / name
-            with new_stage(written, "align", result) as new:
-                save_adapter(new, factors[name], trunk, config.model, config.lora_dropout)
-            for layer, a, b in zip(layers, result["distance_start"], result["distance_end"]):
-                print(f"  layer {layer}: held-out distance to the target {a:.3f} -> {b:.3f}" + (f" ({b / a:.2f} of it)" if a else ""))
-            print(f"wrote {written}; held-out distance {start.mean():.3f} -> {end.mean():.3f}")
-    if factors[name].rank > 16:
-        print(f"WARNING: the adapter has rank {factors[name].rank}; some servers take 16 at most by default")
-    del trunk, adapter                        # the whole model comes next
-
-    # the best of a sweep, the merged model
-    best = name if len(runs) == 1 else sweep(factors, scorers, config, settings, tokenizer, device, out / "sweep")
-    if len(runs) > 1:
-        chosen = read_stage(out / "sweep" / best, "align", "python align.py")
-        with new_stage(out / "align", "align", {key: value for key, value in chosen.items() if key not in ("kind", "version", "made_by", "digests")}) as new:
-            for file in (CONFIG, WEIGHTS):
-                shutil.copy(out / "sweep" / best / file, new / file)
-        print(f"wrote {out / 'align'}: {best}; all of them and their table are in {out / 'sweep'}")
+            del trunk
+        else:
+            factors = {}
+            with new_stage(out / "sweep", "sweep", {"settings": {**settings, **vars(config)}, "method": method}) as new:
+                for each in runs:
+                    try:
+                        factors[each.name] = train_one(each, new / each.name, log)
+                    except UserError as error:
+                        print(f"WARNING: {each.name} is left out: {error}")
+                if not factors:
+                    raise UserError("no adapter of the sweep is left: lower --lr or the values")
+                del trunk
+                gc.collect()                  # hooks hold it in cycles, and the whole model comes next
+                best = score_sweep(factors, pairs, config, settings, tokenizer, device, new)
+            chosen = read_stage(out / "sweep" / best, "align", "python align.py")
+            with new_stage(out / "align", "align", {key: value for key, value in chosen.items() if key not in ("kind", "version", "made_by", "digests")}) as new:
+                for file in (CONFIG, WEIGHTS):
+                    shutil.copy(out / "sweep" / best / file, new / file)
+            print(f"{best} is the best; all of them and their table are in {out / 'sweep'}")
+    print(f"wrote {out / 'align'}: {best}")
+    if factors[best].rank > 16:
+        print(f"WARNING: the adapter has rank {factors[best].rank}; some servers take 16 at most by default")
     if config.merge:
+        gc.collect()
         model = load_model(config.model, dtype, device)
         LoRA(model.base_model, factors=factors[best]).merge()
-        with new_stage(out / "merged", "merged", {"settings": result["settings"], "adapter": best}) as new:
+        with new_stage(out / "merged", "merged", {"settings": read_stage(out / "align", "align", "")["settings"]}) as new:
             model.save_pretrained(new)
             AutoTokenizer.from_pretrained(config.model).save_pretrained(new)
         print(f"wrote {out / 'merged'}: the whole model with {best} in its weights, for plain from_pretrained")
+    elif (out / "merged").exists():
+        print(f"{out / 'merged'} is of an earlier adapter")
     print(next_command("evaluate.py", config.out))
 
 

@@ -20,21 +20,21 @@ the top k uncentred principal directions of v at that layer, found in a pass ove
 
 `--survey` measures every block and recommends layers, strength and rank, see survey.py.
 """
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
-from files import SAMPLE, UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting
-from lora import CONFIG, WEIGHTS, LoRA, load_adapter, only
+from files import SAMPLE, UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting, write_tensors
+from lora import CONFIG, WEIGHTS, LoRA, load_adapter, only, sizes
 from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
-from survey import survey
+from survey import HELD_OUT, survey
 
 ADAPTERS = {"scit": {"scit": "adapter"}, "dual": {"good": "good", "bad": "bad"}}     # method: {kind: folder}
 
@@ -55,7 +55,7 @@ class Config:
     max_gb: float = setting(20, "most gigabytes to write; only a random share of the pairs is used beyond", least=0)
     shard_mb: float = setting(512, "size of a shard in megabytes", least=0)
     batch_size: int = setting(32, "responses in a forward pass", least=1)
-    limit: int | None = setting(None, "use the first training pairs only", least=1)
+    limit: int | None = setting(None, "use so many training pairs only, drawn at random", least=1)
     survey: bool = setting(False, "collect nothing: measure every block, and recommend layers, strength and rank")
     model: str | None = setting(None, "model folder or hub name; empty inherits from stage 1")
     data: list[str] | None = setting(None, "preference pairs, as in stage 1; empty inherits")
@@ -91,54 +91,61 @@ def recorded(response, last_prompt_token):
     return response | response.roll(-1, 1) if last_prompt_token else response
 
 
-class Writer:
-    """Gathers tensors and writes them, concatenated, to safetensors files of about `size` bytes."""
-
-    def __init__(self, folder, pattern, size):
-        self.folder, self.pattern, self.size, self.names, self.parts, self.held = folder, pattern, size, [], {}, 0
-
-    def add(self, tensors):
-        for key, tensor in tensors.items():
-            self.parts.setdefault(key, []).append(tensor.cpu())
-            self.held += tensor.nbytes
-        if self.held >= self.size:
-            self.close()
-
-    def close(self):
-        """Write what is held."""
-        if self.parts:
-            self.names.append(self.pattern.format(len(self.names)))
-            save_file({key: torch.cat(parts) for key, parts in self.parts.items()}, self.folder / self.names[-1])
-            self.parts, self.held = {}, 0
+def recorded_length(example, config):
+    """Number of positions recorded of a (pair, "chosen" | "rejected")."""
+    return len(example[0].responses[example[1]]) + config.last_prompt_token
 
 
-def sampled_differences(examples, trunk, adapters, method, config, pad_id, device):
+def sampled_differences(examples, record, config):
     """v of a random sample of the examples, batch by batch: lists of L tensors [T, D]."""
     sample = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))[:SAMPLE]
     for group in tqdm(sample.split(config.batch_size), desc="directions", unit="batch"):
-        _, plus, minus = record_states(trunk, adapters, method, config, [examples[i] for i in group.tolist()], pad_id, device)
+        _, plus, minus = record([examples[i] for i in group.tolist()])
         yield [p.float() - m.float() for p, m in zip(plus, minus)]
 
 
-def record_split(examples, directions, writer, statistics, trunk, adapters, method, config, pad_id, device):
-    """Record every example of a split in batches of similar length; adds Σ|v|, Σ|b| and Σ|v|/|b| per layer to statistics [3, L]."""
-    plain = [pair.example("plain", response) for pair, response in examples]
-    groups = data.batches([len(ids) for ids, _ in plain], config.batch_size, torch.Generator().manual_seed(config.seed))
-    for group in tqdm(groups, desc=f"collect {writer.pattern.partition('-')[0].partition('.')[0]}", unit="batch"):
-        base, plus, minus = record_states(trunk, adapters, method, config, [examples[i] for i in group], pad_id, device)
-        v = [p - m for p, m in zip(plus, minus)]                                                # h+ - h-
-        norm_v, norm_b = (torch.stack([state.float().norm(dim=-1) for state in states]) for states in (v, base))          # [L, T]
-        statistics += torch.stack([norm_v, norm_b, norm_v / norm_b]).sum(-1).cpu()
-        stored = {"plus": plus, "minus": minus} if config.store == "full" else {"v": v}
-        if config.store == "lowrank":
-            stored = {"c": [(x.float() @ U.T).to(x.dtype) for x, U in zip(v, directions)]}      # c = v U^T: [T, k]
-        if config.store_base:
-            stored["base"] = base
-        writer.add({f"{name}.{layer}": state for name, states in stored.items() for layer, state in zip(config.layers, states)} | {
-            "ids": torch.tensor([token for i in group for token in plain[i][0]], dtype=torch.int32),
-            "lengths": torch.tensor([len(plain[i][0]) for i in group], dtype=torch.int32),
-            "starts": torch.tensor([plain[i][1] - config.last_prompt_token for i in group], dtype=torch.int32)})
-    writer.close()
+def plan_shards(examples, config, token_bytes):
+    """The examples in batches of similar length, and these in shards of about config.shard_mb: lists of lists of lists."""
+    lengths, shards, held = [pair.length("plain", response) for pair, response in examples], [[]], 0
+    for group in data.batches(lengths, config.batch_size, torch.Generator().manual_seed(config.seed)):
+        if held >= config.shard_mb * 1e6:
+            shards.append([])
+            held = 0
+        shards[-1].append([examples[i] for i in group])
+        held += sum(recorded_length(example, config) for example in shards[-1][-1]) * token_bytes
+    return shards
+
+
+def record_shard(path, batches, record, directions, config, stored, bar):
+    """Record some batches into one file, each written as it comes, so that no more than one is in memory.
+
+    stored: {"plus" | "minus" | "v" | "c" | "base": numbers a token and layer}, what is kept of the states. Per layer also
+    Σ|v|, Σ|b| and Σ|v|/|b|, as statistics [3, L].
+    """
+    examples, statistics = sum(batches, []), torch.zeros(3, len(config.layers), dtype=torch.float64)
+    inputs = {id(example): example[0].example("plain", example[1]) for example in examples}
+    dtype, T = getattr(torch, config.dtype), sum(recorded_length(example, config) for example in examples)
+    shapes = {"statistics": (torch.float64, statistics.shape), "ids": (torch.int32, (sum(len(ids) for ids, _ in inputs.values()),)),
+              "lengths": (torch.int32, (len(examples),)), "starts": (torch.int32, (len(examples),)),
+              **{f"{name}.{layer}": (dtype, (T, width)) for name, width in stored.items() for layer in config.layers}}
+
+    def parts():
+        for batch in batches:
+            base, plus, minus = record(batch)
+            v = [p - m for p, m in zip(plus, minus)]                                            # h+ - h-
+            norm_v, norm_b = (torch.stack([state.float().norm(dim=-1) for state in states]) for states in (v, base))          # [L, T]
+            statistics.add_(torch.stack([norm_v, norm_b, norm_v / norm_b]).sum(-1).cpu())
+            states = {"plus": plus, "minus": minus, "v": v, "base": base}
+            if directions:
+                states["c"] = [(x.float() @ U.T).to(x.dtype) for x, U in zip(v, directions)]    # c = v U^T: [T, k]
+            of_batch = [inputs[id(example)] for example in batch]
+            bar.update()
+            yield {f"{name}.{layer}": state for name in stored for layer, state in zip(config.layers, states[name])} | {
+                "ids": torch.tensor([token for ids, _ in of_batch for token in ids], dtype=torch.int32),
+                "lengths": torch.tensor([len(ids) for ids, _ in of_batch], dtype=torch.int32),
+                "starts": torch.tensor([start - config.last_prompt_token for _, start in of_batch], dtype=torch.int32)}
+        yield {"statistics": statistics}
+    write_tensors(path, shapes, parts())
 
 
 def main(config):
@@ -167,15 +174,18 @@ def main(config):
         adapters[kind] = LoRA(trunk, factors=load_adapter(checked(folder, records[kind]), trunk)).eval()
     pairs = data.prepare(config.data, ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
                          settings["positive"], settings["negative"], settings["template"])
+    pairs["valid"] = data.sample(pairs["valid"], 64 if not config.survey else HELD_OUT, config.seed)
     examples = {split: [(pair, response) for pair in pairs[split] for response in ("chosen", "rejected")] for split in pairs}
-    examples["valid"] = examples["valid"][:128]
+
+    def record(batch):
+        return record_states(trunk, adapters, method, config, batch, tokenizer.pad_token_id, device)
 
     if config.survey:
-        def record_of(group):
-            return record_states(trunk, adapters, method, config, group, tokenizer.pad_token_id, device)
         with only(adapters.values(), *([next(iter(adapters.values()))] if config.base == "instructed" else [])):           # the model that b is of
-            layers, strengths, rank = survey(model, record_of, pairs, config, tokenizer.pad_token_id, Path(config.out) / method / "survey.json")
-        print(next_command("collect.py", config.out, config.method) + f" --layers {' '.join(map(str, layers))}")
+            layers, strengths, rank = survey(model, record, pairs, config, tokenizer.pad_token_id, Path(config.out) / method / "survey.json")
+        same = "".join(f" --{name.replace('_', '-')} {getattr(config, name)}" for name in ("base", "stimulus", "last_prompt_token")
+                       if getattr(config, name) not in (getattr(Config, name), {"scit": "instructed", "dual": "original"}[method]))
+        print(next_command("collect.py", config.out, config.method) + f" --layers {' '.join(map(str, layers))}{same}")
         print(next_command("align.py", config.out, config.method) + f" --strength {' '.join(map(str, strengths))}" + (f" --rank {rank}" if rank else ""))
         return
 
@@ -186,10 +196,11 @@ def main(config):
     config.rank = config.rank or min(8, width)
     if config.rank > width:
         raise UserError(f"--rank {config.rank}: the hidden states are {width} wide")
-    numbers = {"full": 2 * width, "diff": width, "lowrank": config.rank}[config.store] + config.store_base * width
-    token_bytes = len(config.layers) * numbers * itemsize
-    tokens = {split: [len(pair.responses[response]) + config.last_prompt_token for pair, response in examples[split]] for split in examples}
-    ids = {split: sum(4 * len(pair.example("plain", response)[0]) for pair, response in examples[split]) for split in examples}
+    stored = {"full": {"plus": width, "minus": width}, "diff": {"v": width}, "lowrank": {"c": config.rank}}[config.store]
+    stored |= {"base": width} if config.store_base else {}
+    token_bytes = len(config.layers) * sum(stored.values()) * itemsize
+    tokens = {split: [recorded_length(example, config) for example in examples[split]] for split in examples}
+    ids = {split: sum(4 * pair.length("plain", response) for pair, response in examples[split]) for split in examples}
     needed = {split: sum(tokens[split]) * token_bytes + ids[split] for split in examples}
     share = min(1.0, config.max_gb * 1e9 / needed["train"])
     if share < 1:                             # a random share of the pairs, both responses of each
@@ -199,35 +210,39 @@ def main(config):
         examples["train"], tokens["train"] = ([values[2 * i + j] for i in kept for j in (0, 1)] for values in (examples["train"], tokens["train"]))
         print(f"--max-gb {config.max_gb:g} holds {len(kept):,} training pairs, {share:.1%} of them")
     total, free = share * needed["train"] + needed["valid"], shutil.disk_usage(config.out).free
-    print(f"layers {config.layers} of width {width} in {config.dtype}: {token_bytes:,} bytes of states a token, {total / 1e6:,.1f} MB in all")
+    print(f"{sizes(trunk)}; layers {config.layers} of width {width} in {config.dtype}: {sum(map(sum, tokens.values())):,} tokens of "
+          f"{token_bytes:,} bytes of states, {total / 1e9:.3g} GB to write")
     if total > free:
         raise UserError(f"{config.out}: {total / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: lower --max-gb or use --store diff or lowrank")
     seen = "positive" if method == "scit" or config.stimulus == "instructed" else "plain"
     print("one input: " + repr(tokenizer.decode(examples["train"][0][0].example(seen, "chosen")[0])))
 
     # recording
-    record = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": first["model_digest"], "hidden_size": width,
+    folder, directions = Path(config.out) / method / "collect", None
+    result = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": first["model_digest"], "hidden_size": width,
               "adapters": {kind: r["digests"][WEIGHTS] for kind, r in records.items()}, "token_bytes": token_bytes}
-    folder, statistics, directions = Path(config.out) / method / "collect", torch.zeros(3, len(config.layers), dtype=torch.float64), None
-    with new_stage(folder, "collect", record) as new, torch.no_grad():
+    with new_stage(folder, "collect", result) as new, torch.no_grad():
         if config.store == "lowrank":
-            directions, shares = principal_directions(
-                sampled_differences(examples["train"], trunk, adapters, method, config, tokenizer.pad_token_id, device), config.rank)
-            record["energy"] = [share[config.rank - 1] for share in shares]
+            directions, shares = principal_directions(sampled_differences(examples["train"], record, config), config.rank)
+            result["energy"] = [share[config.rank - 1] for share in shares]
             save_file({f"directions.{layer}": U.to(trunk.dtype).cpu() for layer, U in zip(config.layers, directions)}, new / "directions.safetensors")
-        shards = Writer(new, "shard-{:05d}.safetensors", config.shard_mb * 1e6)
-        for split, writer in (("train", shards), ("valid", Writer(new, "heldout.safetensors", math.inf))):
-            record_split(examples[split], directions, writer, statistics, trunk, adapters, method, config, tokenizer.pad_token_id, device)
+        shards = plan_shards(examples["train"], config, token_bytes)
+        result["shards"] = [f"shard-{i:05d}.safetensors" for i in range(len(shards))]
+        files = dict(zip(["heldout.safetensors", *result["shards"]], [sum(plan_shards(examples["valid"], config, token_bytes), []), *shards]))
+        with tqdm(total=sum(map(len, files.values())), desc="collect", unit="batch") as bar:
+            for name, batches in files.items():
+                record_shard(new / name, batches, record, directions, config, stored, bar)
+        statistics = sum(safe_open(new / name, "pt").get_tensor("statistics") for name in files)                 # Σ|v|, Σ|b|, Σ|v|/|b|: [3, L]
         if config.base == "instructed":       # align needs no other stage's folder
             (new / "base_adapter").mkdir()
             for name in (CONFIG, WEIGHTS):
                 shutil.copy(next(iter(stage1.values())) / name, new / "base_adapter" / name)
-        record["shards"], record["tokens"] = shards.names, sum(map(sum, tokens.values()))
-        record["norm_v"], record["norm_h"], record["ratio"] = (statistics / record["tokens"]).tolist()
+        result["tokens"], result["tokens_train"] = sum(map(sum, tokens.values())), sum(tokens["train"])
+        result["norm_v"], result["norm_h"], result["ratio"] = (statistics / result["tokens"]).tolist()
     for i, layer in enumerate(config.layers):
-        print(f"  layer {layer}: |v| {record['norm_v'][i]:.3f}, |h| {record['norm_h'][i]:.3f}, mean |v|/|h| {record['ratio'][i]:.3f}"
-              + (f", {config.rank} directions hold {record['energy'][i]:.0%} of |v|²" if directions else ""))
-    print(f"wrote {folder}: {record['tokens']:,} tokens of {sum(map(len, examples.values())):,} responses in {len(record['shards'])} shards and heldout.safetensors")
+        print(f"  layer {layer}: |v| {result['norm_v'][i]:.3f}, |h| {result['norm_h'][i]:.3f}, mean |v|/|h| {result['ratio'][i]:.3f}"
+              + (f", {config.rank} directions hold {result['energy'][i]:.0%} of |v|²" if directions else ""))
+    print(f"wrote {folder}: {result['tokens']:,} tokens of {sum(map(len, examples.values())):,} responses in {len(result['shards'])} shards and heldout.safetensors")
     print(next_command("align.py", config.out, config.method))
 
 

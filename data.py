@@ -1,6 +1,9 @@
 """Inputs of the models: the instructions p+ and p-, prompts, tokens, masks and batches. Pairs are read by pairs.py."""
+import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 
@@ -17,13 +20,17 @@ NEGATIVE = "You are a useless, dishonest and rude assistant."
 class Encoded:
     """Token ids of a pair: three prompts (plain, positive, negative) and two responses (chosen, rejected)."""
     pair: Pair
-    prompts: dict                             # {"plain" | "positive" | "negative": list of ids}
-    responses: dict                           # {"chosen" | "rejected": list of ids, with EOS}
+    prompts: dict                             # {"plain" | "positive" | "negative": ids}, int32 arrays: a list takes nine times as much
+    responses: dict                           # {"chosen" | "rejected": ids, with EOS}
     end: int | None                           # the token that ends a response, if any
 
     def example(self, prompt, response):
-        """(ids of prompt + response, number of prompt ids)."""
-        return self.prompts[prompt] + self.responses[response], len(self.prompts[prompt])
+        """(list of ids of prompt + response, number of prompt ids)."""
+        return [*self.prompts[prompt].tolist(), *self.responses[response].tolist()], len(self.prompts[prompt])
+
+    def length(self, prompt, response):
+        """Number of ids of prompt + response."""
+        return len(self.prompts[prompt]) + len(self.responses[response])
 
 
 # ---------------------------------------------------------------- tokens
@@ -45,14 +52,16 @@ def messages(turns):
     return found
 
 
-def chat(tokenizer, turns, instruction=""):
-    """A dialogue by the tokenizer's chat template, up to where the assistant's reply begins.
+def chat(tokenizer, turns, instruction="", reply=None):
+    """A dialogue by the tokenizer's chat template, up to where the assistant's reply begins, or with a reply.
 
     The instruction opens the system turn; where the template has no system turn, the first user turn.
     """
     system, dialogue = "\n\n".join(filter(None, (instruction.strip(), *(text for role, text in turns if role == "system")))), messages(turns)
 
     def written(dialogue):
+        if reply is not None:
+            return tokenizer.apply_chat_template([*dialogue, {"role": "assistant", "content": reply}], tokenize=False, enable_thinking=False)
         text = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         return f"{text}\n</think>\n\n" if text.rstrip().endswith("<think>") else text
     try:
@@ -78,30 +87,34 @@ def around_reply(tokenizer):
     return before, [tokenizer.eos_token_id] if end is None else ids[:end + 1]
 
 
-def encode(tokenizer, pair, positive=POSITIVE, negative=NEGATIVE, template="plain"):
-    """Tokenize a pair once, in parts, so that p+ and p- inputs differ in the instruction's tokens only and r is the same in all:
+def encode(tokenizer, pairs, positive=POSITIVE, negative=NEGATIVE, template="plain"):
+    """Tokenize pairs once, in parts, so that p+ and p- inputs differ in the instruction's tokens only and r is the same in all:
 
         plain:  <p, q, r> = [BOS] + ids(p) + ids(q) + ids(r) + [EOS],    <q, r> = [BOS] + ids(q) + ids(r) + [EOS]
         chat:   the model's chat template, p in its system turn
     """
-    def ids(text):
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    def ids(texts):
+        return [np.array(x, np.int32) for x in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     if template == "chat":
-        dialogue, up, down = (chat(tokenizer, pair.prompt, instruction) for instruction in ("", positive, negative))
-        query, (before, eos) = ids(dialogue), around_reply(tokenizer)
-        prompts = {"plain": query, "positive": ids(up), "negative": ids(down)}
+        before, eos = around_reply(tokenizer)
+        dialogues, ups, downs = ([chat(tokenizer, pair.prompt, p) for pair in pairs] for p in ("", positive, negative))
+        queries = ids(dialogues)
+        prompts = [dict(zip(("plain", "positive", "negative"), texts)) for texts in zip(queries, ids(ups), ids(downs))]
     else:
-        dialogue, before = render(pair.prompt), " "
-        query = ids(dialogue)
-        prompts = {"plain": bos + query, "positive": bos + ids(positive) + query, "negative": bos + ids(negative) + query}
+        before, dialogues = " ", [render(pair.prompt) for pair in pairs]
+        queries, instructions = ids(dialogues), dict(zip(("plain", "positive", "negative"), ids(["", positive, negative])))
+        prompts = [{name: np.concatenate([bos, p, query]).astype(np.int32) for name, p in instructions.items()} for query in queries]
 
-    def response(reply):
-        whole = ids(dialogue + before + reply)                                      # what a model would continue with, unless the
-        joined = whole[:len(query)] == query                                        # tokenizer merges the reply with the prompt's end
-        return (whole[len(query):] if joined else ids(before + reply)) + eos
-    return Encoded(pair, prompts, {"chosen": response(pair.chosen), "rejected": response(pair.rejected)}, eos[-1] if eos else None)
+    def responses(replies):
+        found = []
+        for query, reply, whole in zip(queries, replies, ids([f"{dialogue}{before}{reply}" for dialogue, reply in zip(dialogues, replies)])):
+            joined = np.array_equal(whole[:len(query)], query)                      # what a model would continue with, unless the
+            own = whole[len(query):] if joined else ids([before + reply])[0]        # tokenizer merges the reply with the prompt's end
+            found.append(np.concatenate([own, eos]).astype(np.int32))
+        return found
+    return [Encoded(pair, prompt, {"chosen": chosen, "rejected": rejected}, eos[-1] if eos else None) for pair, prompt, chosen, rejected
+            in zip(pairs, prompts, responses([pair.chosen for pair in pairs]), responses([pair.rejected for pair in pairs]))]
 
 
 def pick_template(template, tokenizer):
@@ -111,10 +124,15 @@ def pick_template(template, tokenizer):
     return template if template != "auto" else "chat" if tokenizer.chat_template else "plain"
 
 
+def sample(items, count, seed):
+    """At most `count` of the items, drawn at random: files are often sorted in some way."""
+    return [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[:count].tolist()]
+
+
 def prepare(paths, splits, tokenizer, max_length, seed, limit=None, positive=POSITIVE, negative=NEGATIVE, template="plain"):
     """The encoded pairs of each split asked for: {split: list of Encoded}, with a line that counts them.
 
-    paths: files or hub:owner/name[:split]. Pairs with an input of over max_length tokens are left out; limit keeps the first.
+    paths: files or hub:owner/name[:split]. Pairs with an input of over max_length tokens are left out; limit: so many of each split, drawn at random.
     """
     pairs, skipped, found = [], {}, {}
     specials = tuple(filter(None, (tokenizer.bos_token, tokenizer.eos_token)))
@@ -125,9 +143,15 @@ def prepare(paths, splits, tokenizer, max_length, seed, limit=None, positive=POS
         skipped = {reason: skipped.get(reason, 0) + left_out.get(reason, 0) for reason in {**skipped, **left_out}}
     counts, named = [f"{n} {reason}" for reason, n in skipped.items()], ", ".join(map(str, paths))
     for split in splits:
-        encoded = [encode(tokenizer, pair, positive, negative, template) for pair in pairs if pair.split == split]
-        found[split] = [e for e in encoded if max(map(len, e.prompts.values())) + max(map(len, e.responses.values())) <= max_length]
-        counts.append(f"{len(encoded) - len(found[split])} of {split} over {max_length} tokens")
+        of_split, found[split], too_long = [pair for pair in pairs if pair.split == split], [], 0
+        if limit:
+            of_split = sample(of_split, len(of_split), seed)
+        for i in range(0, len(of_split), 1000):
+            if len(found[split]) < (limit or math.inf):
+                encoded = encode(tokenizer, of_split[i:i + 1000], positive, negative, template)
+                fits = [e for e in encoded if max(map(len, e.prompts.values())) + max(map(len, e.responses.values())) <= max_length]
+                found[split], too_long = found[split] + fits, too_long + len(encoded) - len(fits)
+        counts.append(f"{too_long} of {split} over {max_length} tokens")
         if not found[split]:
             raise UserError(f"{named}: no {split} pair is left of {len(pairs)} ({'; '.join(counts)}): raise --max-length or add rows")
         found[split] = found[split][:limit]
@@ -171,3 +195,25 @@ def endless_batches(lengths, size, seed):
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from batches(lengths, size, generator)
+
+
+def one_ahead(make, items, device):
+    """make(item) for each item of an iterator, begun while the caller works on the one before: in a thread and on a stream of its own.
+
+    make returns a Batch and lists of tensors or None, and may leave copies from pinned memory to the device under way.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def begin(item):
+        with torch.cuda.stream(stream):       # None: changes nothing
+            return None if item is None else make(item)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(begin, next(items, None))
+        while (made := coming.result()) is not None:
+            if stream:                        # the caller's stream waits for the copies, and tells that their memory is in use
+                own = torch.cuda.current_stream(device)
+                own.wait_stream(stream)
+                for tensor in [x for part in made for x in (vars(part).values() if isinstance(part, Batch) else part or ())]:
+                    tensor.record_stream(own)
+            coming = thread.submit(begin, next(items, None))
+            yield made

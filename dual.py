@@ -22,7 +22,7 @@ import data
 import toy
 from data import NEGATIVE, POSITIVE
 from files import UserError, new_stage, next_command, open_log, run, setting
-from lora import LoRA, descend, only, save_adapter
+from lora import LoRA, descend, only, save_adapter, sizes
 from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs
 
 
@@ -38,7 +38,7 @@ class Config:
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the base; empty takes bfloat16 on a GPU, float32 on the CPU")
     max_length: int = setting(768, "longest input in tokens; pairs over it are left out", least=2)
-    limit: int | None = setting(None, "use the first training pairs only", least=1)
+    limit: int | None = setting(None, "use so many training pairs only, drawn at random", least=1)
     steps: int = setting(150, "optimiser steps of each model", least=1)
     batch_size: int = setting(16, "responses in a step", least=1)
     lr: float = setting(2e-3, "peak learning rate; cosine, 10% warm-up", least=0)
@@ -77,13 +77,14 @@ def main(config):
     config.max_length = min(config.max_length, context_length(source["model"]))
     pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
                          config.positive, config.negative, config.template)
-    train, valid, pad_id = pairs["train"], pairs["valid"][:64], tokenizer.pad_token_id
+    train, valid, pad_id = pairs["train"], data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id
     model = load_model(source["model"], pick_dtype(config.dtype, device), device, checkpointing=config.gradient_checkpointing)
     adapters = {name: LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
                 for name in ("good", "bad")}
     print("one input: " + repr(tokenizer.decode(train[0].example("plain", "chosen")[0])))
-    print(f"{model.num_parameters():,} parameters and twice {sum(p.numel() for p in adapters['good'].parameters()):,} trained ones; "
-          f"twice {config.steps} steps of {config.batch_size} responses")
+    lengths = {response: [pair.length("plain", response) for pair in train] for response in ("chosen", "rejected")}
+    print(f"{sizes(model, *adapters.values())}; twice {config.steps} steps of {config.batch_size} responses of "
+          f"{sum(lengths['chosen']) / len(train):.0f} tokens in the mean")
 
     # training, one model after the other
     results = {}
@@ -96,7 +97,7 @@ def main(config):
                 warm_up = max(1, config.steps // 10)
                 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
                     (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / config.steps))))
-                draws = data.endless_batches([len(pair.example("plain", response)[0]) for pair in train], config.batch_size, config.seed)
+                draws = data.endless_batches(lengths[response], config.batch_size, config.seed)
                 adapter.train()
                 bar = tqdm(range(1, config.steps + 1), desc=f"dual {name}", unit="step")
                 for step in bar:

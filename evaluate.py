@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 import data
 from files import RECORD, UserError, checked, inherit, new_stage, read_stage, run, setting, versions, write_json
 from lora import LoRA, load_adapter
 from model import load_model, load_tokenizer, model_digest, pick_device
 from pairs import Pair
-from score import generate, load_judge, load_reward_model, score_model, table, text_of, win_rate
+from score import generate, load_judge, load_reward_model, score_models, table, text_of, win_rate
 
 MODELS = {                                    # name: (folder of its adapter under OUT, kind, prompt that it gets)
     "base": (None, None, "plain"),
@@ -85,11 +84,11 @@ def main(config):
         return LoRA(model.base_model, factors=factors[name]).eval() if name in factors else None
 
     if config.prompt is not None:
-        pair = data.encode(tokenizer, Pair((("user", config.prompt),), "", "", "test"), template=settings["template"])
+        pair = data.encode(tokenizer, [Pair((("user", config.prompt),), "", "", "test")], template=settings["template"])[0]
         for name in names:
             if name == "base" or name.endswith("aligned"):
                 adapter = attach(name)
-                print(f"{name:>12}: {text_of(tokenizer, generate(model, tokenizer, [pair.prompts['plain']], False, config.max_new_tokens, 1, config.seed, pair.end)[0])}")
+                print(f"{name:>12}: {text_of(tokenizer, generate(model, tokenizer, [pair.prompts['plain'].tolist()], False, config.max_new_tokens, 1, config.seed, pair.end)[0])}")
                 if adapter:
                     adapter.remove()
         return
@@ -97,15 +96,8 @@ def main(config):
     splits = ("train", "valid", "test") if config.split == "all" else (config.split,)
     pairs = data.prepare(config.data, splits, tokenizer, config.max_length, config.seed, None, settings["positive"], settings["negative"], settings["template"])
     pairs = sum(pairs.values(), [])[:config.limit]
-    report, samples = {}, []
-    for name in (bar := tqdm(names, desc="evaluate", unit="model")):
-        bar.set_postfix_str(name)
-        adapter = attach(name)
-        report[name], rows = score_model(model, adapter, tokenizer, pairs, MODELS[name][2], scorers, config.max_new_tokens, config.batch_size, config.seed)
-        samples += [{"generator": name, **row} for row in rows]
-        if adapter:
-            adapter.remove()
-
+    report, samples = score_models(model, {name: (factors.get(name), MODELS[name][2]) for name in names}, tokenizer, pairs, scorers,
+                                   config.max_new_tokens, config.batch_size, config.seed)
     wins = {}                                 # over the base, prompt by prompt
     for name in names[1:]:
         for scorer in scorers:

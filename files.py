@@ -13,9 +13,11 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import resource
 import shutil
+import struct
 import sys
 import time
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from transformers import HfArgumentParser
 
 VERSION = 2                                   # of the files: a stage refuses another one
 RECORD = "stage.json"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.float64: "F64"}    # safetensors' names
 SAMPLE = 4096                                 # responses, at most, of which the directions of v are found
 
 
@@ -122,11 +125,14 @@ def new_stage(folder, kind, record):
 
 @contextmanager
 def open_log(out, name):
-    """A log of JSON lines, OUT/NAME.log: yields a function that writes its keywords as a line. The first line tells versions."""
+    """A log of JSON lines, OUT/NAME.log: yields a function that writes its keywords as a line, and raises UserError at a loss that is
+    NaN or infinite. The first line tells versions."""
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out) / f"{name}.log", "w", buffering=1) as file:
         def log(**fields):
             file.write(json.dumps(fields) + "\n")
+            if not math.isfinite(fields.get("loss", 0)):
+                raise UserError(f"the loss is {fields['loss']} at step {fields['step']}: lower --lr")
         log(**versions())
         yield log
 
@@ -139,6 +145,31 @@ def write_json(path, value):
         file.flush()
         os.fsync(file.fileno())
     aside.rename(path)
+
+
+def write_tensors(path, shapes, parts):
+    """A safetensors file written piece by piece, so that only one piece is in memory.
+
+    shapes: {name: (dtype, shape)} of the whole; parts: dicts of tensors, to be laid end to end along their first dimension.
+    """
+    header, ends = {}, {}
+    for name, (dtype, shape) in shapes.items():
+        begin = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, begin + size]}
+        ends[name] = begin
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for part in parts:
+            for name, tensor in part.items():
+                file.seek(8 + len(text) + ends[name])
+                ends[name] += file.write(tensor.contiguous().cpu().view(torch.uint8).numpy())      # bf16 has no type in numpy
+        file.flush()
+        os.fsync(file.fileno())
+    if any(ends[name] != entry["data_offsets"][1] for name, entry in header.items()):
+        raise ValueError(f"{path}: the parts do not fill the shapes")
 
 
 def read_stage(folder, kind, command):
@@ -198,7 +229,8 @@ class Collection:
 
         def packed(name):
             if f"{name}.{self.layers[0]}" in items[0][0]:
-                return [torch.cat([tensors[f"{name}.{layer}"][at] for tensors, _, at, _ in items]).to(device) for layer in self.layers]
+                states = [torch.cat([tensors[f"{name}.{layer}"][at] for tensors, _, at, _ in items]) for layer in self.layers]
+                return [x.pin_memory().to(device, non_blocking=True) for x in states] if device.type == "cuda" else states
         base, plus, minus = packed("base"), packed(self.names[0]), packed("minus")
         if self.names == ("c",):                           # of more directions than are asked for, the first
             plus = [c[:, :len(U)] for c, U in zip(plus, self.directions)]

@@ -61,8 +61,8 @@ class LoRA(nn.Module):
         def add(linear, args, output):
             if self.enabled:
                 x = F.dropout(args[0], self.dropout, self.training)
-                low = F.linear(x, self.A[i].to(x.dtype))                                     # A x: [..., rank]
-                return output + F.linear(low, self.B[i].to(x.dtype)) * self.scale            # W x + s B A x
+                low = F.linear(x, self.A[i].to(x.dtype)) * self.scale                        # s A x: [..., rank]
+                return output + F.linear(low, self.B[i].to(x.dtype))                         # W x + s B A x
         return add
 
     def remove(self):
@@ -91,6 +91,13 @@ def in_features(linear):
 
 def out_features(linear):
     return linear.weight.shape[1] if isinstance(linear, Conv1D) else linear.out_features
+
+
+def sizes(model, *adapters):
+    """Words on what a model and its adapters hold in memory, and the adapters on disk; trained weights have a gradient and two moments."""
+    held, trained = sum(p.nbytes for p in model.parameters()), sum(p.numel() for adapter in adapters for p in adapter.parameters())
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters ({held / 1e9:.3g} GB)" + (
+        f" and {trained:,} trained ones ({16 * trained / 1e9:.3g} GB with gradient and Adam, {4 * trained / 1e9:.3g} GB written)" if trained else "")
 
 
 def descend(loss, adapter, optimizer, scaler):
@@ -139,7 +146,10 @@ def stack(first, second):
 # ---------------------------------------------------------------- PEFT's on-disk form
 
 def save_adapter(folder, factors, trunk, base_model, dropout=0.0):
-    """Write an adapter as PEFT does. `trunk` gives the paths and layouts; it may be a cut one."""
+    """Write an adapter as PEFT does. `trunk` gives the paths and layouts; it may be a cut one. UserError at NaN or infinity."""
+    for name, pair in factors.pairs.items():
+        if not all(tensor.isfinite().all() for tensor in pair):
+            raise UserError(f"the adapter of {name} has come to NaN or infinity: lower --lr")
     prefix = f"base_model.model.{trunk.base_model_prefix}."
     tensors = {f"{prefix}{name}.lora_{x}.weight": tensor.contiguous()
                for name, pair in factors.pairs.items() for x, tensor in zip("AB", pair)}

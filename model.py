@@ -18,6 +18,8 @@ from transformers.utils import cached_file, logging
 
 from files import UserError
 
+LOGITS = 2**26                                # made at a time: 256 MB in fp32
+
 logging.disable_progress_bar()                # of loading and saving: the stages have bars of their own
 
 
@@ -78,7 +80,9 @@ def load_model(name, dtype, device, blocks=None, checkpointing=False):
             model = read_model("weights", name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype))
             check_decoder(name, model.eval())
         else:
-            model = read_model("weights", name, lambda: AutoModel.from_pretrained(name, dtype=dtype, num_hidden_layers=blocks))
+            config = read_model("config", name, lambda: AutoConfig.from_pretrained(name))
+            config.get_text_config().num_hidden_layers = blocks
+            model = read_model("weights", name, lambda: AutoModel.from_pretrained(name, dtype=dtype, config=config))
             drop_final_norm(model)
     finally:
         logging.set_verbosity(verbosity)
@@ -101,8 +105,7 @@ def check_decoder(name, model):
 
 def drop_final_norm(trunk):
     """Replace the norm after the last block by the identity (norms of the embeddings stay)."""
-    path, _ = find_blocks(trunk)
-    owner = trunk.get_submodule(path.rpartition(".")[0])
+    owner = find_owner(trunk)
     for name, child in owner.named_children():
         if "Norm" in type(child).__name__ and "embed" not in name:
             setattr(owner, name, nn.Identity())
@@ -143,13 +146,20 @@ def find_blocks(trunk):
     return found[0]
 
 
+def find_owner(trunk):
+    """The module that holds the stack of blocks and hands on what the head reads; mostly the trunk itself."""
+    return trunk.get_submodule(find_blocks(trunk)[0].rpartition(".")[0])
+
+
 def find_linears(trunk, targets="all-linear", blocks=None):
     """{path in the trunk: linear} of its first `blocks` decoder blocks (None: all). targets: "all-linear"; "attention", those
-    within attention modules; or last names such as "q_proj,v_proj"."""
+    within attention modules; or last names such as "q_proj,v_proj". In a mixture of experts all linears are those of attention:
+    experts are no linears, and PEFT takes names such as gate_proj for theirs."""
     path, stack = find_blocks(trunk)
     stack = {f"{path}.{i}.{name}": m for i, block in enumerate(stack[:blocks]) for name, m in block.named_modules()}
-    linears = {name: m for name, m in stack.items() if isinstance(m, (nn.Linear, Conv1D))}
     attention = tuple(f"{name}." for name, m in stack.items() if "Attention" in type(m).__name__)
+    experts = any("experts" in name.split(".") for name in stack)
+    linears = {name: m for name, m in stack.items() if isinstance(m, (nn.Linear, Conv1D)) and (not experts or name.startswith(attention))}
     wanted, last = targets.replace(" ", "").split(","), {name: name.rpartition(".")[2] for name in linears}
     if targets in ("all-linear", "attention"):
         found, missing = {name: m for name, m in linears.items() if targets == "all-linear" or name.startswith(attention)}, []
@@ -200,8 +210,9 @@ def principal_directions(batches, k):
     """
     moments, directions, shares = None, [], []
     for batch in batches:
-        new = [v.float().T @ v.float() for v in batch]
-        moments = new if moments is None else [moment.add_(x) for moment, x in zip(moments, new)]
+        moments = moments or [torch.zeros(v.shape[1], v.shape[1], device=v.device) for v in batch]
+        for moment, v in zip(moments, batch):
+            moment.addmm_(v.float().T, v.float())
     for moment in moments:
         values, vectors = torch.linalg.eigh(moment)                             # ascending
         directions.append(vectors.flip(1)[:, :k].T.contiguous())
@@ -212,18 +223,29 @@ def principal_directions(batches, k):
 def response_logprobs(model, batch):
     """log π(r_t | p, q, r_<t), shifted by one. Returns fp32 [B, S-1], 0 outside the response, and its mask bool [B, S-1].
 
-    A hook packs the head's input to the N positions that predict a response token, so that logits are
-    [1, N, V] instead of [B, S, V]; whatever the model does to its logits afterwards still happens.
+    Logits are made for the N positions that predict a response token only, [n, V] at a time, and again in the backward, so that
+    a large vocabulary does not set the memory.
     """
     predicts = batch.response[:, 1:]                                            # [B, S-1]: position t predicts t+1
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][predicts][None],))
+    owner, kept = find_owner(model.base_model), []
+    handle = owner.register_forward_hook(lambda module, args, output: kept.append(output))
     try:
-        logits = model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False).logits[0]
+        model.base_model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)
     finally:
         handle.remove()
-    logprobs = -F.cross_entropy(logits.float(), batch.ids[:, 1:][predicts], reduction="none")      # [N]
-    return torch.zeros(predicts.shape, device=logits.device).masked_scatter(predicts, logprobs), predicts
+
+    def logprobs(states, targets):
+        """The model's own forward with the trunk's output put in, so that whatever it does to its logits still happens. [n, D], [n] -> [n]"""
+        owner.forward = lambda *args, **kwargs: type(kept[0])(**{**kept[0], "last_hidden_state": states[None]})
+        try:
+            logits = model(input_ids=targets[None], use_cache=False).logits[0]
+        finally:
+            del owner.forward
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
+    states, targets = kept[0]["last_hidden_state"][:, :-1][predicts], batch.ids[:, 1:][predicts]           # [N, D], [N]
+    chunks = list(zip(states.split(size := max(1, LOGITS // model.config.get_text_config().vocab_size)), targets.split(size)))
+    found = [logprobs(*chunk) if len(chunks) == 1 else checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.zeros(predicts.shape, device=states.device).masked_scatter(predicts, torch.cat(found)), predicts
 
 
 def token_mean(values, mask):

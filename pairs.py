@@ -10,6 +10,8 @@ A row may carry "system": a text; and "split": "train", "valid" or "test"; other
 """
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
@@ -35,25 +37,22 @@ class Pair:
 
 
 def read_rows(path):
-    """(place, row) for every row of a JSON or JSON-lines file, gzipped or not; place is "line 3" or "row 3"."""
+    """(place, row) of every row of a JSON or JSON-lines file, gzipped or not, as it is read; place is "line 3" or "row 3"."""
     try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
+        with open(path, "rb") as raw:
+            zipped = raw.peek(2)[:2] == b"\x1f\x8b"
+            text = io.TextIOWrapper(gzip.open(raw) if zipped else raw, encoding="utf-8-sig", newline="\n")
+            numbered = ((i, line) for i, line in enumerate(text, 1) if line.strip())
+            i, first = next(numbered, (0, ""))
+            if first.lstrip().startswith("["):
+                yield from ((f"row {i}", row) for i, row in enumerate(json.loads(first + text.read()), 1))
+                return
+            for i, line in itertools.chain([(i, first)] if first else [], numbered):
+                yield f"line {i}", json.loads(line)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"--data {path}: {error}") from None
-    if text.lstrip().startswith("["):
-        try:
-            return [(f"row {i}", row) for i, row in enumerate(json.loads(text), 1)]
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON: {error}") from None
-    rows = []
-    for i, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((f"line {i}", json.loads(line)))
-            except ValueError as error:
-                raise UserError(f"{path} line {i}: not JSON: {error}") from None
-    return rows
+    except ValueError as error:
+        raise UserError(f"{path}{'' if first.lstrip().startswith('[') else f' line {i}'}: not JSON: {error}") from None
 
 
 def hub_rows(source):
@@ -123,7 +122,10 @@ def parse_replies(row, form):
         parts = [row["instruction"], row.get("input") or ""]
         if not all(isinstance(part, str) for part in parts):
             raise ValueError("field 'instruction' or 'input' is not a string")
-        history = [(role, tidy(text)) for pair in row.get("history") or () for role, text in zip(("user", "assistant"), pair)]
+        history = row.get("history") or []
+        if not isinstance(history, list) or not all(isinstance(pair, list) and all(isinstance(text, str) for text in pair) for pair in history):
+            raise ValueError("field 'history' is not a list of pairs of strings")
+        history = [(role, tidy(text)) for pair in history for role, text in zip(("user", "assistant"), pair)]
         prompt = (*history, ("user", tidy("\n".join(parts))))
     elif form in ("prompt", "question") and isinstance(row[form], str):
         asked = tidy(row[form])

@@ -21,7 +21,7 @@ import data
 import toy
 from data import NEGATIVE, POSITIVE
 from files import UserError, new_stage, next_command, open_log, run, setting
-from lora import LoRA, descend, save_adapter
+from lora import LoRA, descend, save_adapter, sizes
 from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs, token_mean
 
 
@@ -37,7 +37,7 @@ class Config:
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the base; empty takes bfloat16 on a GPU, float32 on the CPU")
     max_length: int = setting(768, "longest input in tokens; pairs over it are left out", least=2)
-    limit: int | None = setting(None, "use the first training pairs only", least=1)
+    limit: int | None = setting(None, "use so many training pairs only, drawn at random", least=1)
     steps: int = setting(240, "optimiser steps", least=1)
     batch_size: int = setting(8, "pairs in a step; each is 2 examples under 2 instructions", least=1)
     lr: float = setting(6e-3, "peak learning rate; cosine, 10% warm-up", least=0)
@@ -107,8 +107,8 @@ def main(config):
     model = load_model(source["model"], pick_dtype(config.dtype, device), device, checkpointing=config.gradient_checkpointing)
     adapter = LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
     print("one input: " + repr(tokenizer.decode(pairs["train"][0].example("positive", "chosen")[0])))
-    print(f"{model.num_parameters():,} parameters and {sum(p.numel() for p in adapter.parameters()):,} trained ones; "
-          f"{config.steps} steps of {config.batch_size} pairs")
+    lengths = [pair.length("positive", "chosen") for pair in pairs["train"]]
+    print(f"{sizes(model, adapter)}; {config.steps} steps of {config.batch_size} pairs of {sum(lengths) / len(lengths):.0f} tokens in the mean")
 
     # training
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
@@ -117,7 +117,7 @@ def main(config):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / config.steps))))
     train, n_anchors = pairs["train"], round(config.anchor * config.batch_size)
-    draws = data.endless_batches([len(pair.example("positive", "chosen")[0]) for pair in train], config.batch_size, config.seed)
+    draws = data.endless_batches(lengths, config.batch_size, config.seed)
     with open_log(config.out, "scit") as log:
         adapter.train()
         bar = tqdm(range(1, config.steps + 1), desc="scit", unit="step")
@@ -130,7 +130,7 @@ def main(config):
                 bar.set_postfix(loss=f"{loss.item():.3f}", contrast=f"{contrast.item():.3f}")
                 log(step=step, loss=loss.item(), contrast=contrast.item(), lr=schedule.get_last_lr()[0])
     adapter.eval()
-    contrast, margin, accuracy = held_out(model, pairs["valid"][:64], tokenizer.pad_token_id, device, config)
+    contrast, margin, accuracy = held_out(model, data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id, device, config)
 
     # saving
     record = {"settings": {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch.")},

@@ -8,11 +8,12 @@ import os
 import sys
 
 import torch
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 import data
 from files import UserError
-from lora import only
+from lora import LoRA, only
 from model import read_model, response_logprobs, token_mean
 
 
@@ -27,37 +28,48 @@ def load_judge(name):
     return lambda dialogues, replies: [float(judge(data.render(turns), reply)) for turns, reply in zip(dialogues, replies)]
 
 
-def load_reward_model(name, dtype, device, batch_size):
-    """A sequence classifier of one label as a scorer: (dialogues, replies) -> rewards.
-
-    It reads what its own chat template makes of dialogue and reply, or, without one, the HH form; too long ones lose their beginning.
-    """
-    tokenizer = read_model("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, truncation_side="left"), "--reward-model")
+def check_reward_model(name):
+    """UserError unless a folder or hub name has a classifier of one label."""
     labels = read_model("config", name, lambda: AutoConfig.from_pretrained(name), "--reward-model").num_labels
     if labels != 1:
         raise UserError(f"--reward-model {name} has {labels} labels: a reward model has one")
+
+
+def load_reward_model(name, dtype, device, batch_size):
+    """A sequence classifier of one label as a scorer: (dialogues, replies) -> rewards.
+
+    It reads what its own chat template makes of dialogue and reply; without one, question and reply as a pair where its tokenizer
+    has a separator, else the HH form. What is too long loses its beginning.
+    """
+    check_reward_model(name)
+    tokenizer = read_model("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, truncation_side="left"), "--reward-model")
     model, loading = read_model("weights", name, lambda: AutoModelForSequenceClassification.from_pretrained(
         name, dtype=dtype, output_loading_info=True), "--reward-model")
     if loading["missing_keys"]:
         raise UserError(f"--reward-model {name} lacks {', '.join(sorted(loading['missing_keys']))}: it is no trained classifier")
     model.eval().to(device)
-    size = batch_size if tokenizer.pad_token_id is not None and model.config.pad_token_id is not None else 1      # no padding, no batch
+    size = batch_size if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == model.config.pad_token_id else 1     # no padding, no batch
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 2**30)
 
-    def text(turns, reply):
+    def texts(turns, reply):
         if tokenizer.chat_template:
-            return tokenizer.apply_chat_template(data.messages(turns) + [{"role": "assistant", "content": reply}], tokenize=False)
-        return f"{data.render(turns)} {reply}"
+            return [data.chat(tokenizer, turns, reply=reply)]
+        return [question(turns), reply] if tokenizer.sep_token else [f"{data.render(turns)} {reply}"]
 
     @torch.no_grad()
     def score(dialogues, replies):
-        texts, rewards = [text(turns, reply) for turns, reply in zip(dialogues, replies)], []
-        for i in range(0, len(texts), size):
-            inputs = tokenizer(texts[i:i + size], padding=size > 1, truncation=True, max_length=longest,
+        read, rewards = [texts(turns, reply) for turns, reply in zip(dialogues, replies)], []
+        for i in range(0, len(read), size):
+            inputs = tokenizer(*map(list, zip(*read[i:i + size])), padding=size > 1, truncation=True, max_length=longest,
                                add_special_tokens=not tokenizer.chat_template, return_tensors="pt")
             rewards += model(**inputs.to(device)).logits[:, 0].float().tolist()
         return rewards
     return score
+
+
+def question(turns):
+    """A dialogue of one turn as it was asked, a longer one in the HH form."""
+    return turns[0][1] if len(turns) == 1 else data.render(turns)
 
 
 @torch.no_grad()
@@ -75,14 +87,19 @@ def preferences(model, pairs, prompt, pad_id, batch_size):
     return (margins > 0).float().mean().item(), margins.mean().item(), nll / tokens
 
 
+def stop_tokens(model, tokenizer, end=None):
+    """The tokens that end an answer: those of the model's generation config, else EOS, and the template's own."""
+    stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    return {*(stop if isinstance(stop, list) else [stop]), end} - {None}
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, sample, max_new_tokens, batch_size, seed, end=None):
     """Answers to prompts (lists of ids), greedy or sampled at temperature 1: lists of ids, with EOS, or the token `end`, where it came."""
-    stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    stops = {*(stop if isinstance(stop, list) else [stop]), end} - {None}
+    stops = stop_tokens(model, tokenizer, end)
     # temperature 1 means the model's own distribution: no top-k, no top-p
-    how = GenerationConfig(do_sample=sample, max_new_tokens=max_new_tokens, eos_token_id=list(stops) or None, pad_token_id=tokenizer.pad_token_id,
-                           **(dict(temperature=1.0, top_k=0, top_p=1.0) if sample else {}))
+    how = dict(do_sample=sample, eos_token_id=list(stops) or None, pad_token_id=tokenizer.pad_token_id, **(dict(temperature=1.0, top_k=0, top_p=1.0) if sample else {}))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30
     torch.manual_seed(seed)
     answers, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for i in range(0, len(prompts), batch_size):
@@ -90,7 +107,8 @@ def generate(model, tokenizer, prompts, sample, max_new_tokens, batch_size, seed
         width = max(len(prompts[j]) for j in group)
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[j])) + prompts[j] for j in group])       # left-padded
         attention = torch.tensor([[0] * (width - len(prompts[j])) + [1] * len(prompts[j]) for j in group])
-        new = model.generate(input_ids=ids.to(model.device), attention_mask=attention.to(model.device), generation_config=how)[:, width:]
+        room = GenerationConfig(max_new_tokens=max(1, min(max_new_tokens, context - width)), **how)
+        new = model.generate(input_ids=ids.to(model.device), attention_mask=attention.to(model.device), generation_config=room)[:, width:]
         for j, answer in zip(group, new.tolist()):
             answers[j] = answer[:next((k + 1 for k, token in enumerate(answer) if token in stops), len(answer))]
     return answers
@@ -110,7 +128,7 @@ def nll_under(model, pairs, answers, pad_id, batch_size):
     """NLL a token of answers after the plain prompts: high for text that the model finds strange."""
     nll = tokens = 0.0
     for i in range(0, len(pairs), batch_size):
-        examples = [(pair.prompts["plain"] + answer, len(pair.prompts["plain"]))
+        examples = [(pair.prompts["plain"].tolist() + answer, len(pair.prompts["plain"]))
                     for pair, answer in zip(pairs[i:i + batch_size], answers[i:i + batch_size])]
         logprobs, mask = response_logprobs(model, data.collate(examples, pad_id, model.device))
         nll, tokens = nll - logprobs.sum().item(), tokens + mask.sum().item()
@@ -129,13 +147,12 @@ def score_model(model, adapter, tokenizer, pairs, prompt, scorers, max_new_token
     """
     accuracy, margin, chosen_nll = preferences(model, pairs, prompt, tokenizer.pad_token_id, batch_size)
     report, rows, answers = {"preference_accuracy": accuracy, "preference_margin": margin, "chosen_nll": chosen_nll}, [], []
-    dialogues = [pair.pair.prompt for pair in pairs]
+    dialogues, stops = [pair.pair.prompt for pair in pairs], stop_tokens(model, tokenizer, pairs[0].end)
     for how in ("greedy", "sampled"):
-        new = generate(model, tokenizer, [pair.prompts[prompt] for pair in pairs], how == "sampled", max_new_tokens, batch_size, seed, pairs[0].end)
+        new = generate(model, tokenizer, [pair.prompts[prompt].tolist() for pair in pairs], how == "sampled", max_new_tokens, batch_size, seed, pairs[0].end)
         replies = [text_of(tokenizer, answer) for answer in new]
-        # AlpacaEval's fields: instruction (of one turn as it was asked, of a longer dialogue all of it) and output
-        found = [{"instruction": turns[0][1] if len(turns) == 1 else data.render(turns), "output": reply, "temperature": float(how == "sampled")}
-                 for turns, reply in zip(dialogues, replies)]
+        # AlpacaEval's fields, less generator
+        found = [{"instruction": question(turns), "output": reply, "temperature": float(how == "sampled")} for turns, reply in zip(dialogues, replies)]
         for name, scorer in scorers.items():
             scores = scorer(dialogues, replies)
             for row, score in zip(found, scores):
@@ -145,7 +162,20 @@ def score_model(model, adapter, tokenizer, pairs, prompt, scorers, max_new_token
     with only([adapter] if adapter else []):
         own_nll = nll_under(model, pairs * 2, answers, tokenizer.pad_token_id, batch_size)
     return report | {"own_nll_under_base": own_nll, "repeated_ngrams": repeated_ngrams(answers),
-                     "mean_length": sum(map(len, answers)) / len(answers)}, rows
+                     "mean_length": sum(map(len, answers)) / len(answers), "ended": sum(answer[-1] in stops for answer in answers) / len(answers)}, rows
+
+
+def score_models(model, adapters, tokenizer, pairs, scorers, max_new_tokens, batch_size, seed):
+    """score_model for each of {name: (Factors or None, prompt)} on one base: {name: figures}, and all rows of samples.jsonl."""
+    reports, samples = {}, []
+    for name, (factors, prompt) in (bar := tqdm(adapters.items(), desc="score", unit="model")):
+        bar.set_postfix_str(name)
+        adapter = LoRA(model.base_model, factors=factors).eval() if factors else None
+        reports[name], rows = score_model(model, adapter, tokenizer, pairs, prompt, scorers, max_new_tokens, batch_size, seed)
+        samples += [{"generator": name, **row} for row in rows]
+        if adapter:
+            adapter.remove()
+    return reports, samples
 
 
 def collapsed(report, base):
@@ -167,17 +197,18 @@ def win_rate(scores, base, z=1.96):
 
 def choose(reports):
     """The best of several models beside their base, {"base" | name: figures}, and why. Those with signs of collapse are out; then
-    counts the judge or the reward (greedy and sampled), or, without any, the NLL a token of the held-out chosen replies."""
+    counts the reward or the judge (greedy and sampled), or, without any, the NLL a token of the held-out chosen replies."""
     names = [name for name in reports if name != "base"]
     sound = [name for name in names if not collapsed(reports[name], reports["base"])]
-
-    def worth(name):
-        scores = [reports[name][f"{scorer}_{how}"] for scorer in ("reward", "judge") for how in ("greedy", "sampled") if f"{scorer}_{how}" in reports[name]]
-        return sum(scores[:2]) / 2 if scores else -reports[name]["chosen_nll"]
-    best = max(sound or names, key=worth)
-    ground = next((f"the best {scorer}" for scorer in ("reward", "judge") if f"{scorer}_greedy" in reports[best]), "the lowest NLL of the held-out chosen replies")
+    scorer = next((scorer for scorer in ("reward", "judge") if f"{scorer}_greedy" in reports["base"]), None)
+    if scorer:
+        sign, ground, figure = 1, f"the best {scorer}", {name: (row[f"{scorer}_greedy"] + row[f"{scorer}_sampled"]) / 2 for name, row in reports.items()}
+    else:
+        sign, ground, figure = -1, "the lowest NLL of the held-out chosen replies", {name: row["chosen_nll"] for name, row in reports.items()}
+    best = max(sound or names, key=lambda name: sign * figure[name])
     out = [f"{name} shows a collapse: {collapsed(reports[name], reports['base'])}" for name in names if name not in sound]
-    return best, f"with {ground} ({abs(worth(best)):.3f}; base {abs(worth('base')):.3f})" + "".join(f"; {words}" for words in out)
+    return best, "; ".join([f"with {ground} ({figure[best]:.3f}; base {figure['base']:.3f})",
+                            *(["WARNING: it is no better than the base"] if sign * figure[best] <= sign * figure["base"] else []), *out])
 
 
 def table(reports):

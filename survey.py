@@ -16,6 +16,7 @@ from model import find_blocks, principal_directions, response_logprobs
 
 STRENGTHS = (0.1, 0.15, 0.25, 0.4, 0.6)       # ρ: states moved by such a share of their length
 PAIRS, HELD_OUT = 256, 128                    # at most; the first ones to know v from, the others to judge by
+BATCH = 16                                    # responses in a forward pass; the states of all blocks are held
 MOST = 6                                      # layers to recommend, at most: their states take the disk
 
 
@@ -40,25 +41,26 @@ def survey(model, record, pairs, config, pad_id, path):
     record: a function of a list of (pair, "chosen" | "rejected") that returns base, plus, minus of all blocks, lists of
     L tensors [T, D]; pairs: {"train": [...], "valid": [...]}; config: that of collect.py.
     """
-    train, held_out = ([(pair, response) for pair in some for response in ("chosen", "rejected")]
-                       for some in (pairs["train"][:PAIRS], pairs["valid"][:HELD_OUT]))
+    train, held_out = ([(pair, response) for pair in data.sample(some, count, config.seed) for response in ("chosen", "rejected")]
+                       for some, count in ((pairs["train"], PAIRS), (pairs["valid"], HELD_OUT)))
     totals, tokens = [], 0                    # batch by batch: Σ|v|/|b| [L] and Σv [L, D]
 
     def differences():
         nonlocal tokens
-        for i in tqdm(range(0, len(train), config.batch_size), desc="survey v", unit="batch"):
-            base, plus, minus = record(train[i:i + config.batch_size])
+        for i in tqdm(range(0, len(train), BATCH), desc="survey v", unit="batch"):
+            base, plus, minus = record(train[i:i + BATCH])
             v = [p.float() - m.float() for p, m in zip(plus, minus)]                            # h+ - h-
             totals.append((torch.stack([(x.norm(dim=-1) / b.float().norm(dim=-1)).sum() for x, b in zip(v, base)]), torch.stack([x.sum(0) for x in v])))
             tokens += len(v[0])
             yield v
     shares = principal_directions(differences(), 1)[1]
     ratio, mean_v = (sum(total) / tokens for total in zip(*totals))                             # mean |v|/|b|, mean v
+    if not ((ratio > 0) & ratio.isfinite()).all():
+        raise UserError(f"|v|/|h| is {ratio.tolist()} in the blocks: h+ and h- must differ; train stage 1 longer, or at another --lr")
 
     nll, chosen_tokens, projections = torch.zeros(1 + len(ratio), len(STRENGTHS)), 0, []        # row 0: nothing moved
-    size = max(2, config.batch_size // 2 * 2)
-    for i in tqdm(range(0, len(held_out), size), desc="survey α", unit="batch"):
-        group = held_out[i:i + size]
+    for i in tqdm(range(0, len(held_out), BATCH), desc="survey α", unit="batch"):
+        group = held_out[i:i + BATCH]
         base, plus, minus = record(group)
         lengths = [len(pair.responses[response]) + config.last_prompt_token for pair, response in group]
         projections.append(torch.stack([torch.stack([x.mean() for x in (b.float() @ m).split(lengths)]) for b, m in zip(base, mean_v)]))     # [L, B]
@@ -73,18 +75,19 @@ def survey(model, record, pairs, config, pad_id, path):
         chosen_tokens += batch.response.sum().item()
     nll = (nll / chosen_tokens).tolist()
     chosen, rejected = torch.cat(projections, 1)[:, ::2], torch.cat(projections, 1)[:, 1::2]    # [L, n] each
-    auc = (chosen[:, :, None] > rejected[:, None]).float().mean((1, 2)).tolist()                # Mann-Whitney
+    auc = (0.5 + 0.5 * torch.sign(chosen[:, :, None] - rejected[:, None])).mean((1, 2)).tolist()     # Mann-Whitney: ties count as half
     blocks = [{"layer": l, "ratio": ratio[l].item(), "auc": auc[l], "shares": shares[l], "nll": nll[l + 1]} for l in range(len(ratio))]
 
     print(f"NLL a token of held-out chosen responses: {nll[0][0]:.3f}; with the states of one block moved by a share ρ of their length:")
     print(f"{'block':>5} {'|v|/|h|':>8} {'AUC':>6} {'1 direction':>12}" + "".join(f"{f'ρ {rho:g}':>8}" for rho in STRENGTHS))
     for block in blocks:
         print(f"{block['layer']:>5} {block['ratio']:>8.3f} {block['auc']:>6.3f} {block['shares'][0]:>12.1%}" + "".join(f"{x:>8.3f}" for x in block["nll"]))
+    measured = {"blocks": blocks, "strengths": STRENGTHS, "base_nll": nll[0][0], "versions": versions(), "settings": vars(config)}
+    write_json(path, measured)                # the table stays, whatever comes of it
     layers, strengths, rank, needed = recommend(blocks, nll[0][0])
-    write_json(path, {"blocks": blocks, "strengths": STRENGTHS, "base_nll": nll[0][0], "versions": versions(), "settings": vars(config),
-                      "recommended": {"layers": layers, "strengths": strengths, "rank": rank}})
+    write_json(path, {**measured, "recommended": {"layers": layers, "strengths": strengths, "rank": rank}})
     print(f"layers {layers}: to move the states there helps at least half as much as in the best block\n"
-          f"strengths {strengths}: the lowest NLL over these layers, and its neighbours\n"
+          f"strengths {strengths}: the lowest NLL over these layers, and its neighbours" + (", at an end of the grid" if len(strengths) < 3 else "") + "\n"
           f"rank {rank or 'not limited'}: {needed} of {len(shares[0])} directions hold 90% of |v|² in these layers\nwrote {path}")
     return layers, strengths, rank
 

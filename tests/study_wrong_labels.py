@@ -36,6 +36,7 @@ import toy
 from files import run, setting, versions, write_json
 from lora import Factors, LoRA, load_adapter, only, stack
 from model import load_model, load_tokenizer, response_logprobs
+from score import generate, text_of
 
 RESULTS = Path(__file__).parent / "results"
 METHODS, TUNED = ("dual", "scit"), (0.0, 0.3)
@@ -113,7 +114,7 @@ class Unit:
         adapter = LoRA(self.model.base_model)
         optimizer, warm_up = torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0), max(1, steps // 10)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps))))
-        draws = data.endless_batches([len(pair.example("plain", "chosen")[0]) for pair in self.train_pairs], size, self.seed)
+        draws = data.endless_batches([pair.length("plain", "chosen") for pair in self.train_pairs], size, self.seed)
         for _ in range(steps):
             loss_of(adapter, [self.train_pairs[i] for i in next(draws)]).backward()
             torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
@@ -145,7 +146,7 @@ class Unit:
         adapter = LoRA(self.model.base_model, factors=factors).eval() if factors else None
         found = []
         for i in range(1 + self.samplings):
-            answers = generate(self.model, self.tokenizer, [pair.prompts["plain"] for pair in self.pairs], i > 0, 64, len(self.pairs), 1000 * self.seed + i)
+            answers = generate(self.model, self.tokenizer, [pair.prompts["plain"].tolist() for pair in self.pairs], i > 0, 64, len(self.pairs), 1000 * self.seed + i)
             found.append("".join(str(int(toy.judge(data.render(pair.pair.prompt), text_of(self.tokenizer, answer))))
                                  for pair, answer in zip(self.pairs, answers)))
         if adapter:

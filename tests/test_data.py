@@ -114,7 +114,7 @@ def test_windows_line_ends_inside_a_reply_and_other_scripts(tmp_path, tokenizer)
     path.write_bytes(json.dumps({"prompt": "素数とは何ですか。", "chosen": "Привет,\r\nмир 🌍", "rejected": "שלום"}, ensure_ascii=False).encode() + b"\r\n")
     pairs, _, _ = load_pairs(path, 0)
     assert (pairs[0].prompt[0][1], pairs[0].chosen, pairs[0].rejected) == ("素数とは何ですか。", "Привет,\nмир 🌍", "שלום")
-    pair = data.encode(tokenizer, pairs[0])
+    pair = data.encode(tokenizer, pairs[:1])[0]
     assert tokenizer.decode(pair.responses["chosen"][:-1]) == " Привет,\nмир 🌍"
 
 
@@ -126,6 +126,23 @@ def test_real_conversations_load_with_the_counts_of_an_independent_count():
     assert form == "conversations" and len(pairs) == len(usable) and sum(skipped.values()) == len(rows) - len(usable)
     assert sum(pair.prompt[0][0] == "system" for pair in pairs) == sum(row["conversations"][0]["from"] == "system" for row in usable) == 80
     assert [len(pair.prompt) for pair in pairs] == [len(row["conversations"]) for row in usable]
+
+
+@pytest.mark.parametrize("history", [5, [[1, 2]], ["Hi."], [["Hi.", None]]])
+def test_a_malformed_history_names_its_line(tmp_path, history):
+    row = {"instruction": "And?", "input": "", "history": history, "chosen": "Good.", "rejected": "Bad."}
+    with pytest.raises(UserError, match="line 1: field 'history'"):
+        load_pairs(write(tmp_path / "a.jsonl", [row]), 0)
+
+
+def test_a_limit_draws_at_random(tokenizer, tmp_path):
+    rows = [{"prompt": f"Question {i}?", "chosen": "Good.", "rejected": "Bad.", "split": "train"} for i in range(200)]
+    path = write(tmp_path / "a.jsonl", rows)
+    drawn = [pair.pair.prompt[0][1] for pair in data.prepare([path], ("train",), tokenizer, 256, 0, limit=20)["train"]]
+    numbers = [int(text[9:-1]) for text in drawn]
+    assert len(set(numbers)) == 20 and max(numbers) > 100 and numbers != sorted(numbers)
+    whole = [pair.pair.prompt[0][1] for pair in data.prepare([path], ("train",), tokenizer, 256, 0)["train"]]
+    assert whole == [f"Question {i}?" for i in range(200)]
 
 
 def test_several_files_and_counts(tokenizer, tmp_path, capsys):
@@ -178,7 +195,7 @@ def chatty(tokenizer):
 def test_templates_that_insist_on_turns(chatty):
     """Two turns in a row of one role are joined; what a template refuses all the same is one clear line."""
     chatty.chat_template = STRICT
-    pair = data.encode(chatty, Pair((("user", "Hi."), ("assistant", "A."), ("assistant", "B."), ("user", "And?")), "Good.", "Bad.", "train"), template="chat")
+    pair = data.encode(chatty, [Pair((("user", "Hi."), ("assistant", "A."), ("assistant", "B."), ("user", "And?")), "Good.", "Bad.", "train")], template="chat")[0]
     plain, up = (chatty.decode(pair.prompts[name]) for name in ("plain", "positive"))
     assert "<|im_start|>assistant\nA.\n\nB.<|im_end|>" in plain and up == plain.replace("Hi.", f"{data.POSITIVE}\n\nHi.", 1)
     with pytest.raises(UserError, match="refuses a dialogue of assistant, user: Roles must alternate"):
@@ -188,10 +205,10 @@ def test_templates_that_insist_on_turns(chatty):
 def test_templates_that_think_or_end_otherwise(chatty):
     """An open think block is closed in the prompt; a reply ends with the first special token after it, and generation stops there."""
     chatty.chat_template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}").replace("<|im_end|>\n", "<|im_end|>\n<|end|>")
-    pair = data.encode(chatty, Pair((("user", "And?"),), "Good.", "Bad.", "train"), template="chat")
+    pair = data.encode(chatty, [Pair((("user", "And?"),), "Good.", "Bad.", "train")], template="chat")[0]
     assert chatty.decode(pair.prompts["plain"]).endswith("assistant\n<think>\n\n</think>\n\n") and chatty.decode(pair.responses["chosen"]) == "Good.<|end|>"
     chatty.chat_template = CHATML.replace("<|im_end|>\n", "<|im_end|>\n<|end|>")
-    pair = data.encode(chatty, Pair((("user", "And?"),), "Good.", "Bad.", "train"), template="chat")
+    pair = data.encode(chatty, [Pair((("user", "And?"),), "Good.", "Bad.", "train")], template="chat")[0]
     assert chatty.decode(pair.responses["chosen"]) == "Good.<|im_end|>" and chatty.decode([pair.end]) == "<|im_end|>"
 
 
@@ -200,7 +217,7 @@ def test_chat_template(chatty, monkeypatch, template):
     """p+ and p- are the system turn, or open the user's where the template has none; r is the same in all and ends as the template ends it."""
     tokenizer, chatty.chat_template = chatty, template
     for system in ((), (("system", "Be brief."),)):
-        pair = data.encode(tokenizer, Pair((*system, ("user", "And?")), "Good.", "Bad.", "train"), template="chat")
+        pair = data.encode(tokenizer, [Pair((*system, ("user", "And?")), "Good.", "Bad.", "train")], template="chat")[0]
         plain, up, down = (tokenizer.decode(pair.prompts[name]) for name in ("plain", "positive", "negative"))
         assert up.replace(data.POSITIVE, data.NEGATIVE) == down and data.POSITIVE in up and plain.endswith("And?<|im_end|>\n<|im_start|>assistant\n")
         before = "\n\n".join([data.POSITIVE, *(text for _, text in system)])
@@ -268,12 +285,12 @@ def test_real_pairs_load_with_the_counts_of_an_independent_count():
 
 
 def encoded(tokenizer, chosen="Gladly! You need a saw.", rejected="So what?"):
-    return data.encode(tokenizer, Pair((("user", "How do I cut a plank?"),), chosen, rejected, "train"))
+    return data.encode(tokenizer, [Pair((("user", "How do I cut a plank?"),), chosen, rejected, "train")])[0]
 
 
 def test_inputs_differ_in_the_instruction_only(tokenizer):
     pair = encoded(tokenizer)
-    plain, positive, negative = (pair.prompts[name] for name in ("plain", "positive", "negative"))
+    plain, positive, negative = (pair.prompts[name].tolist() for name in ("plain", "positive", "negative"))
     p, n = len(positive) - len(plain), len(negative) - len(plain)
     assert positive[p:] == negative[n:] == plain                 # all but the instruction is the same, token by token
     assert tokenizer.decode(positive[:p]) == data.POSITIVE and tokenizer.decode(negative[:n]) == data.NEGATIVE
@@ -284,8 +301,8 @@ def test_inputs_differ_in_the_instruction_only(tokenizer):
 
 def test_plain_prompt_is_what_a_server_would_tokenize(tokenizer):
     pair = encoded(tokenizer)
-    assert pair.prompts["plain"] == tokenizer(data.render(pair.pair.prompt))["input_ids"]
-    assert pair.prompts["plain"] + pair.responses["chosen"][:-1] == tokenizer(data.render(pair.pair.prompt) + " " + pair.pair.chosen)["input_ids"]
+    assert pair.prompts["plain"].tolist() == tokenizer(data.render(pair.pair.prompt))["input_ids"]
+    assert pair.example("plain", "chosen")[0][:-1] == tokenizer(data.render(pair.pair.prompt) + " " + pair.pair.chosen)["input_ids"]
     assert pair.responses["chosen"][-1] == tokenizer.eos_token_id
 
 
@@ -301,16 +318,16 @@ def test_response_that_the_tokenizer_would_merge_with_the_prompt():
     pair = encoded(merging, "Yes.", "No.")
     assert merging.decode(pair.prompts["plain"][-1:]) == ":"
     assert merging.decode(pair.responses["chosen"][:-1]) == " Yes."
-    assert pair.prompts["plain"][0] == merging.bos_token_id and pair.responses["chosen"].count(merging.eos_token_id) == 1
+    assert pair.prompts["plain"][0] == merging.bos_token_id and pair.responses["chosen"].tolist().count(merging.eos_token_id) == 1
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real model is not at hand")
 def test_real_tokenizer_round_trip():
     real = AutoTokenizer.from_pretrained(SHARED / "models/stories260K")
     pair = encoded(real)
-    text = real.decode(pair.prompts["plain"] + pair.responses["chosen"], skip_special_tokens=True)
+    text = real.decode(pair.example("plain", "chosen")[0], skip_special_tokens=True)
     assert text.strip() == (data.render(pair.pair.prompt) + " " + pair.pair.chosen).strip()
-    assert pair.prompts["plain"] == real(data.render(pair.pair.prompt))["input_ids"]
+    assert pair.prompts["plain"].tolist() == real(data.render(pair.pair.prompt))["input_ids"]
 
 
 def test_collate_marks_real_and_response_tokens():

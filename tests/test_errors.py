@@ -115,7 +115,7 @@ def test_strengths_and_ranks(refused, done, tmp_path):
 
 
 def test_unknown_linears(refused, done):
-    refused(align, "--out", done, "--method", "scit", "--lora-targets", "q_porj", words=("q_porj", "self_attn.q_proj"), folder=done)
+    refused(align, "--out", done, "--method", "scit", "--lora-targets", "q_porj", words=("q_porj", "blocks have q_proj, k_proj"), folder=done)
 
 
 def test_strength_where_nothing_differs(refused, copy):
@@ -175,3 +175,15 @@ def test_a_failing_stage_leaves_what_was_there(copy, monkeypatch):
     after = listing(copy)
     after.pop("align.log"), before.pop("align.log")
     assert after == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_stage_and_saves_nothing(refused, done, tmp_path):
+    shutil.copytree(done, tmp_path / "out")
+    before = listing(tmp_path / "out")
+    for stage in (scit, dual, align):
+        more = ["--method", "scit"] if stage is align else ["--model", json.loads(before["scit/adapter/stage.json"])["settings"]["model"],
+                                                               "--data", json.loads(before["scit/adapter/stage.json"])["settings"]["data"][0]]
+        with pytest.raises(SystemExit):
+            go(stage, "--out", tmp_path / "out", *more, "--lr", "1e30", "--steps", "12", "--device", "cpu")
+    after = listing(tmp_path / "out")
+    assert {name: after[name] for name in after if not name.endswith(".log")} == {name: before[name] for name in before if not name.endswith(".log")}

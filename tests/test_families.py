@@ -15,8 +15,9 @@ import model as M
 import scit
 from conftest import FAMILIES, SIZES, go, make_model
 from files import UserError
-from lora import LoRA, load_adapter, save_adapter
-from test_lora import filled, logits
+from lora import LoRA, descend, load_adapter, save_adapter, stack
+from test_lora import logits
+from test_model import filled
 
 CPU = ["--device", "cpu"]
 ATTENTION = {"phi": "dense k_proj q_proj v_proj", "phi3": "o_proj qkv_proj", "gpt_neox": "dense query_key_value",
@@ -74,7 +75,6 @@ def test_adapter_of_other_linears_in_other_blocks(tmp_path):
     model = make_model("gpt_neox")
     model.save_pretrained(tmp_path / "base")
     first, second = filled(model, 1, targets="attention"), filled(model, 2, blocks=2)
-    from lora import stack
     one, ours = stack(first.factors(), second.factors()), logits(model)
     trunk = M.load_model(str(tmp_path / "base"), torch.float32, "cpu", blocks=2)
     save_adapter(tmp_path, one, trunk, "base")
@@ -130,6 +130,71 @@ def test_models_that_do_not_fit_are_refused_with_the_reason(kind, words, tmp_pat
         M.load_model(str(tmp_path), torch.float32, "cpu")
     first, _, second = words.partition(".*")
     assert first in str(refusal.value) and second in str(refusal.value)
+
+
+def test_of_a_mixture_of_experts_attention_is_adapted(tmp_path):
+    """Where blocks hold shared experts of plain linears, PEFT would put LoRA elsewhere: both targets are attention, and PEFT agrees."""
+    torch.manual_seed(0)
+    more = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8,
+                v_head_dim=8, head_dim=8, moe_intermediate_size=16, first_k_dense_replace=1, num_key_value_heads=4)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **{**SIZES, **more})).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapter = filled(model)
+    assert all(".self_attn." in name for name in adapter.names)
+    save_adapter(tmp_path, adapter.factors(), model.base_model, "base")
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path).eval()
+    assert torch.allclose(logits(peft), logits(model), atol=1e-5)
+    with pytest.raises(UserError, match="no such linear"):
+        LoRA(model.base_model, targets="gate_proj")
+
+
+def test_a_trunk_within_a_larger_model_is_cut_too(tmp_path):
+    """Gemma 3 with its vision tower: the text blocks are found, cut, and adapted by names that match nothing in the tower."""
+    torch.manual_seed(0)
+    text = {**SIZES, "head_dim": 8, "sliding_window": 16}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14),
+                                  mm_tokens_per_image=4, image_token_index=7, boi_token_index=8, eoi_token_index=9)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = M.load_model(str(tmp_path / "base"), torch.float32, "cpu")
+    trunk = M.load_model(str(tmp_path / "base"), torch.float32, "cpu", blocks=2)
+    assert len(M.find_blocks(trunk)[1]) == 2 and M.find_blocks(model.base_model)[0] == M.find_blocks(trunk)[0] == "language_model.layers"
+    ids, attention = torch.arange(10, 22)[None], torch.ones(1, 12, dtype=torch.bool)
+    with torch.no_grad():
+        assert torch.equal(M.hidden_states(model.base_model, [1], ids, attention)[0], M.hidden_states(trunk, [1], ids, attention)[0])
+    adapter = filled(model, blocks=2)
+    save_adapter(tmp_path, adapter.factors(), trunk, "base")
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path).eval()
+    assert sum(isinstance(m, LoraLayer) for m in peft.modules()) == len(adapter.names) == 14
+    with torch.no_grad():
+        assert torch.allclose(peft(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+
+
+def test_loss_scaling_keeps_small_fp16_gradients():
+    """A loss whose gradient is below fp16's smallest number moves B only where it is scaled; and every stage passes its flags on."""
+    moved = {}
+    for enabled in (False, True):
+        model = make_model("llama").half()
+        adapter = LoRA(model.base_model)
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
+        loss = 1e-7 * model(input_ids=torch.arange(20)[None]).logits.float().square().mean()
+        descend(loss, adapter, optimizer, torch.amp.GradScaler("cpu", enabled=enabled, init_scale=2.0**20))
+        moved[enabled] = sum((B != 0).float().mean().item() for B in adapter.B) / len(adapter.B)
+    assert moved[True] > 0.9 > 0.5 > moved[False]
+
+
+@pytest.mark.parametrize("stage", ["scit", "dual", "align"])
+def test_stages_pass_checkpointing_and_loss_scaling_on(stage, tiny, tmp_path, monkeypatch):
+    seen, source = [], ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", "--dtype", "float16"]
+    if stage == "align":
+        go(dual, *source, *CPU)
+        go(collect, "--out", tmp_path, "--limit", "8", *CPU)
+        source = ["--out", tmp_path, "--steps", "1"]
+    own = M.checkpoint
+    monkeypatch.setattr(M, "checkpoint", lambda *args, **kwargs: seen.append("block") or own(*args, **kwargs))
+    scaled = torch.amp.GradScaler.scale
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda self, loss: seen.append("scaled" if self.is_enabled() else "plain") or scaled(self, loss))
+    go({"scit": scit, "dual": dual, "align": align}[stage], *source, "--gradient-checkpointing", "True", *CPU)
+    assert {"block", "scaled"} == set(seen)
 
 
 def test_blocks_may_differ(tmp_path):

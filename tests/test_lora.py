@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from conftest import make_model
 from files import UserError
 from lora import LoRA, load_adapter, only, save_adapter, stack
-from test_model import some_batch
+from test_model import filled, some_batch
 
 BATCH = some_batch()
 
@@ -17,16 +17,6 @@ BATCH = some_batch()
 def logits(model):
     with torch.no_grad():
         return model(input_ids=BATCH.ids, attention_mask=BATCH.attention.long()).logits[BATCH.attention]
-
-
-def filled(model, seed=0, **kwargs):
-    """An adapter whose B is not zero."""
-    torch.manual_seed(seed)
-    adapter = LoRA(model.base_model, **kwargs).eval()
-    with torch.no_grad():
-        for B in adapter.B:
-            B.normal_(std=0.05)
-    return adapter
 
 
 def test_identity_at_the_start_and_bit_for_bit_base_when_off(model):

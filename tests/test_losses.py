@@ -20,7 +20,7 @@ from pairs import parse_row
 @pytest.fixture(scope="module")
 def pairs(tokenizer):
     rows = toy.preference_rows(toy.split_requests(list(toy.ASK), 0), 40, random.Random(0))
-    return [data.encode(tokenizer, parse_row(row, 0)[0]) for row in rows[:12]]
+    return data.encode(tokenizer, [parse_row(row, 0)[0] for row in rows[:12]])
 
 
 def log_p(model, ids, start):

@@ -8,6 +8,17 @@ import data
 import model as M
 from conftest import make_model
 from files import UserError
+from lora import LoRA
+
+
+def filled(model, seed=0, **kwargs):
+    """An adapter whose B is not zero."""
+    torch.manual_seed(seed)
+    adapter = LoRA(model.base_model, **kwargs).eval()
+    with torch.no_grad():
+        for B in adapter.B:
+            B.normal_(std=0.05)
+    return adapter
 
 
 def some_batch(rows=3, seed=0, width=12):
@@ -73,6 +84,23 @@ def test_log_probabilities_are_the_models_own_for_every_family(model):
         logprobs, mask = M.response_logprobs(model, batch)
     whole = logits[:, :-1].log_softmax(-1).gather(2, batch.ids[:, 1:, None])[..., 0]
     assert torch.allclose(logprobs[mask], whole[mask], atol=1e-5) and (logprobs[~mask] == 0).all()
+
+
+def test_logits_in_chunks_change_nothing_but_the_memory(model, monkeypatch):
+    """Log-probabilities and an adapter's gradients with logits of three positions at a time; no tensor of all logits is kept."""
+    batch, found = some_batch(rows=6, width=20), {}
+    adapter = filled(model.requires_grad_(False))
+    for limit in (2**26, 3 * 800):
+        monkeypatch.setattr(M, "LOGITS", limit)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            logprobs, mask = M.response_logprobs(model, batch)
+        logprobs.square().sum().backward()
+        found[limit] = logprobs.detach(), [p.grad for p in adapter.parameters()], max(kept)
+        adapter.zero_grad()
+    (whole, gradients, most), (parts, others, least) = found.values()
+    assert torch.allclose(whole, parts, atol=1e-5) and all((a - b).abs().max() <= 1e-4 * a.abs().max() for a, b in zip(gradients, others))
+    assert most == mask.sum() * 800 and least < most / 2
 
 
 def test_padding_changes_no_log_probability(model):

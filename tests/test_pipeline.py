@@ -46,7 +46,7 @@ def test_alignment_works(runs):
     assert set(models) == {"base", "scit_plus", "scit_minus", "scit_plain", "scit_aligned", "good", "bad", "dual_aligned"}
     for model in models.values():
         assert set(model) == {"preference_accuracy", "preference_margin", "chosen_nll", "judge_greedy", "judge_sampled",
-                              "own_nll_under_base", "repeated_ngrams", "mean_length"}
+                              "own_nll_under_base", "repeated_ngrams", "mean_length", "ended"}
     greedy = {name: model["judge_greedy"] for name, model in models.items()}
     assert greedy["base"] <= 0.65 and greedy["scit_minus"] <= 0.1
     assert greedy["scit_aligned"] >= greedy["scit_plain"] + 0.1 and greedy["dual_aligned"] >= greedy["base"] + 0.3

@@ -1,4 +1,5 @@
 """Scores: reward model, win rate, repeated n-grams, fields of samples, each by hand."""
+import copy
 import json
 import shutil
 
@@ -9,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 import data
 import evaluate
 import score
-from conftest import SIZES, go
+from conftest import SIZES, go, make_model
 from files import UserError
 from test_data import CHATML
 from test_errors import done  # noqa: F401
@@ -22,12 +23,14 @@ def reward_model(tokenizer, tmp_path):
     """A folder with a random classifier of one label; yields a function that makes one."""
     def make(name="reward", labels=1, pad=True, template=None):
         torch.manual_seed(0)
-        config = AutoConfig.for_model("llama", **{**SIZES, "num_labels": labels, "pad_token_id": 1 if pad else None})
+        config = AutoConfig.for_model("llama", **{**SIZES, "vocab_size": 810, "num_labels": labels, "pad_token_id": 1 if pad else None})
         model = AutoModelForSequenceClassification.from_config(config).eval()
         for p in model.parameters():
             p.data.add_(0.05 * torch.randn_like(p))
         model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        own = copy.deepcopy(tokenizer)
+        own.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+        own.save_pretrained(tmp_path / name)
         if template:
             (tmp_path / name / "chat_template.jinja").write_text(template)
         return str(tmp_path / name), model
@@ -42,8 +45,9 @@ def test_rewards_are_those_of_the_classifier_on_each_text_alone(reward_model, pa
     dialogues, replies = [TURNS, TURNS[:2], TURNS], ["Good.", "A longer reply to it.", "Bad."]
     rewards = score.load_reward_model(folder, torch.float32, "cpu", 3)(dialogues, replies)
     if template:
-        texts = ["<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nGood.<|im_end|>\n",
-                 "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nA longer reply to it.<|im_end|>\n"]
+        system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+        texts = [system + "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nGood.<|im_end|>\n",
+                 system + "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nA longer reply to it.<|im_end|>\n"]
     else:
         texts = ["\n\nBe brief.\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant: Good.", "\n\nBe brief.\n\nHuman: Hi.\n\nAssistant: A longer reply to it."]
     with torch.no_grad():
@@ -61,6 +65,32 @@ def test_what_is_no_reward_model_is_refused(reward_model, tiny, tmp_path):
         score.load_reward_model(str(tmp_path / "lm"), torch.float32, "cpu", 2)
     with pytest.raises(UserError, match="--reward-model ./no/such: no such folder"):
         score.load_reward_model("./no/such", torch.float32, "cpu", 2)
+
+
+def test_a_tokenizer_with_a_separator_gets_question_and_reply_as_a_pair(tokenizer, tmp_path):
+    """As encoders such as DeBERTa reward models read them; a dialogue of several turns is one question."""
+    from tokenizers.processors import TemplateProcessing
+    torch.manual_seed(0)
+    paired = copy.deepcopy(tokenizer)
+    paired.add_special_tokens({"sep_token": "<|sep|>", "cls_token": "<|cls|>"})
+    ids = {token: paired.convert_tokens_to_ids(token) for token in ("<|sep|>", "<|cls|>")}
+    paired.backend_tokenizer.post_processor = TemplateProcessing(single="<|cls|> $A <|sep|>", pair="<|cls|> $A <|sep|> $B <|sep|>", special_tokens=list(ids.items()))
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **{**SIZES, "vocab_size": 810, "num_labels": 1})).eval()
+    model.save_pretrained(tmp_path / "bert")
+    paired.save_pretrained(tmp_path / "bert")
+    rewards = score.load_reward_model(str(tmp_path / "bert"), torch.float32, "cpu", 2)([TURNS, TURNS[1:2]], ["Good.", "Bad."])
+    with torch.no_grad():
+        alone = [model(input_ids=torch.tensor([paired(*texts)["input_ids"]])).logits.item() for texts in ((data.render(TURNS), "Good."), ("Hi.", "Bad."))]
+    assert rewards == pytest.approx(alone, abs=1e-5) and paired("Hi.", "Bad.")["input_ids"].count(ids["<|sep|>"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+def test_answers_end_where_the_context_does(kind, tokenizer):
+    """A prompt of 110 tokens in a context of 128 leaves room for 18, whatever is asked for; learned positions go no further."""
+    model = make_model(kind)
+    model.generation_config.eos_token_id = None
+    answers = score.generate(model, tokenizer, [[5] * 110, [6] * 100], False, 64, 2, 0)
+    assert all(len(answer) <= 18 for answer in answers) and max(map(len, answers)) > 0
 
 
 def test_long_texts_lose_their_beginning(reward_model):

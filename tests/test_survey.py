@@ -15,8 +15,7 @@ from conftest import go, succeed
 from files import UserError, read_stage
 from lora import LoRA, load_adapter, only
 from model import hidden_states, load_model, load_tokenizer
-from test_lora import filled
-from test_model import some_batch
+from test_model import filled, some_batch
 
 CPU = ["--device", "cpu"]
 
@@ -124,15 +123,20 @@ def test_choice_by_hand():
     judged = {name: {**row, "judge_greedy": g, "judge_sampled": s} for (name, row), (g, s) in zip(plain.items(), ((0, 0), (0.9, 0.5), (0.6, 0.7), (1, 1)))}
     assert score.choose(judged)[0] == "a" and "best judge (0.700" in score.choose(judged)[1]
     rewarded = {name: {**row, "reward_greedy": g, "reward_sampled": g} for (name, row), g in zip(judged.items(), (-1, -3, -2, 5))}
-    assert score.choose(rewarded)[0] == "b" and "best reward" in score.choose(rewarded)[1]
+    assert score.choose(rewarded)[0] == "b" and "best reward (-2.000; base -1.000); WARNING: it is no better than the base" in score.choose(rewarded)[1]
+    assert "WARNING" not in why
     assert score.choose({"base": figures(), "a": figures(repeated_ngrams=0.2), "b": figures(repeated_ngrams=0.3, chosen_nll=0.5)})[0] == "b"
+
+
+def make_trunk(world):
+    return load_model(str(world[0]), torch.float32, "cpu").base_model
 
 
 def test_sweep_keeps_every_adapter_and_marks_the_best(world, tmp_path):
     """Each adapter is the one that its setting alone gives, byte for byte; the collapsed one is named and not chosen; align is the best."""
     succeed("dual.py", "--model", world[0], "--data", world[1], "--out", tmp_path, "--steps", "100", *CPU)
     go(collect, "--out", tmp_path, "--layers", "1", "2", *CPU)
-    said = go(align, "--out", tmp_path, "--strength", "0.02", "0.25", "4", "--judge", "toy:judge", "--max-new-tokens", "24", "--steps", "80", *CPU)
+    said = go(align, "--out", tmp_path, "--strength", "0.02", "0.25", "4", "--judge", "toy:judge", "--max-new-tokens", "24", "--steps", "80", "--merge", "True", *CPU)
     folder = tmp_path / "dual" / "sweep"
     found = json.loads((folder / "sweep.json").read_text())
     rows = found["models"]
@@ -147,6 +151,11 @@ def test_sweep_keeps_every_adapter_and_marks_the_best(world, tmp_path):
     record = read_stage(tmp_path / "dual" / "align", "align", "")
     assert record["settings"]["strength"] == 0.25 and record["settings"]["alpha"] is None
     assert found["settings"]["data"] == [str(world[1])]
+    assert read_stage(tmp_path / "dual" / "merged", "merged", "")["settings"]["strength"] == 0.25
+    merged = load_model(str(tmp_path / "dual" / "merged"), torch.float32, "cpu")
+    down = "layers.1.mlp.down_proj"
+    A, B = load_adapter(tmp_path / "dual" / "align", make_trunk(world)).pairs[down]
+    assert torch.allclose(merged.base_model.get_submodule(down).weight, make_trunk(world).get_submodule(down).weight + 2 * B @ A, atol=1e-6)
     # the base's row is what evaluate measures on the same pairs
     tokenizer, model = load_tokenizer(str(world[0])), load_model(str(world[0]), torch.float32, "cpu")
     pairs = data.prepare([world[1]], ("valid",), tokenizer, 256, 0)["valid"]
@@ -154,5 +163,31 @@ def test_sweep_keeps_every_adapter_and_marks_the_best(world, tmp_path):
     for name, value in (("strength_0.25", "0.25"), ("strength_4", "4")):
         go(align, "--out", tmp_path, "--strength", value, "--steps", "80", *CPU)
         assert (tmp_path / "dual" / "align" / "adapter_model.safetensors").read_bytes() == weights[name]
-    go(align, "--out", tmp_path, "--alpha", "-0.5", "1", "--steps", "2", "--max-new-tokens", "2", *CPU)
-    assert sorted(path.name for path in folder.iterdir() if path.name.startswith("alpha")) == ["alpha_-0.5", "alpha_1"]
+    said = go(align, "--out", tmp_path, "--alpha", "-0.5", "1", "1e30", "--kind", "mse", "--steps", "2", "--max-new-tokens", "2", *CPU)
+    assert "WARNING: alpha_1e+30 is left out: the loss is inf at step 2" in said and "merged is of an earlier adapter" in said
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"alpha_-0.5", "alpha_1"}                # nothing of the sweep before
+
+
+def test_a_sweep_fails_at_its_start_where_its_end_would(tiny, tmp_path, capfd):
+    (tmp_path / "pairs.jsonl").write_bytes((tiny / "pairs.jsonl").read_bytes())
+    go(dual, "--model", tiny / "model", "--data", tmp_path / "pairs.jsonl", "--out", tmp_path, "--steps", "2", *CPU)
+    go(collect, "--out", tmp_path, *CPU)
+    (tmp_path / "pairs.jsonl").unlink()
+    for more, words in (([], "pairs.jsonl"), (["--judge", "no:such"], "--judge"), (["--reward-model", "./no"], "--reward-model"), (["--strength", "0.2", "0.2"], "each once"),
+                        (["--alpha", "nan", "1"], "finite")):
+        values = [] if more and more[0] in ("--strength", "--alpha") else ["--alpha", "1", "2"]
+        capfd.readouterr()
+        with pytest.raises(SystemExit):
+            go(align, "--out", tmp_path, *values, *more, *CPU)
+        assert words in (err := capfd.readouterr().err) and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "dual" / "sweep").exists()
+
+
+def test_survey_where_nothing_differs_and_of_a_sorted_file(tiny, tmp_path, capfd):
+    go(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", "--lr", "0", *CPU)
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        go(collect, "--out", tmp_path, "--survey", "True", *CPU)
+    assert "h+ and h- must differ" in capfd.readouterr().err
+    drawn = data.sample(list(range(1000)), 100, 0)
+    assert len(set(drawn)) == 100 and 300 < sum(drawn) / 100 < 700 and drawn == data.sample(list(range(1000)), 100, 0) != data.sample(list(range(1000)), 100, 1)
