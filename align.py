@@ -18,6 +18,7 @@ Writes OUT/METHOD/align, a PEFT adapter that applies to the original base model 
 table in OUT/METHOD/sweep, and the best is OUT/METHOD/align.
 """
 import gc
+import itertools
 import math
 import shutil
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Config:
     layers: list[str] | None = setting(None, "target layers, of those collected, numbers or names as in collect.py; empty takes them all")
     steps: int = setting(150, "optimiser steps", least=1)
     batch_size: int = setting(16, "responses in a step", least=1)
+    tokens_per_pass: int = setting(4096, "most tokens in a forward pass, padding included: a step's batch is cut, its gradient is the same", least=1)
     lr: float = setting(1e-3, "learning rate, constant", least=0)
     lora_rank: int = setting(8, "rank of the adapter", least=1)
     lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / lora_rank")
@@ -105,9 +107,11 @@ def targets(collection, groups, trunk, adapter, pad_id, device):
         yield batch, base, plus, minus
 
 
-def alignment_loss(hidden, collection, batch, base, plus, minus, alphas, kind="l2"):
-    """mean || A(π_lora, <q, r>, l) - (b_l + α_l (h+_l - h-_l)) ||_2, and the norms [L, T]. hidden: L x [B, S, D]; alphas: [L]."""
-    return representation_loss(hidden, base, plus, minus, response_index(batch.response), alphas, kind=kind, directions=collection.directions)
+def alignment_loss(hidden, collection, batch, base, plus, minus, alphas, kind="l2", tokens=None):
+    """mean || A(π_lora, <q, r>, l) - (b_l + α_l (h+_l - h-_l)) ||_2, and the norms [L, T]. hidden: L x [B, S, D]; alphas: [L];
+    tokens: those of a whole step of which this is a part."""
+    return representation_loss(hidden, base, plus, minus, response_index(batch.response), alphas, kind=kind, directions=collection.directions,
+                               denom=tokens and len(hidden) * tokens)
 
 
 @torch.no_grad()
@@ -124,16 +128,22 @@ def train(trunk, adapter, collection, alphas, config, pad_id, device, log, name)
     time a step instead)."""
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=trunk.dtype == torch.float16)
-    groups = data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed)
-    draws = targets(collection, groups, trunk, adapter, pad_id, device)
+    steps = (data.parts(group, collection.lengths, config.tokens_per_pass)
+             for group in data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed))
+    steps, ahead = itertools.tee(steps)       # the parts of each step, and all parts in a row, which are read ahead
+    draws = targets(collection, itertools.chain.from_iterable(ahead), trunk, adapter, pad_id, device)
     adapter.train()
 
+    def losses(parts):
+        """The loss of a step, in parts that fit a forward pass."""
+        tokens = sum(collection.recorded(i) for part in parts for i in part)
+        for _ in parts:
+            batch, *states = next(draws)                                                   # b, h+, h-: L x [T, D]
+            hidden = hidden_states(trunk, collection.layers, batch.ids, batch.attention)   # A(π_lora, <q, r>, l): L x [B, S, D]
+            yield alignment_loss(hidden, collection, batch, *states, alphas, config.kind, tokens)[0]
+
     def train_step():
-        batch, *states = next(draws)                                                       # b, h+, h-: L x [T, D]
-        hidden = hidden_states(trunk, collection.layers, batch.ids, batch.attention)       # A(π_lora, <q, r>, l): L x [B, S, D]
-        loss, _ = alignment_loss(hidden, collection, batch, *states, alphas, config.kind)
-        descend(loss, adapter, optimizer, scaler)
-        return loss
+        return descend(losses(next(steps)), adapter, optimizer, scaler)
 
     if config.profile:
         batch, *states = next(draws)

@@ -197,6 +197,18 @@ def endless_batches(lengths, size, seed):
         yield from batches(lengths, size, generator)
 
 
+def parts(group, lengths, tokens):
+    """A batch cut into parts of at most `tokens` tokens each, padding included, but of one example at least."""
+    if len(group) * max(lengths[i] for i in group) <= tokens:
+        return [group]
+    found = [[]]
+    for i in sorted(group, key=lengths.__getitem__):
+        if found[-1] and lengths[i] * (len(found[-1]) + 1) > tokens:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
 def one_ahead(make, items, device):
     """make(item) for each item of an iterator, begun while the caller works on the one before: in a thread and on a stream of its own.
 

@@ -41,6 +41,7 @@ class Config:
     limit: int | None = setting(None, "use so many training pairs only, drawn at random", least=1)
     steps: int = setting(150, "optimiser steps of each model", least=1)
     batch_size: int = setting(16, "responses in a step", least=1)
+    tokens_per_pass: int = setting(4096, "most tokens in a forward pass, padding included: a step's batch is cut, its gradient is the same", least=1)
     lr: float = setting(2e-3, "peak learning rate; cosine, 10% warm-up", least=0)
     lora_rank: int = setting(8, "rank of the adapters", least=1)
     lora_alpha: float = setting(16, "the adapters' scale is lora_alpha / lora_rank")
@@ -98,12 +99,15 @@ def main(config):
                 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
                     (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / config.steps))))
                 draws = data.endless_batches(lengths[response], config.batch_size, config.seed)
+
+                def losses(group):            # of a step, in parts that fit a forward pass
+                    tokens = sum(len(train[i].responses[response]) for i in group)
+                    for part in data.parts(group, lengths[response], config.tokens_per_pass):
+                        yield response_nll(model, [train[i] for i in part], response, pad_id, device)[0] / tokens
                 adapter.train()
                 bar = tqdm(range(1, config.steps + 1), desc=f"dual {name}", unit="step")
                 for step in bar:
-                    nll, tokens = response_nll(model, [train[i] for i in next(draws)], response, pad_id, device)
-                    loss = nll / tokens
-                    descend(loss, adapter, optimizer, scaler)
+                    loss = descend(losses(next(draws)), adapter, optimizer, scaler)
                     schedule.step()
                     if step % 10 == 0 or step == config.steps:
                         bar.set_postfix(loss=f"{loss.item():.3f}")

@@ -222,6 +222,10 @@ class Collection:
         """(ids, number of prompt ids) of responses, for data.collate: its response mask then marks the recorded positions."""
         return [(tensors["ids"][at].tolist(), start) for tensors, at, _, start in (self.items[i] for i in indices)]
 
+    def recorded(self, i):
+        """Number of recorded positions of a response."""
+        return self.items[i][2].stop - self.items[i][2].start
+
     def states(self, indices, device):
         """base, plus, minus of responses as representation_loss takes them: lists of L tensors [T, D]. base is None where it was
         not stored; minus is None where plus holds v, or, with directions, coefficients [T, k] on them."""

@@ -62,7 +62,8 @@ class LoRA(nn.Module):
             if self.enabled:
                 x = F.dropout(args[0], self.dropout, self.training)
                 low = F.linear(x, self.A[i].to(x.dtype)) * self.scale                        # s A x: [..., rank]
-                return output + F.linear(low, self.B[i].to(x.dtype))                         # W x + s B A x
+                sum_ = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), self.B[i].to(x.dtype).T)      # W x + s B A x
+                return sum_.view(output.shape)
         return add
 
     def remove(self):
@@ -100,14 +101,21 @@ def sizes(model, *adapters):
         f" and {trained:,} trained ones ({16 * trained / 1e9:.3g} GB with gradient and Adam, {4 * trained / 1e9:.3g} GB written)" if trained else "")
 
 
-def descend(loss, adapter, optimizer, scaler):
-    """One optimiser step. Gradients are clipped to norm 1; scaler (torch.amp.GradScaler) keeps those of fp16 from vanishing."""
-    scaler.scale(loss).backward()
+def descend(losses, adapter, optimizer, scaler):
+    """One optimiser step on the sum of the losses, each made when its turn has come. Returns the sum, detached.
+
+    Gradients are clipped to norm 1; scaler (torch.amp.GradScaler) keeps those of fp16 from vanishing.
+    """
+    total = 0.0
+    for loss in losses:
+        scaler.scale(loss).backward()
+        total += loss.detach()
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    return total
 
 
 @contextlib.contextmanager

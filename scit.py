@@ -40,6 +40,7 @@ class Config:
     limit: int | None = setting(None, "use so many training pairs only, drawn at random", least=1)
     steps: int = setting(240, "optimiser steps", least=1)
     batch_size: int = setting(8, "pairs in a step; each is 2 examples under 2 instructions", least=1)
+    tokens_per_pass: int = setting(4096, "most tokens in a forward pass, padding included: a step's batch is cut, its gradient is the same", least=1)
     lr: float = setting(6e-3, "peak learning rate; cosine, 10% warm-up", least=0)
     smoothing: float = setting(0.2, "ε of the contrast, as in the authors' code", least=0)
     anchor: float = setting(0.375, "examples without instruction for each example with one; 0 is the paper", least=0)
@@ -67,16 +68,20 @@ def instructed(pair):
                                                 ("negative", "chosen"), ("positive", "rejected"))]
 
 
-def batch_loss(model, pairs, anchors, pad_id, device, smoothing):
-    """scit_loss of some pairs; NLL is the mean over the response tokens of the own-instruction and anchor examples."""
+def batch_loss(model, pairs, anchors, pad_id, device, smoothing, tokens=None, count=None):
+    """scit_loss of some pairs; NLL is the mean over the response tokens of the own-instruction and anchor examples.
+
+    tokens, count: these tokens and the pairs of a whole step, of which `pairs` are a part; the parts' losses add up to the step's.
+    """
     inputs = [example for pair in pairs for example in instructed(pair)]
     inputs += [pair.example("plain", response) for pair in anchors for response in ("chosen", "rejected")]
     logprobs, mask = response_logprobs(model, data.collate(inputs, pad_id, device))             # [4n + 2a, S-1]
     P = token_mean(logprobs, mask)[:4 * len(pairs)].view(-1, 2, 2)                              # [n, own | opposite, r_h | r_l]
     learned = torch.ones(len(inputs), dtype=torch.bool, device=device)
     learned[:4 * len(pairs)] = torch.tensor([True, True, False, False], device=device).repeat(len(pairs))
-    nll = -logprobs[learned].sum() / mask[learned].sum()
-    return *scit_loss(P[:, 0].flatten(), P[:, 1].flatten(), nll, smoothing), P.detach()
+    nll = -logprobs[learned].sum() / (tokens or mask[learned].sum())
+    contrast = scit_loss(P[:, 0].flatten(), P[:, 1].flatten(), 0.0, smoothing)[1] * len(pairs) / (count or len(pairs))
+    return nll + contrast, contrast, P.detach()
 
 
 @torch.no_grad()
@@ -117,18 +122,29 @@ def main(config):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / config.steps))))
     train, n_anchors = pairs["train"], round(config.anchor * config.batch_size)
-    draws = data.endless_batches(lengths, config.batch_size, config.seed)
+    draws, contrasts = data.endless_batches(lengths, config.batch_size, config.seed), []
+    widest = [max(pair.length("positive", response) for response in pair.responses) for pair in train]
+
+    def losses(group):
+        """The loss of a step, in parts that fit a forward pass; of a pair up to 6 inputs."""
+        anchored, own = set(group[:n_anchors]), [len(ids) for i in group for ids in train[i].responses.values()]
+        tokens = sum(own) + sum(own[:2 * len(anchored)])
+        for part in data.parts(group, widest, config.tokens_per_pass // 6):
+            loss, contrast, _ = batch_loss(model, [train[i] for i in part], [train[i] for i in part if i in anchored],
+                                           tokenizer.pad_token_id, device, config.smoothing, tokens, len(group))
+            contrasts.append(contrast.detach())
+            yield loss
+
     with open_log(config.out, "scit") as log:
         adapter.train()
         bar = tqdm(range(1, config.steps + 1), desc="scit", unit="step")
         for step in bar:
-            drawn = [train[i] for i in next(draws)]
-            loss, contrast, _ = batch_loss(model, drawn, drawn[:n_anchors], tokenizer.pad_token_id, device, config.smoothing)
-            descend(loss, adapter, optimizer, scaler)
+            contrasts.clear()
+            loss = descend(losses(next(draws)), adapter, optimizer, scaler)
             schedule.step()
             if step % 10 == 0 or step == config.steps:
-                bar.set_postfix(loss=f"{loss.item():.3f}", contrast=f"{contrast.item():.3f}")
-                log(step=step, loss=loss.item(), contrast=contrast.item(), lr=schedule.get_last_lr()[0])
+                bar.set_postfix(loss=f"{loss.item():.3f}", contrast=f"{sum(contrasts).item():.3f}")
+                log(step=step, loss=loss.item(), contrast=sum(contrasts).item(), lr=schedule.get_last_lr()[0])
     adapter.eval()
     contrast, margin, accuracy = held_out(model, data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id, device, config)
 
