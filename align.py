@@ -27,14 +27,13 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import data
 from files import Collection, UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting, write_json
 from kernels import bytes_moved, representation_loss, response_index
-from lora import CONFIG, WEIGHTS, LoRA, descend, load_adapter, only, save_adapter, sizes, stack
+from lora import CONFIG, WEIGHTS, LoRA, Training, descend, load_adapter, only, save_adapter, sizes, stack
 from model import find_linears, hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
 from score import check_reward_model, choose, load_judge, load_reward_model, score_models, table
 
@@ -52,7 +51,7 @@ class Run:
 
 
 @dataclass
-class Config:
+class Config(Training):
     out: str = setting("out", "folder of all stages")
     method: Literal["scit", "dual"] | None = setting(None, "whose collection to use; empty takes the one that is there")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
@@ -63,13 +62,7 @@ class Config:
     layers: list[str] | None = setting(None, "target layers, of those collected, numbers or names as in collect.py; empty takes them all")
     steps: int = setting(150, "optimiser steps", least=1)
     batch_size: int = setting(16, "responses in a step", least=1)
-    tokens_per_pass: int = setting(4096, "most tokens in a forward pass, padding included: a step's batch is cut, its gradient is the same", least=1)
     lr: float = setting(1e-3, "learning rate, constant", least=0)
-    lora_rank: int = setting(8, "rank of the adapter", least=1)
-    lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / lora_rank")
-    lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
-    lora_targets: str = setting("all-linear", "linears to adapt: all-linear, attention, or names such as q_proj,v_proj")
-    gradient_checkpointing: bool = setting(False, "run blocks again in the backward: less memory, more time")
     limit: int | None = setting(None, "use the first collected responses only", least=1)
     merge: bool = setting(False, "also write OUT/METHOD/merged: the whole model with the adapter in its weights")
     judge: str | None = setting(None, "of a sweep: module:function that scores (prompt, response); empty inherits")
@@ -148,6 +141,7 @@ def train(trunk, adapter, collection, alphas, config, pad_id, device, log, name)
     if config.profile:
         batch, *states = next(draws)
         hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
+        from kernels.bench import profile     # with what only a benchmark needs
         return profile(train_step, lambda: torch.autograd.grad(alignment_loss(hidden, collection, batch, *states, alphas, config.kind)[0], hidden),
                        bytes_moved(hidden, *states, collection.directions), Path(config.out) / "align_trace.json")
     bar = tqdm(range(1, config.steps + 1), desc=name, unit="step")
@@ -157,21 +151,6 @@ def train(trunk, adapter, collection, alphas, config, pad_id, device, log, name)
             bar.set_postfix(loss=f"{loss.item():.3f}")
             log(adapter=name, step=step, loss=loss.item())
     adapter.eval()
-
-
-def profile(step, loss, moved, path):
-    """Trace five calls of step() for a browser; time step() and loss(), which are loss and gradient alone and move `moved` bytes."""
-    step()                                                 # compilation and the allocator's first calls stay out
-    with torch.profiler.profile() as profiler:
-        for _ in range(5):
-            with torch.profiler.record_function("step"):
-                step()
-    profiler.export_chrome_trace(str(path))
-    whole, part = (Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=1).median
-                   for f in (step, loss))
-    print(f"a step {whole * 1e3:.3g} ms; loss and gradient {part * 1e3:.3g} ms of it ({part / whole:.1%}), {moved / 1e6:.3g} MB at "
-          f"{moved / part / 1e9:.3g} GB/s" + (" (states that fit the GPU's cache may come from there)" if torch.cuda.is_available() else ""))
-    print(f"wrote {path}: open it in a browser at chrome://tracing or ui.perfetto.dev")
 
 
 def score_sweep(factors, pairs, config, settings, tokenizer, device, folder):

@@ -2,18 +2,35 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from files import UserError
+from files import UserError, setting
 from pairs import Pair, load_pairs
 
 # The two instructions, the only place where they stand. They differ in their adjectives alone,
 # so that h+ - h- encodes what the adjectives mean and nothing of the form.
 POSITIVE = "You are a helpful, honest and polite assistant."
 NEGATIVE = "You are a useless, dishonest and rude assistant."
+
+
+@dataclass
+class Source:
+    """Settings of stage 1: what it learns from, and where it writes to."""
+    model: str = setting("", "model folder or hub name; empty takes the embedded default")
+    data: list[str] | None = setting(None, "preference pairs: files, or hub:owner/name[:split], see data.py; empty takes the embedded default")
+    template: Literal["auto", "chat", "plain"] = setting("auto", "how prompts are written: the model's chat template, or Human: ... Assistant:")
+    positive: str = setting(POSITIVE, "the instruction p+")
+    negative: str = setting(NEGATIVE, "the instruction p-: as p+ but for the words that count")
+    out: str = setting("out", "folder of all stages")
+    seed: int = setting(0, "seed of the split, the adapters and the order of the pairs")
+    device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the base; empty takes bfloat16 on a GPU, float32 on the CPU")
+    max_length: int = setting(768, "longest input in tokens; pairs over it are left out", least=2)
+    limit: int | None = setting(None, "use so many training pairs only, drawn at random", least=1)
 
 
 @dataclass(frozen=True)

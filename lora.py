@@ -17,10 +17,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from files import UserError
+from files import UserError, setting
 from model import find_blocks, find_linears
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass
+class Training:
+    """Settings of every stage that trains an adapter."""
+    tokens_per_pass: int = setting(4096, "most tokens in a forward pass, padding included: a step's batch is cut, its gradient is the same", least=1)
+    lora_rank: int = setting(8, "rank of the adapter", least=1)
+    lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / lora_rank")
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
+    lora_targets: str = setting("all-linear", "linears to adapt: all-linear, attention, or names such as q_proj,v_proj")
+    gradient_checkpointing: bool = setting(False, "run blocks again in the backward: less memory, more time")
 
 
 @dataclass

@@ -11,7 +11,6 @@ prompt (see `anchor`). Writes OUT/scit/adapter, the input of collect.py.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,36 +18,18 @@ from tqdm import tqdm
 
 import data
 import toy
-from data import NEGATIVE, POSITIVE
-from files import UserError, new_stage, next_command, open_log, run, setting
-from lora import LoRA, descend, save_adapter, sizes
+from files import new_stage, next_command, open_log, run, setting
+from lora import LoRA, Training, descend, save_adapter, sizes
 from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs, token_mean
 
 
 @dataclass
-class Config:
-    model: str = setting("", "model folder or hub name; empty takes the embedded default")
-    data: list[str] | None = setting(None, "preference pairs: files, or hub:owner/name[:split], see data.py; empty takes the embedded default")
-    template: Literal["auto", "chat", "plain"] = setting("auto", "how prompts are written: the model's chat template, or Human: ... Assistant:")
-    positive: str = setting(POSITIVE, "the instruction p+")
-    negative: str = setting(NEGATIVE, "the instruction p-: as p+ but for the words that count")
-    out: str = setting("out", "folder of all stages")
-    seed: int = setting(0, "seed of the split, the adapter and the order of the pairs")
-    device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the base; empty takes bfloat16 on a GPU, float32 on the CPU")
-    max_length: int = setting(768, "longest input in tokens; pairs over it are left out", least=2)
-    limit: int | None = setting(None, "use so many training pairs only, drawn at random", least=1)
+class Config(data.Source, Training):
     steps: int = setting(240, "optimiser steps", least=1)
     batch_size: int = setting(8, "pairs in a step; each is 2 examples under 2 instructions", least=1)
-    tokens_per_pass: int = setting(4096, "most tokens in a forward pass, padding included: a step's batch is cut, its gradient is the same", least=1)
     lr: float = setting(6e-3, "peak learning rate; cosine, 10% warm-up", least=0)
     smoothing: float = setting(0.2, "ε of the contrast, as in the authors' code", least=0)
     anchor: float = setting(0.375, "examples without instruction for each example with one; 0 is the paper", least=0)
-    lora_rank: int = setting(8, "rank of the adapter", least=1)
-    lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / lora_rank")
-    lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
-    lora_targets: str = setting("all-linear", "linears to adapt: all-linear, attention, or names such as q_proj,v_proj")
-    gradient_checkpointing: bool = setting(False, "run blocks again in the backward: less memory, more time")
 
 
 def scit_loss(own, opposite, nll, smoothing):
@@ -97,11 +78,7 @@ def held_out(model, pairs, pad_id, device, config):
 def main(config):
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    source = {"model": config.model, "data": config.data}
-    if not config.model and not config.data:
-        source = toy.ensure(toy.Config(out=config.out, seed=config.seed, device=config.device))
-    elif not config.model or not config.data:
-        raise UserError("--model and --data go together: give both, or none for the embedded default")
+    source = toy.source(config)
 
     # the pairs, the model and its adapter
     tokenizer = load_tokenizer(source["model"])

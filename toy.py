@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import NEGATIVE, POSITIVE, collate, endless_batches, render
-from files import new_stage, read_stage, run, setting
+from files import UserError, new_stage, read_stage, run, setting
 from pairs import parse_transcript
 from model import pick_device
 
@@ -194,6 +194,13 @@ def train_base(config, tokenizer, docs, device):
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     return model
+
+
+def source(config):
+    """{"model", "data", and "judge" where there is one} of a stage's settings; where they name neither model nor data, the embedded default's."""
+    if bool(config.model) != bool(config.data):
+        raise UserError("--model and --data go together: give both, or none for the embedded default")
+    return {"model": config.model, "data": config.data} if config.model else ensure(Config(out=config.out, seed=config.seed, device=config.device))
 
 
 def ensure(config):

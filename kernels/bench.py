@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.utils.benchmark import Timer
 
 from files import UserError, run, setting, versions, write_json
 from kernels.bench_forms import check, forms, prepare
@@ -202,6 +203,21 @@ def on_cpu():
         found = result["cpu"][name].get("gradient_error")
         print(f"  {name:20} {middle:8.2f} ({low:.2f}-{high:.2f})" + (f", gradient_error {found:.1e}" if found is not None else ""))
     return result
+
+
+def profile(step, loss, moved, path):
+    """`align.py --profile`: trace five calls of step() for a browser; time step() and loss(), which are loss and gradient alone and move `moved` bytes."""
+    step()                                                 # compilation and the allocator's first calls stay out
+    with torch.profiler.profile() as profiler:
+        for _ in range(5):
+            with torch.profiler.record_function("step"):
+                step()
+    profiler.export_chrome_trace(str(path))
+    whole, part = (Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=1).median
+                   for f in (step, loss))
+    print(f"a step {whole * 1e3:.3g} ms; loss and gradient {part * 1e3:.3g} ms of it ({part / whole:.1%}), {moved / 1e6:.3g} MB at "
+          f"{moved / part / 1e9:.3g} GB/s" + (" (states that fit the GPU's cache may come from there)" if torch.cuda.is_available() else ""))
+    print(f"wrote {path}: open it in a browser at chrome://tracing or ui.perfetto.dev")
 
 
 def main(config):

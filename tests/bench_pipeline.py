@@ -2,7 +2,7 @@
 
     python -m tests.bench_pipeline                       4 blocks x 256 wide on the CPU
     python -m tests.bench_pipeline --shape 8b            on a GPU: random weights; also 1b
-    python -m tests.bench_pipeline --scaling             1k to 8k pairs: time a pair and peak memory of each stage
+    python -m tests.bench_pipeline --shape tiny --scaling       1k to 8k pairs: time a pair and peak memory of each stage
     (--save writes tests/results/bench_pipeline_SHAPE.json or scaling.json)
 
 The authors' way, for each batch of pairs in random order: three full forward passes with all hidden states and logits for h+, h-
@@ -44,7 +44,8 @@ from model import load_model, load_tokenizer, model_digest, token_mean
 PROMPT = (9, 18, 26, 49, 79, 108, 138, 172, 220, 324, 700)       # deciles of HH-RLHF harmless, in tokens
 RESPONSE = (2, 12, 17, 23, 30, 39, 49, 65, 84, 121, 400)
 WINDOW = {"scit": 768, "dual": 320}
-SHAPES = {"cpu": (dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, vocab_size=1024), ["1", "2"]),
+SHAPES = {"tiny": (dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=1024), ["1"]),
+          "cpu": (dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, vocab_size=1024), ["1", "2"]),
           "1b": (dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, vocab_size=128256), ["7", "9", "11", "13"]),
           "8b": (dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256), ["10", "12", "14", "16", "18"])}
 ALPHA, PEAK_FLOPS = 0.5, {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -52,7 +53,7 @@ ALPHA, PEAK_FLOPS = 0.5, {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 @dataclass
 class Config:
-    shape: str = setting("cpu", "cpu, 1b or 8b")
+    shape: str = setting("cpu", "cpu, 1b or 8b; tiny for --scaling")
     pairs: int = setting(48, "training pairs", least=2)
     batch_size: int = setting(16, "responses in a step", least=1)
     rounds: int = setting(5, "measurements of each form", least=1)
@@ -295,14 +296,28 @@ def compare(config):
     return found
 
 
+def markdown(found):
+    """The README's table."""
+    lines = ["| | | speed | peak memory |", "|---|---|---|---|"]
+    names = {"longest": "padded to the longest", "window": "padded to the window", "authors stage1": "full logits"}
+    for method, rows in found.items():
+        for key, ratio in rows["ratios"].items():
+            ours, theirs = key.split(" / ")
+            speed, memory = ratio["speed"], ratio["memory"]
+            lines.append(f"| {method.upper()}: {ours.replace('stage1', method + '.py')} | against {names[theirs]} | {speed['median']:.2f} ({speed['least']:.2f} to {speed['most']:.2f}) x | "
+                         f"{memory['median']:.2f} ({memory['least']:.2f} to {memory['most']:.2f}) of it |")
+    return "\n".join(lines)
+
+
 def scaling(config):
-    """Seconds a pair and peak memory of each stage at 1k to 8k pairs (one response-token length for all sizes: the same distribution)."""
+    """Milliseconds a pair and peak memory of each stage, one epoch, at 1k to 8k pairs of the same lengths; medians of three."""
     found = {}
     for pairs in (1000, 2000, 4000, 8000):
         prepare(config, "dual", pairs)
         for stage in ("stage1", "collect", "align"):
-            row = measured(config, stage, "dual", pairs)
-            found.setdefault(stage, {})[pairs] = {"ms a pair": round(1e3 * row["seconds"] / pairs, 3), "peak MB": round(row["bytes"] / 1e6, 1)}
+            rows = [measured(config, stage, "dual", pairs) for _ in range(3)]
+            found.setdefault(stage, {})[pairs] = {"ms a pair": round(1e3 * statistics.median(row["seconds"] for row in rows) / pairs, 3),
+                                                  "peak MB": round(statistics.median(row["bytes"] for row in rows) / 1e6, 1)}
             print(stage, pairs, found[stage][pairs], flush=True)
     return found
 

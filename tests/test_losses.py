@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import align
 import collect
@@ -11,7 +12,7 @@ import data
 import dual
 import scit
 import toy
-from conftest import make_model
+from conftest import go, make_model
 from kernels import representation_loss, response_index
 from lora import LoRA
 from pairs import parse_row
@@ -130,3 +131,41 @@ def test_recorded_states_are_those_of_unpadded_inputs(method, pairs):
                     assert torch.allclose(states[layer][at:at + len(expected)], expected, atol=1e-4)
             at += len(expected)
     assert at == len(base[0])
+
+
+def test_parts_hold_a_batch_within_a_budget():
+    lengths = [5, 3, 9, 4, 2, 9]
+    parts = data.parts([0, 1, 2, 3, 5], lengths, 12)
+    assert parts == [[1, 3], [0], [2], [5]] and data.parts([4, 0, 1], lengths, 15) == [[4, 0, 1]]
+    assert data.parts([2], lengths, 1) == [[2]]
+
+
+@pytest.mark.parametrize("method", ["scit", "dual"])
+def test_parts_of_a_step_train_the_same_adapter(method, tiny, tmp_path):
+    """Steps in many forward passes: adapters of all stages within rounding of those of one pass a step."""
+    found = {}
+    for tokens in (10**6, 150):
+        out = tmp_path / str(tokens)
+        more = ["--out", out, "--steps", "4", "--tokens-per-pass", tokens, "--device", "cpu"]
+        go(scit if method == "scit" else dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", *more)
+        go(collect, "--out", out, "--device", "cpu")
+        go(align, *more)
+        found[tokens] = [load_file(path) for path in sorted(out.rglob("adapter_model.safetensors"))]
+    assert len(found[150]) == 3
+    for one, many in zip(*found.values()):
+        for name in one:
+            assert (one[name] - many[name]).abs().max() <= 2e-3 * one[name].abs().max(), name
+
+
+def test_reading_ahead_keeps_the_order_and_ends(monkeypatch):
+    made = []
+
+    def make(item):
+        made.append(item)
+        return (item,)
+    got = []
+    for (item,) in data.one_ahead(make, iter(range(1, 6)), torch.device("cpu")):
+        got.append((item, len(made)))
+    assert [item for item, _ in got] == [1, 2, 3, 4, 5] and made == [1, 2, 3, 4, 5] and got[-1][1] == 5
+    with pytest.raises(ZeroDivisionError):
+        list(data.one_ahead(lambda item: 1 / 0, iter([1]), torch.device("cpu")))

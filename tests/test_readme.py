@@ -46,7 +46,7 @@ def test_tables_of_the_study_and_of_the_disk_are_the_committed_ones():
     seeds = json.loads((ROOT / "tests" / "results" / "found.json").read_text())["seeds"]
     assert found.markdown(seeds) in README
     aucs = [block["auc"] for seed in seeds.values() for method in ("scit", "dual") for block in seed[method]["blocks"]]
-    assert f"({min(aucs):.2f} to {max(aucs):.2f} over all blocks)" in README
+    assert f"({min(aucs):.2f} to {max(aucs):.2f} over all blocks" in README
     assert min(seed[method][test]["judge_greedy"] for seed in seeds.values() for method in ("scit", "dual") for test in ("test", "test_without_judge")) >= 0.975
     disk = json.loads((ROOT / "tests" / "results" / "disk.json").read_text())["forms"]
     rows = re.findall(r"^\|.*\| ([\d,]+) \|$", README.partition("| stored |")[2].partition("\n\n")[0], re.M)
@@ -68,7 +68,7 @@ def test_files_and_functions_that_it_names_exist():
 
 def test_every_setting_it_names_exists():
     helps = ""
-    for script in ("scit", "dual", "collect", "align", "evaluate", "toy"):
+    for script in ("data", "lora", "scit", "dual", "collect", "align", "evaluate", "toy"):
         helps += (ROOT / f"{script}.py").read_text()
     for script in ("tests/study_wrong_labels.py", "tests/disk.py", "tests/results.py", "tests/real.py", "tests/found.py", "kernels/bench.py"):
         helps += (ROOT / script).read_text()
