@@ -27,13 +27,12 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import data
-from files import Collection, UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting, write_json
+from files import Diverged, UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting, write_json
 from kernels import bytes_moved, representation_loss, response_index
-from lora import CONFIG, WEIGHTS, LoRA, Training, descend, load_adapter, only, save_adapter, sizes, stack
+from lora import CONFIG, WEIGHTS, LoRA, Training, descend, fit, load_adapter, only, save_adapter, sizes, stack
 from model import find_linears, hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
 from score import check_reward_model, choose, load_judge, load_reward_model, score_models, table
 
@@ -116,16 +115,17 @@ def distances(trunk, adapter, held_out, alphas, pad_id, device, batch_size):
     return torch.cat(norms, 1).mean(1)
 
 
-def train(trunk, adapter, collection, alphas, config, pad_id, device, log, name):
+def train(trunk, adapter, collection, alphas, config, pad_id, device, log, name, folder, inputs):
     """Move the adapter's hidden states to their targets, config.steps steps over batches of collected responses (--profile: trace and
-    time a step instead)."""
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
-    scaler = torch.amp.GradScaler(device.type, enabled=trunk.dtype == torch.float16)
-    steps = (data.parts(group, collection.lengths, config.tokens_per_pass)
-             for group in data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed))
-    steps, ahead = itertools.tee(steps)       # the parts of each step, and all parts in a row, which are read ahead
-    draws = targets(collection, itertools.chain.from_iterable(ahead), trunk, adapter, pad_id, device)
-    adapter.train()
+    time a step instead). Returns the checkpoint, to be removed when the adapter is written; folder: for it; inputs: all that it
+    depends on."""
+    def batches(done):
+        """The parts of each step; all parts in a row are read ahead, by draws."""
+        nonlocal draws
+        groups = itertools.islice(data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed), done, None)
+        steps, ahead = itertools.tee(data.parts(group, collection.lengths, config.tokens_per_pass) for group in groups)
+        draws = targets(collection, itertools.chain.from_iterable(ahead), trunk, adapter, pad_id, device)
+        return steps
 
     def losses(parts):
         """The loss of a step, in parts that fit a forward pass."""
@@ -134,23 +134,16 @@ def train(trunk, adapter, collection, alphas, config, pad_id, device, log, name)
             batch, *states = next(draws)                                                   # b, h+, h-: L x [T, D]
             hidden = hidden_states(trunk, collection.layers, batch.ids, batch.attention)   # A(π_lora, <q, r>, l): L x [B, S, D]
             yield alignment_loss(hidden, collection, batch, *states, alphas, config.kind, tokens)[0]
-
-    def train_step():
-        return descend(losses(next(steps)), adapter, optimizer, scaler)
-
+    draws = None
     if config.profile:
+        from kernels.bench import profile     # with what only a benchmark needs
+        steps, optimizer, scaler = batches(0), torch.optim.AdamW(adapter.parameters(), lr=config.lr), torch.amp.GradScaler(device.type, enabled=trunk.dtype == torch.float16)
         batch, *states = next(draws)
         hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
-        from kernels.bench import profile     # with what only a benchmark needs
-        return profile(train_step, lambda: torch.autograd.grad(alignment_loss(hidden, collection, batch, *states, alphas, config.kind)[0], hidden),
+        return profile(lambda: descend(losses(next(steps)), adapter.train(), optimizer, scaler),
+                       lambda: torch.autograd.grad(alignment_loss(hidden, collection, batch, *states, alphas, config.kind)[0], hidden),
                        bytes_moved(hidden, *states, collection.directions), Path(config.out) / "align_trace.json")
-    bar = tqdm(range(1, config.steps + 1), desc=name, unit="step")
-    for step in bar:
-        loss = train_step()
-        if step % 10 == 0 or step == config.steps:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            log(adapter=name, step=step, loss=loss.item())
-    adapter.eval()
+    return fit(name, adapter, losses, batches, lambda step: 1.0, config, trunk.dtype, device, log, folder / f".checkpoint-align-{name}", inputs)
 
 
 def score_sweep(factors, pairs, config, settings, tokenizer, device, folder):
@@ -200,8 +193,8 @@ def main(config):
             check_reward_model(config.reward_model)
         pairs = data.sample(data.prepare(settings["data"], ("valid",), tokenizer, settings["max_length"], settings["seed"], None, settings["positive"],
                                          settings["negative"], settings["template"])["valid"], SCORED, config.seed)
-    collection = Collection([checked(folder, record, name) for name in record["shards"]], layers, settings["store"])
-    held_out = Collection([checked(folder, record, "heldout.safetensors")], layers, settings["store"])
+    collection = data.Collection([checked(folder, record, name) for name in record["shards"]], layers, settings["store"])
+    held_out = data.Collection([checked(folder, record, "heldout.safetensors")], layers, settings["store"])
 
     # the base up to the highest target layer, with its adapter where there is one
     trunk = load_model(config.model, dtype, device, blocks=layers[-1] + 1, checkpointing=config.gradient_checkpointing)
@@ -230,9 +223,11 @@ def main(config):
         print(f"{each.name}: {sizes(trunk, adapter)}")
         try:
             start = distances(trunk, adapter, held_out, alphas, tokenizer.pad_token_id, device, config.batch_size)
-            train(trunk, adapter, collection, alphas, config, tokenizer.pad_token_id, device, log, each.name)
+            inputs = {**settings, **vars(config), "alphas": each.alphas, "collected": record["digests"]}
+            checkpoint = train(trunk, adapter, collection, alphas, config, tokenizer.pad_token_id, device, log, each.name, out, inputs)
             if config.profile:
                 return None
+            checkpoints.append(checkpoint)
             end = distances(trunk, adapter, held_out, alphas, tokenizer.pad_token_id, device, config.batch_size)
         finally:
             adapter.remove()
@@ -246,7 +241,7 @@ def main(config):
         print(f"{each.name}: held-out distance {start.mean():.3f} -> {end.mean():.3f}")
         return factors
 
-    out = Path(config.out) / method
+    out, checkpoints = Path(config.out) / method, []
     with open_log(config.out, "align") as log:
         if len(runs) == 1 or config.profile:
             best, factors = runs[0].name, {runs[0].name: train_one(runs[0], out / "align", log)}
@@ -259,7 +254,7 @@ def main(config):
                 for each in runs:
                     try:
                         factors[each.name] = train_one(each, new / each.name, log)
-                    except UserError as error:
+                    except Diverged as error:
                         print(f"WARNING: {each.name} is left out: {error}")
                 if not factors:
                     raise UserError("no adapter of the sweep is left: lower --lr or the values")
@@ -271,6 +266,8 @@ def main(config):
                 for file in (CONFIG, WEIGHTS):
                     shutil.copy(out / "sweep" / best / file, new / file)
             print(f"{best} is the best; all of them and their table are in {out / 'sweep'}")
+    for checkpoint in checkpoints:
+        checkpoint.remove()
     print(f"wrote {out / 'align'}: {best}")
     if factors[best].rank > 16:
         print(f"WARNING: the adapter has rank {factors[best].rank}; some servers take 16 at most by default")

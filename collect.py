@@ -20,22 +20,28 @@ the top k uncentred principal directions of v at that layer, found in a pass ove
 
 `--survey` measures every block and recommends layers, strength and rank, see survey.py.
 """
+import json
+import math
+import os
 import shutil
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from files import SAMPLE, UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting, write_tensors
+from checkpoint import Signals
+from files import UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting
 from lora import CONFIG, WEIGHTS, LoRA, load_adapter, only, sizes
 from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
 from survey import HELD_OUT, survey
 
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.float64: "F64"}    # safetensors' names
 ADAPTERS = {"scit": {"scit": "adapter"}, "dual": {"good": "good", "bad": "bad"}}     # method: {kind: folder}
 
 
@@ -54,7 +60,8 @@ class Config:
     store_base: bool = setting(True, "store b too; without it align runs the base again in each step")
     max_gb: float = setting(20, "most gigabytes to write; only a random share of the pairs is used beyond", least=0)
     shard_mb: float = setting(512, "size of a shard in megabytes", least=0)
-    batch_size: int = setting(32, "responses in a forward pass", least=1)
+    batch_size: int = setting(32, "responses in a forward pass, at most", least=1)
+    tokens_per_pass: int = setting(4096, "tokens in a forward pass, padding included, at most", least=1)
     limit: int | None = setting(None, "use so many training pairs only, drawn at random", least=1)
     survey: bool = setting(False, "collect nothing: measure every block, and recommend layers, strength and rank")
     model: str | None = setting(None, "model folder or hub name; empty inherits from stage 1")
@@ -98,16 +105,44 @@ def recorded_length(example, config):
 
 def sampled_differences(examples, record, config):
     """v of a random sample of the examples, batch by batch: lists of L tensors [T, D]."""
-    sample = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))[:SAMPLE]
-    for group in tqdm(sample.split(config.batch_size), desc="directions", unit="batch"):
-        _, plus, minus = record([examples[i] for i in group.tolist()])
+    drawn = data.sample(examples, data.SAMPLE, config.seed)
+    for i in tqdm(range(0, len(drawn), config.batch_size), desc="directions", unit="batch"):
+        _, plus, minus = record(drawn[i:i + config.batch_size])
         yield [p.float() - m.float() for p, m in zip(plus, minus)]
+
+
+def write_tensors(path, shapes, parts):
+    """A safetensors file written piece by piece, so that only one piece is in memory.
+
+    shapes: {name: (dtype, shape)} of the whole; parts: dicts of tensors, to be laid end to end along their first dimension.
+    """
+    header, ends = {}, {}
+    for name, (dtype, shape) in shapes.items():
+        begin = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, begin + size]}
+        ends[name] = begin
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    aside = Path(path).with_name(f".{Path(path).name}.partial")
+    with open(aside, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for part in parts:
+            for name, tensor in part.items():
+                file.seek(8 + len(text) + ends[name])
+                ends[name] += file.write(tensor.contiguous().cpu().view(torch.uint8).numpy())      # bf16 has no type in numpy
+        file.flush()
+        os.fsync(file.fileno())
+    if any(ends[name] != entry["data_offsets"][1] for name, entry in header.items()):
+        raise ValueError(f"{path}: the parts do not fill the shapes")
+    aside.rename(path)
 
 
 def plan_shards(examples, config, token_bytes):
     """The examples in batches of similar length, and these in shards of about config.shard_mb: lists of lists of lists."""
     lengths, shards, held = [pair.length("plain", response) for pair, response in examples], [[]], 0
-    for group in data.batches(lengths, config.batch_size, torch.Generator().manual_seed(config.seed)):
+    groups = data.batches(lengths, config.batch_size, torch.Generator().manual_seed(config.seed))
+    for group in (part for group in groups for part in data.parts(group, lengths, config.tokens_per_pass)):
         if held >= config.shard_mb * 1e6:
             shards.append([])
             held = 0
@@ -116,16 +151,15 @@ def plan_shards(examples, config, token_bytes):
     return shards
 
 
-def record_shard(path, batches, record, directions, config, stored, bar):
+def record_shard(path, batches, record, directions, config, stored, after):
     """Record some batches into one file, each written as it comes, so that no more than one is in memory.
 
     stored: {"plus" | "minus" | "v" | "c" | "base": numbers a token and layer}, what is kept of the states. Per layer also
-    Σ|v|, Σ|b| and Σ|v|/|b|, as statistics [3, L].
+    Σ|v|, Σ|b| and Σ|v|/|b|, as statistics [3, L]. after: called after each batch. UserError at NaN or infinity.
     """
     examples, statistics = sum(batches, []), torch.zeros(3, len(config.layers), dtype=torch.float64)
-    inputs = {id(example): example[0].example("plain", example[1]) for example in examples}
     dtype, T = getattr(torch, config.dtype), sum(recorded_length(example, config) for example in examples)
-    shapes = {"statistics": (torch.float64, statistics.shape), "ids": (torch.int32, (sum(len(ids) for ids, _ in inputs.values()),)),
+    shapes = {"statistics": (torch.float64, statistics.shape), "ids": (torch.int32, (sum(pair.length("plain", response) for pair, response in examples),)),
               "lengths": (torch.int32, (len(examples),)), "starts": (torch.int32, (len(examples),)),
               **{f"{name}.{layer}": (dtype, (T, width)) for name, width in stored.items() for layer in config.layers}}
 
@@ -138,8 +172,14 @@ def record_shard(path, batches, record, directions, config, stored, bar):
             states = {"plus": plus, "minus": minus, "v": v, "base": base}
             if directions:
                 states["c"] = [(x.float() @ U.T).to(x.dtype) for x, U in zip(v, directions)]    # c = v U^T: [T, k]
-            of_batch = [inputs[id(example)] for example in batch]
-            bar.update()
+            of_batch = [pair.example("plain", response) for pair, response in batch]
+            if not (norm_v + norm_b).isfinite().all():
+                layer, position = (~(norm_v + norm_b).isfinite()).nonzero()[0].tolist()
+                ends = torch.tensor([recorded_length(example, config) for example in batch]).cumsum(0)
+                pair, response = batch[int((ends <= position).sum())]
+                raise UserError(f"the states of layer {config.layers[layer]} are NaN or infinite in the {response} response to "
+                                f"{pair.pair.prompt[-1][1][:60]!r}: take --dtype bfloat16 or float32, or train stage 1 at a lower --lr")
+            after()
             yield {f"{name}.{layer}": state for name in stored for layer, state in zip(config.layers, states[name])} | {
                 "ids": torch.tensor([token for ids, _ in of_batch for token in ids], dtype=torch.int32),
                 "lengths": torch.tensor([len(ids) for ids, _ in of_batch], dtype=torch.int32),
@@ -177,7 +217,10 @@ def main(config):
     pairs["valid"] = data.sample(pairs["valid"], 64 if not config.survey else HELD_OUT, config.seed)
     examples = {split: [(pair, response) for pair in pairs[split] for response in ("chosen", "rejected")] for split in pairs}
 
+    signals = Signals()
+
     def record(batch):
+        signals.check()
         return record_states(trunk, adapters, method, config, batch, tokenizer.pad_token_id, device)
 
     if config.survey:
@@ -210,6 +253,7 @@ def main(config):
         examples["train"], tokens["train"] = ([values[2 * i + j] for i in kept for j in (0, 1)] for values in (examples["train"], tokens["train"]))
         print(f"--max-gb {config.max_gb:g} holds {len(kept):,} training pairs, {share:.1%} of them")
     total, free = share * needed["train"] + needed["valid"], shutil.disk_usage(config.out).free
+    free += sum(path.stat().st_size for path in (Path(config.out) / method / ".collect.partial").glob("*.safetensors"))      # kept or deleted
     print(f"{sizes(trunk)}; layers {config.layers} of width {width} in {config.dtype}: {sum(map(sum, tokens.values())):,} tokens of "
           f"{token_bytes:,} bytes of states, {total / 1e9:.3g} GB to write")
     if total > free:
@@ -221,20 +265,27 @@ def main(config):
     folder, directions = Path(config.out) / method / "collect", None
     result = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": first["model_digest"], "hidden_size": width,
               "adapters": {kind: r["digests"][WEIGHTS] for kind, r in records.items()}, "token_bytes": token_bytes}
-    with new_stage(folder, "collect", result) as new, torch.no_grad():
+    with signals, new_stage(folder, "collect", result, {**result, "pairs": data.digest(pairs)}) as new, torch.no_grad():
         if config.store == "lowrank":
-            directions, shares = principal_directions(sampled_differences(examples["train"], record, config), config.rank)
-            result["energy"] = [share[config.rank - 1] for share in shares]
-            save_file({f"directions.{layer}": U.to(trunk.dtype).cpu() for layer, U in zip(config.layers, directions)}, new / "directions.safetensors")
+            if not (new / "directions.safetensors").exists():
+                directions, shares = principal_directions(sampled_differences(examples["train"], record, config), config.rank)
+                found = {f"directions.{layer}": U.to(trunk.dtype) for layer, U in zip(config.layers, directions)}
+                found["energy"] = torch.tensor([share[config.rank - 1] for share in shares], dtype=torch.float64)
+                write_tensors(new / "directions.safetensors", {name: (x.dtype, x.shape) for name, x in found.items()}, [found])
+            found = load_file(new / "directions.safetensors", device=str(device))
+            directions, result["energy"] = [found[f"directions.{layer}"].float() for layer in config.layers], found["energy"].tolist()
         shards = plan_shards(examples["train"], config, token_bytes)
         result["shards"] = [f"shard-{i:05d}.safetensors" for i in range(len(shards))]
         files = dict(zip(["heldout.safetensors", *result["shards"]], [sum(plan_shards(examples["valid"], config, token_bytes), []), *shards]))
         with tqdm(total=sum(map(len, files.values())), desc="collect", unit="batch") as bar:
             for name, batches in files.items():
-                record_shard(new / name, batches, record, directions, config, stored, bar)
+                if (new / name).exists():     # of a run that was cut off
+                    bar.update(len(batches))
+                else:
+                    record_shard(new / name, batches, record, directions, config, stored, bar.update)
         statistics = sum(safe_open(new / name, "pt").get_tensor("statistics") for name in files)                 # Σ|v|, Σ|b|, Σ|v|/|b|: [3, L]
         if config.base == "instructed":       # align needs no other stage's folder
-            (new / "base_adapter").mkdir()
+            (new / "base_adapter").mkdir(exist_ok=True)
             for name in (CONFIG, WEIGHTS):
                 shutil.copy(next(iter(stage1.values())) / name, new / "base_adapter" / name)
         result["tokens"], result["tokens_train"] = sum(map(sum, tokens.values())), sum(tokens["train"])

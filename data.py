@@ -1,4 +1,5 @@
 """Inputs of the models: the instructions p+ and p-, prompts, tokens, masks and batches. Pairs are read by pairs.py."""
+import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from safetensors import safe_open
 
 from files import UserError, setting
 from pairs import Pair, load_pairs
@@ -15,6 +17,8 @@ from pairs import Pair, load_pairs
 # so that h+ - h- encodes what the adjectives mean and nothing of the form.
 POSITIVE = "You are a helpful, honest and polite assistant."
 NEGATIVE = "You are a useless, dishonest and rude assistant."
+
+SAMPLE = 4096                                 # responses, at most, of which the directions of v are found
 
 
 @dataclass
@@ -141,6 +145,16 @@ def pick_template(template, tokenizer):
     return template if template != "auto" else "chat" if tokenizer.chat_template else "plain"
 
 
+def digest(pairs):
+    """sha256 over all ids of {split: list of Encoded}: whether two runs have the same pairs."""
+    found = hashlib.sha256()
+    for split in sorted(pairs):
+        for pair in pairs[split]:
+            for ids in (*pair.prompts.values(), *pair.responses.values()):
+                found.update(ids.tobytes())
+    return found.hexdigest()
+
+
 def sample(items, count, seed):
     """At most `count` of the items, drawn at random: files are often sorted in some way."""
     return [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[:count].tolist()]
@@ -167,7 +181,8 @@ def prepare(paths, splits, tokenizer, max_length, seed, limit=None, positive=POS
             if len(found[split]) < (limit or math.inf):
                 encoded = encode(tokenizer, of_split[i:i + 1000], positive, negative, template)
                 fits = [e for e in encoded if max(map(len, e.prompts.values())) + max(map(len, e.responses.values())) <= max_length]
-                found[split], too_long = found[split] + fits, too_long + len(encoded) - len(fits)
+                found[split] += fits
+                too_long += len(encoded) - len(fits)
         counts.append(f"{too_long} of {split} over {max_length} tokens")
         if not found[split]:
             raise UserError(f"{named}: no {split} pair is left of {len(pairs)} ({'; '.join(counts)}): raise --max-length or add rows")
@@ -246,3 +261,58 @@ def one_ahead(make, items, device):
                     tensor.record_stream(own)
             coming = thread.submit(begin, next(items, None))
             yield made
+
+
+# ---------------------------------------------------------------- what collect.py wrote
+
+class Collection:
+    """What collect.py wrote: token ids and, per target layer, packed states, mapped from the shards as they are read."""
+
+    def __init__(self, paths, layers, store):
+        self.layers, self.directions = layers, None        # a list of U [k, D] here turns v into coefficients on them
+        self.names = {"full": ("plus", "minus"), "diff": ("v",), "lowrank": ("c",)}[store]
+        self.items, self.lengths = [], []                  # (tensors of its shard, ids from:to, states from:to, prompt ids)
+        for path in paths:
+            with safe_open(path, "pt") as file:            # its tensors are views of the mapped file
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            lengths, starts = tensors["lengths"].tolist(), tensors["starts"].tolist()
+            at_id = at_state = 0
+            for length, start in zip(lengths, starts):
+                end_state = at_state + length - start
+                self.items.append((tensors, slice(at_id, at_id + length), slice(at_state, end_state), start))
+                at_id, at_state = at_id + length, end_state
+            self.lengths += lengths
+
+    def examples(self, indices):
+        """(ids, number of prompt ids) of responses, for data.collate: its response mask then marks the recorded positions."""
+        return [(tensors["ids"][at].tolist(), start) for tensors, at, _, start in (self.items[i] for i in indices)]
+
+    def recorded(self, i):
+        """Number of recorded positions of a response."""
+        return self.items[i][2].stop - self.items[i][2].start
+
+    def states(self, indices, device):
+        """base, plus, minus of responses as representation_loss takes them: lists of L tensors [T, D]. base is None where it was
+        not stored; minus is None where plus holds v, or, with directions, coefficients [T, k] on them."""
+        items = [self.items[i] for i in indices]
+
+        def packed(name):
+            if f"{name}.{self.layers[0]}" in items[0][0]:
+                states = [torch.cat([tensors[f"{name}.{layer}"][at] for tensors, _, at, _ in items]) for layer in self.layers]
+                return [x.pin_memory().to(device, non_blocking=True) for x in states] if device.type == "cuda" else states
+        base, plus, minus = packed("base"), packed(self.names[0]), packed("minus")
+        if self.names == ("c",):                           # of more directions than are asked for, the first
+            plus = [c[:, :len(U)] for c, U in zip(plus, self.directions)]
+        elif self.directions:
+            plus, minus = [v @ U.T.float() for v, U in zip(differences(plus, minus), self.directions)], None       # c = v U^T
+        return base, plus, minus
+
+    def differences(self, device, size=64):
+        """v of the first responses (their order is random), batch by batch: lists of L tensors [T, D]."""
+        for group in torch.arange(min(SAMPLE, len(self.items))).split(size):
+            yield differences(*self.states(group, device)[1:])
+
+
+def differences(plus, minus):
+    """v = h+ - h- in fp32 per layer; minus None: plus is v."""
+    return [p.float() for p in plus] if minus is None else [p.float() - m.float() for p, m in zip(plus, minus)]

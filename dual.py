@@ -10,17 +10,16 @@ Maximum likelihood on the chosen responses gives the "good" model, on the reject
 Unlike the paper, they are two LoRA adapters over one base, which is in memory once. The good model is
 preferred-SFT, the usual baseline. Writes OUT/dual/good and OUT/dual/bad, the input of collect.py.
 """
-import math
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data
 import toy
 from files import new_stage, next_command, open_log, run, setting
-from lora import LoRA, Training, descend, only, save_adapter, sizes
+from lora import LoRA, Training, cosine, fit, only, save_adapter, sizes
 from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs
 
 
@@ -57,6 +56,7 @@ def main(config):
                          config.positive, config.negative, config.template)
     train, valid, pad_id = pairs["train"], data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id
     model = load_model(source["model"], pick_dtype(config.dtype, device), device, checkpointing=config.gradient_checkpointing)
+    digest = model_digest(source["model"])
     adapters = {name: LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
                 for name in ("good", "bad")}
     print("one input: " + repr(tokenizer.decode(train[0].example("plain", "chosen")[0])))
@@ -65,41 +65,31 @@ def main(config):
           f"{sum(lengths['chosen']) / len(train):.0f} tokens in the mean")
 
     # training, one model after the other
-    results = {}
+    results, checkpoints, inputs = {}, [], {**vars(config), **source, "pairs": data.digest(pairs), "model_digest": digest}
     with open_log(config.out, "dual") as log:
         for (name, adapter), response in zip(adapters.items(), ("chosen", "rejected")):
+            def losses(group):                # of a step, in parts that fit a forward pass
+                tokens = sum(len(train[i].responses[response]) for i in group)
+                for part in data.parts(group, lengths[response], config.tokens_per_pass):
+                    yield response_nll(model, [train[i] for i in part], response, pad_id, device)[0] / tokens
+
+            def batches(done):
+                return itertools.islice(data.endless_batches(lengths[response], config.batch_size, config.seed), done, None)
             with only(adapters.values(), adapter):
                 start = held_out(model, valid, response, pad_id, device, config.batch_size)
-                optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
-                scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
-                warm_up = max(1, config.steps // 10)
-                schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-                    (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / config.steps))))
-                draws = data.endless_batches(lengths[response], config.batch_size, config.seed)
-
-                def losses(group):            # of a step, in parts that fit a forward pass
-                    tokens = sum(len(train[i].responses[response]) for i in group)
-                    for part in data.parts(group, lengths[response], config.tokens_per_pass):
-                        yield response_nll(model, [train[i] for i in part], response, pad_id, device)[0] / tokens
-                adapter.train()
-                bar = tqdm(range(1, config.steps + 1), desc=f"dual {name}", unit="step")
-                for step in bar:
-                    loss = descend(losses(next(draws)), adapter, optimizer, scaler)
-                    schedule.step()
-                    if step % 10 == 0 or step == config.steps:
-                        bar.set_postfix(loss=f"{loss.item():.3f}")
-                        log(model=name, step=step, loss=loss.item(), lr=schedule.get_last_lr()[0])
-                adapter.eval()
+                checkpoints.append(fit(f"dual {name}", adapter, losses, batches, cosine(config.steps), config, model.dtype, device, log,
+                                       Path(config.out) / "dual" / f".checkpoint-dual-{name}", inputs))
                 results[name] = {"nll_start": start, "nll_end": held_out(model, valid, response, pad_id, device, config.batch_size)}
 
     # saving
     settings = {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch.")}
-    digest = model_digest(source["model"])
     for name, adapter in adapters.items():
         folder = Path(config.out) / "dual" / name
         with new_stage(folder, name, {"settings": settings, "model_digest": digest, "held_out": results[name]}) as new:
             save_adapter(new, adapter.factors(), model.base_model, source["model"], config.lora_dropout)
         print(f"wrote {folder}; held-out NLL a token {results[name]['nll_start']:.3f} -> {results[name]['nll_end']:.3f}")
+    for checkpoint in checkpoints:
+        checkpoint.remove()
     print(next_command("collect.py", config.out))
 
 

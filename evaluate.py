@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 import data
-from files import RECORD, UserError, checked, inherit, new_stage, read_stage, run, setting, versions, write_json
+from files import RECORD, UserError, checked, inherit, new_stage, read_stage, restore, run, setting, versions, write_json
 from lora import LoRA, load_adapter
 from model import load_model, load_tokenizer, model_digest, pick_device
 from pairs import Pair
@@ -57,7 +57,7 @@ class Config:
 def main(config):
     # the models that are there, and what their stages say
     out = Path(config.out)
-    names = [name for name, (folder, _, _) in MODELS.items() if folder is None or (out / folder / RECORD).is_file()]
+    names = [name for name, (folder, _, _) in MODELS.items() if folder is None or (restore(out / folder) and (out / folder / RECORD).is_file())]
     records = {}
     for name in names[1:]:
         folder, kind, _ = MODELS[name]

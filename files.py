@@ -3,7 +3,7 @@
 Every stage writes one folder. It is written aside as `.name.partial`, its `stage.json` goes in
 last, and the whole is renamed when complete, so a folder with a `stage.json` is a whole one:
 
-    {"kind": "scit", "version": 2, "made_by": {...versions}, "settings": {...}, "digests": {file: sha256}, ...}
+    {"kind": "scit", "version": 3, "made_by": {...versions}, "settings": {...}, "digests": {file: sha256}, "seal": sha256, ...}
 
 A later stage reads that record, checks kind, version and digests, and inherits the settings.
 """
@@ -13,28 +13,35 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
+import re
 import resource
+import shlex
 import shutil
-import struct
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-VERSION = 2                                   # of the files: a stage refuses another one
+VERSION = 3                                   # of the files: a stage refuses another one
 RECORD = "stage.json"
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.float64: "F64"}    # safetensors' names
-SAMPLE = 4096                                 # responses, at most, of which the directions of v are found
+IRRELEVANT = ("out", "device", "alpha", "strength", "checkpoint_minutes", "restart", "merge", "judge", "reward_model", "max_new_tokens", "profile")     # to what training gives
 
 
 class UserError(Exception):
     """Bad input. Printed as one line that names the file, row or setting and the remedy; exit code 2."""
+
+
+class Diverged(UserError):
+    """A training that has come to NaN or infinity."""
+
+
+class Stopped(Exception):
+    """A signal has come and what was done is saved; exit code 128 + its number."""
 
 
 def setting(default, help, least=None):
@@ -62,8 +69,13 @@ class Parser(HfArgumentParser):
 
 
 def run(main, config_class):
-    """Parse the command line into `config_class`, call main(config), tell time and memory; user errors end with exit code 2."""
-    start = time.perf_counter()
+    """Parse the command line into `config_class`, call main(config), tell time and memory. What goes wrong is one line: bad input with
+    exit code 2, a fault of the machine with 1, a signal with 130 or 143."""
+    start, script = time.perf_counter(), Path(sys.argv[0]).name
+
+    def end(code, *words):
+        print(f"{script}: " + " ".join(" ".join(map(str, words)).split()), file=sys.stderr)
+        sys.exit(code)
     try:
         parser = Parser(config_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__.split("\n\n")[0])
         config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
@@ -71,10 +83,18 @@ def run(main, config_class):
             near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
             raise UserError(f"unknown setting {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
         main(config)
-        print(f"{Path(sys.argv[0]).name}: {time.perf_counter() - start:.0f} s, peak memory {peak_memory() / 1e9:.2f} GB")
+        print(f"{script}: {time.perf_counter() - start:.0f} s, peak memory {peak_memory() / 1e9:.2f} GB")
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        end(2, "error:", error)
+    except torch.OutOfMemoryError:
+        end(1, "error: out of GPU memory: lower --tokens-per-pass or --batch-size, or set --gradient-checkpointing True")
+    except (OSError, SafetensorError) as error:          # safetensors says so of a full disk
+        end(1, "error:", error)
+    except KeyboardInterrupt:
+        end(130, "stopped")
+    except Stopped as stop:
+        again = re.sub(r" --restart[ =]\S+", "", shlex.join(["python", *sys.argv]))
+        end(128 + stop.args[0], "stopped; to go on:", again)
 
 
 def peak_memory():
@@ -98,24 +118,36 @@ def sha256(path):
 
 
 @contextmanager
-def new_stage(folder, kind, record):
+def new_stage(folder, kind, record, going_on=None):
     """Write a stage folder: yields the folder to write into, renamed to `folder` when whole.
 
-    `record` (a dict; the body may still add to it) becomes stage.json. An exception leaves what was there.
+    `record` (a dict; the body may still add to it) becomes stage.json. An exception leaves what was there. going_on: what the
+    content depends on; a run that was cut off leaves its files, and one with the same going_on finds them again.
     """
     folder = Path(folder)
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial, old, mark = folder.with_name(f".{folder.name}.partial"), restore(folder), relevant(going_on or {})
+    if going_on is not None and partial.exists():
+        same = (partial / "going_on").is_file() and (partial / "going_on").read_text() == mark
+        print(f"{partial}: " + ("goes on" if same else "is of a run with other settings, and deleted"))
+    if going_on is None or not partial.exists() or not same:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     try:
+        if going_on is not None:
+            (partial / "going_on").write_text(mark)
         yield partial
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-        whole = {"kind": kind, "version": VERSION, "made_by": versions(), **record,
-                 "digests": {name: sha256(partial / name) for name in names}}
-        write_json(partial / RECORD, whole)
+        names = [name for name in names if name not in ("going_on", RECORD) and not name.endswith(".partial")]
+        for name in names:                    # on the disk before the record says that they are
+            with open(partial / name, "rb") as file:
+                os.fsync(file.fileno())
+        whole = json.loads(json.dumps({"kind": kind, "version": VERSION, "made_by": versions(), **record,
+                                       "digests": {name: sha256(partial / name) for name in names}}))
+        write_json(partial / RECORD, {**whole, "seal": seal(whole)})
+        (partial / "going_on").unlink(missing_ok=True)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if going_on is None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     if folder.exists():
         folder.rename(old)
@@ -123,16 +155,33 @@ def new_stage(folder, kind, record):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def relevant(settings):
+    """The settings that a result depends on, as text."""
+    return json.dumps({name: value for name, value in settings.items() if name not in IRRELEVANT}, sort_keys=True, default=str)
+
+
+def seal(record):
+    """A digest of a record less its seal: later stages rely on what is in it."""
+    return hashlib.sha256(json.dumps({k: v for k, v in record.items() if k != "seal"}, sort_keys=True).encode()).hexdigest()
+
+
+def restore(folder):
+    """A run killed between the two renames at its end has left the earlier folder under another name, which is returned."""
+    folder, old = Path(folder), Path(folder).with_name(f".{Path(folder).name}.old")
+    if old.exists() and folder.exists():
+        shutil.rmtree(old)
+    elif old.exists():
+        old.rename(folder)
+    return old
+
+
 @contextmanager
 def open_log(out, name):
-    """A log of JSON lines, OUT/NAME.log: yields a function that writes its keywords as a line, and raises UserError at a loss that is
-    NaN or infinite. The first line tells versions."""
+    """A log of JSON lines, OUT/NAME.log: yields a function that writes its keywords as a line. A run's first line tells versions; a run that goes on from a checkpoint of its name writes after what is there."""
     Path(out).mkdir(parents=True, exist_ok=True)
-    with open(Path(out) / f"{name}.log", "w", buffering=1) as file:
+    with open(Path(out) / f"{name}.log", "a" if any(Path(out).glob(f"*/.checkpoint-{name}*")) else "w", buffering=1) as file:
         def log(**fields):
             file.write(json.dumps(fields) + "\n")
-            if not math.isfinite(fields.get("loss", 0)):
-                raise UserError(f"the loss is {fields['loss']} at step {fields['step']}: lower --lr")
         log(**versions())
         yield log
 
@@ -147,34 +196,10 @@ def write_json(path, value):
     aside.rename(path)
 
 
-def write_tensors(path, shapes, parts):
-    """A safetensors file written piece by piece, so that only one piece is in memory.
-
-    shapes: {name: (dtype, shape)} of the whole; parts: dicts of tensors, to be laid end to end along their first dimension.
-    """
-    header, ends = {}, {}
-    for name, (dtype, shape) in shapes.items():
-        begin = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, begin + size]}
-        ends[name] = begin
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for part in parts:
-            for name, tensor in part.items():
-                file.seek(8 + len(text) + ends[name])
-                ends[name] += file.write(tensor.contiguous().cpu().view(torch.uint8).numpy())      # bf16 has no type in numpy
-        file.flush()
-        os.fsync(file.fileno())
-    if any(ends[name] != entry["data_offsets"][1] for name, entry in header.items()):
-        raise ValueError(f"{path}: the parts do not fill the shapes")
-
-
 def read_stage(folder, kind, command):
     """The record of a stage folder; UserError if it is missing, unfinished, or of another kind or version."""
     folder = Path(folder)
+    restore(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: run `{command}` first")
     if not (folder / RECORD).is_file():
@@ -183,10 +208,14 @@ def read_stage(folder, kind, command):
         record = json.loads((folder / RECORD).read_text())
         found = record["kind"], record["version"]
         record["settings"], record["digests"]
-    except (ValueError, KeyError, TypeError):
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in [*record["digests"], *record.get("shards", [])]):
+            raise ValueError("a name that leads out of the folder")
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / RECORD} is not a stage record: run `{command}` again") from None
     if found != (kind, VERSION):
         raise UserError(f"{folder} is {found[0]} version {found[1]}, not {kind} version {VERSION}: run `{command}` again")
+    if record.get("seal") != seal(record):
+        raise UserError(f"{folder / RECORD} has been changed since it was written: run `{command}` again")
     return record
 
 
@@ -198,59 +227,6 @@ def checked(folder, record, name=""):
         if not path.is_file() or sha256(path) != digest:
             raise UserError(f"{path} is missing or not the file that {RECORD} describes: run that stage again")
     return Path(folder) / name
-
-
-class Collection:
-    """What collect.py wrote: token ids and, per target layer, packed states, mapped from the shards as they are read."""
-
-    def __init__(self, paths, layers, store):
-        self.layers, self.directions = layers, None        # a list of U [k, D] here turns v into coefficients on them
-        self.names = {"full": ("plus", "minus"), "diff": ("v",), "lowrank": ("c",)}[store]
-        self.items, self.lengths = [], []                  # (tensors of its shard, ids from:to, states from:to, prompt ids)
-        for path in paths:
-            with safe_open(path, "pt") as file:            # its tensors are views of the mapped file
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-            lengths, starts = tensors["lengths"].tolist(), tensors["starts"].tolist()
-            at_id = at_state = 0
-            for length, start in zip(lengths, starts):
-                end_state = at_state + length - start
-                self.items.append((tensors, slice(at_id, at_id + length), slice(at_state, end_state), start))
-                at_id, at_state = at_id + length, end_state
-            self.lengths += lengths
-
-    def examples(self, indices):
-        """(ids, number of prompt ids) of responses, for data.collate: its response mask then marks the recorded positions."""
-        return [(tensors["ids"][at].tolist(), start) for tensors, at, _, start in (self.items[i] for i in indices)]
-
-    def recorded(self, i):
-        """Number of recorded positions of a response."""
-        return self.items[i][2].stop - self.items[i][2].start
-
-    def states(self, indices, device):
-        """base, plus, minus of responses as representation_loss takes them: lists of L tensors [T, D]. base is None where it was
-        not stored; minus is None where plus holds v, or, with directions, coefficients [T, k] on them."""
-        items = [self.items[i] for i in indices]
-
-        def packed(name):
-            if f"{name}.{self.layers[0]}" in items[0][0]:
-                states = [torch.cat([tensors[f"{name}.{layer}"][at] for tensors, _, at, _ in items]) for layer in self.layers]
-                return [x.pin_memory().to(device, non_blocking=True) for x in states] if device.type == "cuda" else states
-        base, plus, minus = packed("base"), packed(self.names[0]), packed("minus")
-        if self.names == ("c",):                           # of more directions than are asked for, the first
-            plus = [c[:, :len(U)] for c, U in zip(plus, self.directions)]
-        elif self.directions:
-            plus, minus = [v @ U.T.float() for v, U in zip(differences(plus, minus), self.directions)], None       # c = v U^T
-        return base, plus, minus
-
-    def differences(self, device, size=64):
-        """v of the first responses (their order is random), batch by batch: lists of L tensors [T, D]."""
-        for group in torch.arange(min(SAMPLE, len(self.items))).split(size):
-            yield differences(*self.states(group, device)[1:])
-
-
-def differences(plus, minus):
-    """v = h+ - h- in fp32 per layer; minus None: plus is v."""
-    return [p.float() for p in plus] if minus is None else [p.float() - m.float() for p, m in zip(plus, minus)]
 
 
 def inherit(config, settings, names, source):
@@ -266,7 +242,7 @@ def choose_method(out, method, needed, commands):
 
     needed: {method: folder under `out`/method that must exist}; commands: what would make one.
     """
-    found = [name for name in needed if (Path(out) / name / needed[name]).is_dir()]
+    found = [name for name in needed if restore(Path(out) / name / needed[name]) and (Path(out) / name / needed[name]).is_dir()]
     if method is None and len(found) > 1:
         raise UserError(f"{out} holds both {' and '.join(found)}: say which with --method {' or --method '.join(found)}")
     if method is None and not found:

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from files import UserError, setting
+from checkpoint import Checkpoint
+from files import Diverged, UserError, setting
 from model import find_blocks, find_linears
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -32,6 +34,8 @@ class Training:
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
     lora_targets: str = setting("all-linear", "linears to adapt: all-linear, attention, or names such as q_proj,v_proj")
     gradient_checkpointing: bool = setting(False, "run blocks again in the backward: less memory, more time")
+    checkpoint_minutes: float = setting(10, "how often a run is saved to go on from, should it be cut off", least=0)
+    restart: bool = setting(False, "begin anew where an earlier run was cut off")
 
 
 @dataclass
@@ -129,6 +133,44 @@ def descend(losses, adapter, optimizer, scaler):
     return total
 
 
+def cosine(steps):
+    """The learning rate's factor at a step: 10% warm-up, then a cosine to 0."""
+    warm_up = max(1, steps // 10)
+    return lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def fit(name, adapter, losses, batches, factor, config, dtype, device, log, path, inputs, more=dict):
+    """config.steps steps of AdamW on an adapter. Returns the checkpoint, to be removed once the adapter is written.
+
+    losses: function of a batch, yields the parts of its loss; batches: function of n, an iterator over all batches but the first n;
+    factor: function of the step, of the learning rate; path, inputs: of the checkpoint, and what the run depends on; more: function
+    without arguments, what else to log.
+    """
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    checkpoint = Checkpoint(path, inputs, config, adapter=adapter, optimizer=optimizer, schedule=schedule, scaler=scaler)
+    drawn = batches(checkpoint.step)
+    adapter.train()
+    bar = tqdm(range(checkpoint.step + 1, config.steps + 1), desc=name, unit="step", initial=checkpoint.step, total=config.steps)
+    with checkpoint:
+        for step in bar:
+            loss = descend(losses(next(drawn)), adapter, optimizer, scaler)
+            if not loss.isfinite():           # before it can be saved
+                checkpoint.remove()
+                raise Diverged(f"{name}: the loss is {loss.item()} at step {step}: lower --lr")
+            schedule.step()
+            if step % 10 == 0 or step == config.steps:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+                log(adapter=name, step=step, loss=loss.item(), lr=schedule.get_last_lr()[0], **more())
+            checkpoint.after(step)
+        checkpoint.save(config.steps)         # what follows may be cut off
+        checkpoint.check()
+    checkpoint.parts = {}                     # they hold the model
+    adapter.eval()
+    return checkpoint
+
+
 @contextlib.contextmanager
 def only(adapters, *on):
     """Within the block, just the adapters `on` are enabled, of all those given."""
@@ -165,10 +207,10 @@ def stack(first, second):
 # ---------------------------------------------------------------- PEFT's on-disk form
 
 def save_adapter(folder, factors, trunk, base_model, dropout=0.0):
-    """Write an adapter as PEFT does. `trunk` gives the paths and layouts; it may be a cut one. UserError at NaN or infinity."""
+    """Write an adapter as PEFT does. `trunk` gives the paths and layouts; it may be a cut one. Diverged at NaN or infinity."""
     for name, pair in factors.pairs.items():
         if not all(tensor.isfinite().all() for tensor in pair):
-            raise UserError(f"the adapter of {name} has come to NaN or infinity: lower --lr")
+            raise Diverged(f"the adapter of {name} has come to NaN or infinity: lower --lr")
     prefix = f"base_model.model.{trunk.base_model_prefix}."
     tensors = {f"{prefix}{name}.lora_{x}.weight": tensor.contiguous()
                for name, pair in factors.pairs.items() for x, tensor in zip("AB", pair)}

@@ -44,8 +44,8 @@ def read_model(what, name, read, setting="--model"):
         raise UserError(f"{setting} {name}: no such folder")
     try:
         return read()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{setting} {name}: cannot read its {what}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:                # the libraries have many ways to say that a file is not what they expect
+        raise UserError(f"{setting} {name}: cannot read its {what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
 
 
 def load_config(name):

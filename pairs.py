@@ -51,7 +51,7 @@ def read_rows(path):
                 yield f"line {i}", json.loads(line)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"--data {path}: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}{'' if first.lstrip().startswith('[') else f' line {i}'}: not JSON: {error}") from None
 
 

@@ -8,18 +8,18 @@ comes with. The model learns the response (NLL) and that the opposite instructio
 Unlike the paper, a LoRA is trained instead of all weights, and some examples without instruction anchor the plain
 prompt (see `anchor`). Writes OUT/scit/adapter, the input of collect.py.
 """
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import toy
 from files import new_stage, next_command, open_log, run, setting
-from lora import LoRA, Training, descend, save_adapter, sizes
+from lora import LoRA, Training, cosine, fit, save_adapter, sizes
 from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs, token_mean
 
 
@@ -87,50 +87,41 @@ def main(config):
     pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
                          config.positive, config.negative, config.template)
     model = load_model(source["model"], pick_dtype(config.dtype, device), device, checkpointing=config.gradient_checkpointing)
+    digest = model_digest(source["model"])
     adapter = LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
     print("one input: " + repr(tokenizer.decode(pairs["train"][0].example("positive", "chosen")[0])))
     lengths = [pair.length("positive", "chosen") for pair in pairs["train"]]
     print(f"{sizes(model, adapter)}; {config.steps} steps of {config.batch_size} pairs of {sum(lengths) / len(lengths):.0f} tokens in the mean")
 
     # training
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
-    scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
-    warm_up = max(1, config.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / config.steps))))
-    train, n_anchors = pairs["train"], round(config.anchor * config.batch_size)
-    draws, contrasts = data.endless_batches(lengths, config.batch_size, config.seed), []
+    train, n_anchors, contrasts = pairs["train"], round(config.anchor * config.batch_size), []
     widest = [max(pair.length("positive", response) for response in pair.responses) for pair in train]
 
     def losses(group):
         """The loss of a step, in parts that fit a forward pass; of a pair up to 6 inputs."""
         anchored, own = set(group[:n_anchors]), [len(ids) for i in group for ids in train[i].responses.values()]
         tokens = sum(own) + sum(own[:2 * len(anchored)])
+        contrasts.clear()
         for part in data.parts(group, widest, config.tokens_per_pass // 6):
             loss, contrast, _ = batch_loss(model, [train[i] for i in part], [train[i] for i in part if i in anchored],
                                            tokenizer.pad_token_id, device, config.smoothing, tokens, len(group))
             contrasts.append(contrast.detach())
             yield loss
 
+    def batches(done):
+        return itertools.islice(data.endless_batches(lengths, config.batch_size, config.seed), done, None)
     with open_log(config.out, "scit") as log:
-        adapter.train()
-        bar = tqdm(range(1, config.steps + 1), desc="scit", unit="step")
-        for step in bar:
-            contrasts.clear()
-            loss = descend(losses(next(draws)), adapter, optimizer, scaler)
-            schedule.step()
-            if step % 10 == 0 or step == config.steps:
-                bar.set_postfix(loss=f"{loss.item():.3f}", contrast=f"{sum(contrasts).item():.3f}")
-                log(step=step, loss=loss.item(), contrast=sum(contrasts).item(), lr=schedule.get_last_lr()[0])
-    adapter.eval()
+        checkpoint = fit("scit", adapter, losses, batches, cosine(config.steps), config, model.dtype, device, log, Path(config.out) / "scit" / ".checkpoint-scit",
+                         {**vars(config), **source, "pairs": data.digest(pairs), "model_digest": digest}, lambda: {"contrast": sum(contrasts).item()})
     contrast, margin, accuracy = held_out(model, data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id, device, config)
 
     # saving
     record = {"settings": {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch.")},
-              "model_digest": model_digest(source["model"]), "held_out": {"contrast": contrast, "margin": margin, "accuracy": accuracy}}
+              "model_digest": digest, "held_out": {"contrast": contrast, "margin": margin, "accuracy": accuracy}}
     folder = Path(config.out) / "scit" / "adapter"
     with new_stage(folder, "scit", record) as new:
         save_adapter(new, adapter.factors(), model.base_model, source["model"], config.lora_dropout)
+    checkpoint.remove()
     print(f"wrote {folder}; held-out pairs: contrast {contrast:.3f} (ln 2 = 0.693 is untrained), "
           f"log-probability a token under the right instruction {margin:+.2f}, right for {accuracy:.0%}")
     if contrast > 0.95 * math.log(2):

@@ -207,7 +207,11 @@ def ensure(config):
     """The world's folder: trained and written on first use, reused afterwards. Returns its model, data and judge."""
     folder = Path(config.out) / "toy" / f"seed{config.seed}"
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "device")}
-    if not folder.exists() or read_stage(folder, "toy", "python toy.py")["settings"] != settings:
+    try:
+        there = read_stage(folder, "toy", "python toy.py")["settings"] == settings
+    except UserError:                         # none, unfinished or of another version: trained anew
+        there = False
+    if not there:
         with new_stage(folder, "toy", {"settings": settings}) as new:
             rng = random.Random(config.seed)
             requests = split_requests(config.kinds.split(","), config.seed)

@@ -5,7 +5,7 @@
     python -m tests.bench_pipeline --shape tiny --scaling       1k to 8k pairs: time a pair and peak memory of each stage
     (--save writes tests/results/bench_pipeline_SHAPE.json or scaling.json)
 
-The authors' way, for each batch of pairs in random order: three full forward passes with all hidden states and logits for h+, h-
+Ours cuts a step's batch into forward passes of 4,096 tokens; "whole batches" does not. The authors' way, for each batch of pairs in random order: three full forward passes with all hidden states and logits for h+, h-
 and b (adapter off), one of the trained model with a PEFT LoRA on the same linears, a dense masked loss. In two forms: padded to
 their window (768 tokens for SCIT, 320 for DUAL), and padded to the longest of the batch. DUAL holds the good and the bad
 model beside the base. Lengths are as in HH-RLHF's harmless pairs (deciles of 1.3 tokens a word). Each measurement is a process of
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -229,16 +230,17 @@ class Memory:
 def work(config):
     """Measure one thing in this process and print it as JSON."""
     form, method, pairs = config.worker.split(":")
+    shutil.rmtree(Path(config.work) / f"{config.shape}-{method}-{pairs}" / method / ".collect.partial", ignore_errors=True)     # of a run that was cut off
     out, device = Path(config.work) / f"{config.shape}-{method}-{pairs}", torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Memory() as memory:
         start = time.perf_counter()
         if form == "collect":
             collect.main(collect.Config(out=str(out), method=method, layers=SHAPES[config.shape][1], max_gb=1e6))
-        elif form == "align":
-            align.main(align.Config(out=str(out), method=method, alpha=[ALPHA], steps=math.ceil(2 * int(pairs) / config.batch_size), batch_size=config.batch_size))
+        elif form.startswith("align"):
+            align.main(align.Config(out=str(out), method=method, alpha=[ALPHA], restart=True, tokens_per_pass=10**9 if form == "align, whole batches" else 4096, steps=math.ceil(2 * int(pairs) / config.batch_size), batch_size=config.batch_size))
         elif form == "stage1":
             stage, steps = (scit, math.ceil(int(pairs) / 8)) if method == "scit" else (dual, math.ceil(int(pairs) / config.batch_size))
-            stage.main(stage.Config(out=str(out / "own"), model=str(out / "model"), data=[str(out / "pairs.jsonl")], steps=steps, max_length=WINDOW[method]))
+            stage.main(stage.Config(out=str(out / "own"), restart=True, model=str(out / "model"), data=[str(out / "pairs.jsonl")], steps=steps, max_length=WINDOW[method]))
         elif form == "authors stage1":
             authors_stage1(out, method, config, device)
         else:
@@ -276,13 +278,13 @@ def compare(config):
         tokenizer = load_tokenizer(str(out / "model"))
         pairs = data.prepare([str(out / "pairs.jsonl")], ("train",), tokenizer, WINDOW[method], 0)["train"]
         tokens = sum(pair.length("plain", response) for pair in pairs for response in ("chosen", "rejected"))
-        rounds = [{form: measured(config, form, method, config.pairs) for form in ("collect", "align", "longest", "window", "stage1", "authors stage1")}
+        rounds = [{form: measured(config, form, method, config.pairs) for form in ("collect", "align", "align, whole batches", "longest", "window", "stage1", "authors stage1")}
                   for _ in range(config.rounds)]
         for row in rounds:
             row["collect + align"] = {"seconds": row["collect"]["seconds"] + row["align"]["seconds"], "bytes": max(row["collect"]["bytes"], row["align"]["bytes"])}
         found[method] = {"responses": 2 * len(pairs), "tokens": tokens, "seconds": {form: spread([row[form]["seconds"] for row in rounds]) for form in rounds[0]},
                          "peak MB": {form: spread([row[form]["bytes"] / 1e6 for row in rounds]) for form in rounds[0]}, "ratios": {}}
-        for ours, theirs in (("collect + align", "longest"), ("collect + align", "window"), ("align", "longest"), ("align", "window"), ("stage1", "authors stage1")):
+        for ours, theirs in (("collect + align", "longest"), ("collect + align", "window"), ("align", "longest"), ("align", "window"), ("align, whole batches", "longest"), ("stage1", "authors stage1")):
             found[method]["ratios"][f"{ours} / {theirs}"] = {
                 "speed": spread([row[theirs]["seconds"] / row[ours]["seconds"] for row in rounds]),
                 "memory": spread([row[ours]["bytes"] / row[theirs]["bytes"] for row in rounds])}
@@ -310,12 +312,12 @@ def markdown(found):
 
 
 def scaling(config):
-    """Milliseconds a pair and peak memory of each stage, one epoch, at 1k to 8k pairs of the same lengths; medians of three."""
+    """Milliseconds a pair and peak memory of each stage, one epoch, at 1k to 8k pairs of the same lengths."""
     found = {}
     for pairs in (1000, 2000, 4000, 8000):
         prepare(config, "dual", pairs)
         for stage in ("stage1", "collect", "align"):
-            rows = [measured(config, stage, "dual", pairs) for _ in range(3)]
+            rows = [measured(config, stage, "dual", pairs) for _ in range(1)]
             found.setdefault(stage, {})[pairs] = {"ms a pair": round(1e3 * statistics.median(row["seconds"] for row in rows) / pairs, 3),
                                                   "peak MB": round(statistics.median(row["bytes"] for row in rows) / 1e6, 1)}
             print(stage, pairs, found[stage][pairs], flush=True)
