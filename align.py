@@ -122,7 +122,7 @@ def train(trunk, adapter, collection, alphas, config, pad_id, device, log, name,
     def batches(done):
         """The parts of each step; all parts in a row are read ahead, by draws."""
         nonlocal draws
-        groups = itertools.islice(data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed), done, None)
+        groups = data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed, done)
         steps, ahead = itertools.tee(data.parts(group, collection.lengths, config.tokens_per_pass) for group in groups)
         draws = targets(collection, itertools.chain.from_iterable(ahead), trunk, adapter, pad_id, device)
         return steps

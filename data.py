@@ -1,5 +1,6 @@
 """Inputs of the models: the instructions p+ and p-, prompts, tokens, masks and batches. Pairs are read by pairs.py."""
 import hashlib
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -222,11 +223,11 @@ def batches(lengths, size, generator):
     return [groups[i] for i in torch.randperm(len(groups), generator=generator)]
 
 
-def endless_batches(lengths, size, seed):
-    """batches() epoch after epoch."""
+def endless_batches(lengths, size, seed, done=0):
+    """batches() epoch after epoch, less the first `done` of them."""
     generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from batches(lengths, size, generator)
+    epochs = (batches(lengths, size, generator) for _ in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(epochs), done, None)
 
 
 def parts(group, lengths, tokens):

@@ -10,7 +10,7 @@ Maximum likelihood on the chosen responses gives the "good" model, on the reject
 Unlike the paper, they are two LoRA adapters over one base, which is in memory once. The good model is
 preferred-SFT, the usual baseline. Writes OUT/dual/good and OUT/dual/bad, the input of collect.py.
 """
-import itertools
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,9 +72,7 @@ def main(config):
                 tokens = sum(len(train[i].responses[response]) for i in group)
                 for part in data.parts(group, lengths[response], config.tokens_per_pass):
                     yield response_nll(model, [train[i] for i in part], response, pad_id, device)[0] / tokens
-
-            def batches(done):
-                return itertools.islice(data.endless_batches(lengths[response], config.batch_size, config.seed), done, None)
+            batches = functools.partial(data.endless_batches, lengths[response], config.batch_size, config.seed)
             with only(adapters.values(), adapter):
                 start = held_out(model, valid, response, pad_id, device, config.batch_size)
                 checkpoints.append(fit(f"dual {name}", adapter, losses, batches, cosine(config.steps), config, model.dtype, device, log,

@@ -8,7 +8,7 @@ comes with. The model learns the response (NLL) and that the opposite instructio
 Unlike the paper, a LoRA is trained instead of all weights, and some examples without instruction anchor the plain
 prompt (see `anchor`). Writes OUT/scit/adapter, the input of collect.py.
 """
-import itertools
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +108,7 @@ def main(config):
             contrasts.append(contrast.detach())
             yield loss
 
-    def batches(done):
-        return itertools.islice(data.endless_batches(lengths, config.batch_size, config.seed), done, None)
+    batches = functools.partial(data.endless_batches, lengths, config.batch_size, config.seed)
     with open_log(config.out, "scit") as log:
         checkpoint = fit("scit", adapter, losses, batches, cosine(config.steps), config, model.dtype, device, log, Path(config.out) / "scit" / ".checkpoint-scit",
                          {**vars(config), **source, "pairs": data.digest(pairs), "model_digest": digest}, lambda: {"contrast": sum(contrasts).item()})

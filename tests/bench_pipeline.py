@@ -301,7 +301,7 @@ def compare(config):
 def markdown(found):
     """The README's table."""
     lines = ["| | | speed | peak memory |", "|---|---|---|---|"]
-    names = {"longest": "padded to the longest", "window": "padded to the window", "authors stage1": "full logits"}
+    names = {"longest": "padded to the longest of a batch", "window": "padded to the authors' window", "authors stage1": "full logits, random batches"}
     for method, rows in found.items():
         for key, ratio in rows["ratios"].items():
             ours, theirs = key.split(" / ")
@@ -322,6 +322,15 @@ def scaling(config):
                                                   "peak MB": round(statistics.median(row["bytes"] for row in rows) / 1e6, 1)}
             print(stage, pairs, found[stage][pairs], flush=True)
     return found
+
+
+def growth(found):
+    """The README's table of it."""
+    sizes = list(next(iter(found.values())))
+    lines = ["| pairs | " + " | ".join(f"{int(size):,}" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for stage, rows in found.items():
+        lines.append(f"| {stage.replace('stage1', 'dual.py')}: ms a pair, peak MB | " + " | ".join(f"{row['ms a pair']:.1f}, {row['peak MB']:.0f}" for row in rows.values()) + " |")
+    return "\n".join(lines)
 
 
 def main(config):

@@ -2,7 +2,7 @@
 
     python tests/few_tokens.py                     seeds 0, 1, 2; writes tests/results/few_tokens.json
 
-Stage 1 has all training pairs of the embedded default; collect.py --limit takes the first few of them; align.py has its defaults.
+Stage 1 has all training pairs of the embedded default; collect.py --limit draws some of them at random; align.py has its defaults.
 """
 import json
 import sys

@@ -283,3 +283,34 @@ def test_random_states_are_part_of_a_checkpoint(tmp_path):
     want = torch.rand(3)
     torch.manual_seed(4)
     assert checkpoint.Checkpoint(tmp_path / "c", {"a": 1, "device": "other"}, Config, adapter=torch.nn.Linear(2, 2)).step == 5 and torch.equal(torch.rand(3), want)
+
+
+def powerless():
+    """Root without its power over permissions: what any other user is."""
+    if os.geteuid() == 0:
+        import ctypes
+        for capability in (1, 2):             # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            assert ctypes.CDLL(None, use_errno=True).prctl(24, capability, 0, 0, 0) == 0          # PR_CAPBSET_DROP
+
+
+@pytest.mark.parametrize("what, code", [("out", 1), ("data", 2), ("adapter", 1), ("model", 2)])
+def test_what_may_not_be_read_or_written(what, code, done, tiny, tmp_path):  # noqa: F811
+    shutil.copytree(done, tmp_path / "out")
+    shutil.copytree(tiny, tmp_path / "tiny")
+    source = ["--model", tmp_path / "tiny" / "model", "--data", tmp_path / "tiny" / "pairs.jsonl"]
+    command = ["collect.py", "--method", "dual"] if what == "adapter" else ["dual.py", *source, "--steps", "1"]
+    path = {"out": tmp_path / "out", "data": tmp_path / "tiny" / "pairs.jsonl", "adapter": tmp_path / "out" / "dual" / "good" / "adapter_model.safetensors",
+            "model": tmp_path / "tiny" / "model" / "model.safetensors"}[what]
+    before = listing(tmp_path / "out")
+    for folder in [tmp_path / "out" / "dual", tmp_path / "out"] if what == "out" else []:
+        folder.chmod(0o555)
+    if what == "out":
+        (tmp_path / "out" / "dual.log").chmod(0o444)
+    else:
+        path.chmod(0)
+    end = subprocess.run([sys.executable, *command, "--out", tmp_path / "out", *CPU], cwd=ROOT, capture_output=True, text=True, preexec_fn=powerless)
+    for place in (path, tmp_path / "out" / "dual", tmp_path / "out" / "dual.log"):
+        place.chmod(0o755)
+    lines = [line for line in end.stderr.splitlines() if "error" in line]
+    assert end.returncode == code and len(lines) == 1 and ("cannot read its weights" if what == "model" else "ermission denied") in lines[0] and "Traceback" not in end.stderr, end.stderr[-600:]
+    assert listing(tmp_path / "out") == before

@@ -6,6 +6,8 @@ import shlex
 import subprocess
 import sys
 
+import bench_pipeline
+import few_tokens
 import found
 import study_wrong_labels
 from conftest import ROOT, SMALL_WORLD
@@ -53,6 +55,13 @@ def test_tables_of_the_study_and_of_the_disk_are_the_committed_ones():
     assert [int(row.replace(",", "")) for row in rows] == [round(form["bytes a token"]) for form in disk.values()]
 
 
+def test_tables_of_cost_are_the_committed_ones():
+    results = ROOT / "tests" / "results"
+    assert bench_pipeline.markdown(json.loads((results / "bench_pipeline_cpu.json").read_text())["found"]) in README
+    assert few_tokens.markdown(json.loads((results / "few_tokens.json").read_text())["seeds"]) in README
+    assert bench_pipeline.growth(json.loads((results / "scaling.json").read_text())["found"]) in README
+
+
 def test_bytes_table_is_what_the_benchmark_counts():
     rows = re.findall(r"^\|[^|]+\| \**(\d+)\** \| \**(\d+)\** \|$", README, re.M)
     counted = [form.own_bytes for name, form in forms().items() if name not in ("torch backend", "fused, incoming 0.37")]
@@ -70,7 +79,7 @@ def test_every_setting_it_names_exists():
     helps = ""
     for script in ("data", "lora", "scit", "dual", "collect", "align", "evaluate", "toy"):
         helps += (ROOT / f"{script}.py").read_text()
-    for script in ("tests/study_wrong_labels.py", "tests/disk.py", "tests/results.py", "tests/real.py", "tests/found.py", "kernels/bench.py"):
+    for script in ("tests/study_wrong_labels.py", "tests/disk.py", "tests/results.py", "tests/real.py", "tests/found.py", "tests/campaign.py", "tests/bench_pipeline.py", "kernels/bench.py"):
         helps += (ROOT / script).read_text()
     for name in set(re.findall(r"`--([a-z-]+)", README)) - {"help"}:
         assert re.search(rf"^    {name.replace('-', '_')}: ", helps, re.M), name
