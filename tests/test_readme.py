@@ -59,7 +59,6 @@ def test_tables_of_cost_are_the_committed_ones():
     results = ROOT / "tests" / "results"
     assert bench_pipeline.markdown(json.loads((results / "bench_pipeline_cpu.json").read_text())["found"]) in README
     assert few_tokens.markdown(json.loads((results / "few_tokens.json").read_text())["seeds"]) in README
-    assert bench_pipeline.growth(json.loads((results / "scaling.json").read_text())["found"]) in README
 
 
 def test_bytes_table_is_what_the_benchmark_counts():
