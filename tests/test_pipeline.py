@@ -15,7 +15,8 @@ import dual
 import evaluate
 import scit
 from conftest import SHARED, go, make_model, succeed
-from files import read_stage, write_tensors
+from collect import write_tensors
+from files import read_stage
 from lora import LoRA, load_adapter
 from model import hidden_states, load_model
 
