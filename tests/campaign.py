@@ -2,6 +2,7 @@
 
     python tests/campaign.py --kills 50              writes tests/results/campaign.json
     python tests/campaign.py --kills 0 --soak 50000  the same file's soak: collect and align over so many short pairs
+    python tests/campaign.py --kills 0 --checks True what digests, seals and checkpoints cost
 """
 import json
 import os
@@ -29,6 +30,7 @@ OFTEN = ["--checkpoint-minutes", "0.02"]
 class Config:
     kills: int = setting(50, "how often a stage is killed", least=0)
     soak: int = setting(0, "pairs of the soak", least=0)
+    checks: bool = setting(False, "measure what the checks cost, on the embedded default")
     seed: int = setting(0, "of the moments")
     work: str = setting("/tmp/rahf-campaign", "folder of the stages")
 
@@ -138,10 +140,42 @@ def soak(config):
     return {"pairs": config.soak, **found}
 
 
+def checks(config):
+    """The share of each stage's time that digests, seals and checkpoints take, on the embedded default."""
+    import align
+    import checkpoint
+    import collect
+    import dual
+    import files
+    import toy
+    from results import quietly
+    out, spent = Path(config.work) / "checks", [0.0]
+
+    def timed(function):
+        def call(*args):
+            begin = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                spent[0] += time.perf_counter() - begin
+        return call
+    toy.ensure(toy.Config(out=str(out)))
+    files.sha256, files.seal, checkpoint.Checkpoint.save = timed(files.sha256), timed(files.seal), timed(checkpoint.Checkpoint.save)
+    found = {}
+    for stage in (dual, collect, align):
+        spent[0] = 0.0
+        seconds = quietly(stage, out=str(out))
+        found[stage.__name__] = {"seconds": round(seconds, 2), "of it checks and checkpoints": round(spent[0] / seconds, 4)}
+        print(stage.__name__, found[stage.__name__], flush=True)
+    return found
+
+
 def main(config):
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if config.kills:
         result["kills"] = kill_campaign(config)
+    if config.checks:
+        result["checks"] = checks(config)
     if config.soak:
         result["soak"] = soak(config)
     write_json(RESULT, {**result, "versions": versions(), "machine": f"{os.cpu_count()} CPUs"})

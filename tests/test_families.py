@@ -177,7 +177,7 @@ def test_loss_scaling_keeps_small_fp16_gradients():
         adapter = LoRA(model.base_model)
         optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
         loss = 1e-7 * model(input_ids=torch.arange(20)[None]).logits.float().square().mean()
-        descend(loss, adapter, optimizer, torch.amp.GradScaler("cpu", enabled=enabled, init_scale=2.0**20))
+        descend([loss], adapter, optimizer, torch.amp.GradScaler("cpu", enabled=enabled, init_scale=2.0**20))
         moved[enabled] = sum((B != 0).float().mean().item() for B in adapter.B) / len(adapter.B)
     assert moved[True] > 0.9 > 0.5 > moved[False]
 
