@@ -255,7 +255,7 @@ def main(config):
                     try:
                         factors[each.name] = train_one(each, new / each.name, log)
                     except Diverged as error:
-                        print(f"WARNING: {each.name} is left out: {error}")
+                        print(f"WARNING: left out: {error}")
                 if not factors:
                     raise UserError("no adapter of the sweep is left: lower --lr or the values")
                 del trunk

@@ -17,7 +17,6 @@ import os
 import re
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
 

@@ -14,7 +14,6 @@ mapped files can be dropped at any time).
 """
 import json
 import math
-import os
 import random
 import shutil
 import statistics
@@ -31,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import align
 import collect
