@@ -265,7 +265,7 @@ def main(config):
     folder, directions = Path(config.out) / method / "collect", None
     result = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": first["model_digest"], "hidden_size": width,
               "adapters": {kind: r["digests"][WEIGHTS] for kind, r in records.items()}, "token_bytes": token_bytes}
-    with signals, new_stage(folder, "collect", result, {**result, "pairs": data.digest(pairs)}) as new, torch.no_grad():
+    with signals, new_stage(folder, "collect", result, {**result["settings"], **result, "settings": None, "pairs": data.digest(pairs)}) as new, torch.no_grad():
         if config.store == "lowrank":
             if not (new / "directions.safetensors").exists():
                 directions, shares = principal_directions(sampled_differences(examples["train"], record, config), config.rank)

@@ -61,6 +61,15 @@ def test_tables_of_cost_are_the_committed_ones():
     assert few_tokens.markdown(json.loads((results / "few_tokens.json").read_text())["seeds"]) in README
 
 
+def test_figures_of_the_default_and_of_the_checks_are_the_committed_ones():
+    seeds = json.loads((ROOT / "tests" / "results" / "embedded_default.json").read_text())["seeds"].values()
+    for method in ("scit", "dual"):
+        assert f"{method.upper()} " + " / ".join(f"{seed['figures'][f'{method}_aligned']['judge_greedy']:.2f}" for seed in seeds) in README
+    checks = json.loads((ROOT / "tests" / "results" / "campaign.json").read_text())["checks"]
+    shares = [100 * checks[stage]["of it checks and checkpoints"] for stage in ("dual", "collect", "align")]
+    assert [abs(float(x) - share) <= 0.051 for x, share in zip(re.search(r"take ([\d.]+)% of dual's, ([\d.]+)% of collect's and ([\d.]+)% of align's", README).groups(), shares)] == [True] * 3
+
+
 def test_bytes_table_is_what_the_benchmark_counts():
     rows = re.findall(r"^\|[^|]+\| \**(\d+)\** \| \**(\d+)\** \|$", README, re.M)
     counted = [form.own_bytes for name, form in forms().items() if name not in ("torch backend", "fused, incoming 0.37")]
