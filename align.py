@@ -17,10 +17,8 @@ The LoRA is on blocks 0 to the highest target; nothing above is loaded or run. O
 Writes OUT/METHOD/align, a PEFT adapter that applies to the original base model alone. A sweep has its adapters and its
 table in OUT/METHOD/sweep, and the best is OUT/METHOD/align.
 """
-import gc
 import itertools
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,8 +30,9 @@ from transformers import AutoTokenizer
 import data
 from files import Diverged, UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting, write_json
 from kernels import bytes_moved, representation_loss, response_index
-from lora import CONFIG, WEIGHTS, LoRA, Training, descend, fit, load_adapter, only, save_adapter, sizes, stack
-from model import find_linears, hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
+from lora import LoRA, Training, descend, fit, load_adapter, only, save_adapter, sizes, stack
+from model import (find_linears, hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, pick_tokens,
+                   principal_directions)
 from score import check_reward_model, choose, load_judge, load_reward_model, score_models, table
 
 STRENGTH = 0.25                               # the default ρ, for both methods, chosen on validation pairs of the embedded default
@@ -55,7 +54,8 @@ class Config(Training):
     method: Literal["scit", "dual"] | None = setting(None, "whose collection to use; empty takes the one that is there")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
     alpha: list[float] | None = setting(None, "α, the same for every layer, as in the paper; empty: what --strength says; several: a sweep")
-    strength: list[float] | None = setting(None, f"ρ: α per layer such that α|v|/|h| is ρ in the mean; empty: {STRENGTH}, unless --alpha is given; several: a sweep")
+    strength: list[float] | None = setting(None, f"ρ: α per layer such that α|v|/|h| is ρ in the mean; empty: {STRENGTH}, unless --alpha is given; "
+                                                 "several: a sweep")
     rank: int | None = setting(None, "use v's part on so many top directions a layer; empty: all of v, or what was collected", least=1)
     kind: Literal["l2", "mse"] = setting("l2", "the norm, as in the authors' code, or its square, as in the paper")
     layers: list[str] | None = setting(None, "target layers, of those collected, numbers or names as in collect.py; empty takes them all")
@@ -70,6 +70,24 @@ class Config(Training):
     profile: bool = setting(False, "trace a few steps, tell the loss kernel's share and bandwidth, and end")
     model: str | None = setting(None, "the base model, where it has moved; empty inherits from collect")
     seed: int | None = setting(None, "seed of the adapter and the order; empty inherits")
+
+
+def plan_runs(config, ratio):
+    """The adapters to train, of settings with several values several. ratio: mean |v|/|b| of each layer. UserError where they do not go.
+
+        α_l = --alpha,  or  α_l = ρ / mean(|v_l|/|b_l|)  with ρ = --strength
+    """
+    if config.alpha and config.strength:
+        raise UserError("--alpha and --strength exclude each other: give one of them")
+    if not config.alpha and not config.strength:
+        config.strength = [STRENGTH]
+    if config.strength and not all(0 < r < math.inf for r in ratio):
+        raise UserError(f"--strength: |v|/|h| is {ratio} at layers {config.layers}: h+ and h- must differ; train stage 1 longer, or give --alpha")
+    runs = [Run(f"alpha_{alpha:g}", "alpha", alpha, [alpha] * len(ratio)) for alpha in config.alpha or ()]
+    runs += [Run(f"strength_{rho:g}", "strength", rho, [rho / r for r in ratio]) for rho in config.strength or ()]
+    if len({each.name for each in runs}) < len(runs) or not all(math.isfinite(each.value) for each in runs):
+        raise UserError(f"--{runs[0].setting} {' '.join(f'{each.value:g}' for each in runs)}: give finite values, each once")
+    return runs
 
 
 def find_directions(collection, folder, record, layers, rank, device):
@@ -88,11 +106,11 @@ def find_directions(collection, folder, record, layers, rank, device):
     return [U.to(getattr(torch, settings["dtype"])) for U in directions], [share[rank - 1] for share in shares]
 
 
-def targets(collection, groups, trunk, adapter, pad_id, device):
+def targets(collection, groups, trunk, adapter):
     """For each group of collected responses (Batch, base, plus, minus), read one step ahead; b, h+ and h- are lists of L tensors [T, D]."""
     def read(group):
-        return data.collate(collection.examples(group), pad_id, device), *collection.states(group, device)
-    for batch, base, plus, minus in data.one_ahead(read, groups, device):
+        return collection.batch(group, trunk.device), *collection.states(group, trunk.device)
+    for batch, base, plus, minus in data.one_ahead(read, groups, trunk.device):
         if base is None:                      # not stored: the states of the model with the adapter off
             with torch.no_grad(), only([adapter]):
                 base = [h[batch.response] for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
@@ -102,29 +120,18 @@ def targets(collection, groups, trunk, adapter, pad_id, device):
 def alignment_loss(hidden, collection, batch, base, plus, minus, alphas, kind="l2", tokens=None):
     """mean || A(π_lora, <q, r>, l) - (b_l + α_l (h+_l - h-_l)) ||_2, and the norms [L, T]. hidden: L x [B, S, D]; alphas: [L];
     tokens: those of a whole step of which this is a part."""
-    return representation_loss(hidden, base, plus, minus, response_index(batch.response), alphas, kind=kind, directions=collection.directions,
-                               denom=tokens and len(hidden) * tokens)
+    return representation_loss(hidden, base, plus, minus, response_index(batch.response), alphas, kind=kind,
+                               directions=collection.directions, denom=tokens and len(hidden) * tokens)
 
 
-@torch.no_grad()
-def distances(trunk, adapter, held_out, alphas, pad_id, device, batch_size):
-    """Mean over held-out tokens of || h - (b + α v) || per layer: [L]."""
-    norms, groups = [], iter(torch.arange(len(held_out.items)).split(batch_size))
-    for batch, *states in targets(held_out, groups, trunk, adapter, pad_id, device):
-        norms.append(alignment_loss(hidden_states(trunk, held_out.layers, batch.ids, batch.attention), held_out, batch, *states, alphas)[1])
-    return torch.cat(norms, 1).mean(1)
-
-
-def train(trunk, adapter, collection, alphas, config, pad_id, device, log, name, folder, inputs):
-    """Move the adapter's hidden states to their targets, config.steps steps over batches of collected responses (--profile: trace and
-    time a step instead). Returns the checkpoint, to be removed when the adapter is written; folder: for it; inputs: all that it
-    depends on."""
+def objective(trunk, adapter, collection, alphas, config):
+    """What lora.fit needs to move the adapter's hidden states to their targets: (losses, batches)."""
     def batches(done):
-        """The parts of each step; all parts in a row are read ahead, by draws."""
+        """The parts of each step, less the first `done` steps; all parts in a row are read ahead, by draws."""
         nonlocal draws
         groups = data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed, done)
         steps, ahead = itertools.tee(data.parts(group, collection.lengths, config.tokens_per_pass) for group in groups)
-        draws = targets(collection, itertools.chain.from_iterable(ahead), trunk, adapter, pad_id, device)
+        draws = targets(collection, itertools.chain.from_iterable(ahead), trunk, adapter)
         return steps
 
     def losses(parts):
@@ -135,73 +142,86 @@ def train(trunk, adapter, collection, alphas, config, pad_id, device, log, name,
             hidden = hidden_states(trunk, collection.layers, batch.ids, batch.attention)   # A(π_lora, <q, r>, l): L x [B, S, D]
             yield alignment_loss(hidden, collection, batch, *states, alphas, config.kind, tokens)[0]
     draws = None
-    if config.profile:
-        from kernels.bench import profile     # with what only a benchmark needs
-        steps, optimizer, scaler = batches(0), torch.optim.AdamW(adapter.parameters(), lr=config.lr), torch.amp.GradScaler(device.type, enabled=trunk.dtype == torch.float16)
-        batch, *states = next(draws)
-        hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
-        return profile(lambda: descend(losses(next(steps)), adapter.train(), optimizer, scaler),
-                       lambda: torch.autograd.grad(alignment_loss(hidden, collection, batch, *states, alphas, config.kind)[0], hidden),
-                       bytes_moved(hidden, *states, collection.directions), Path(config.out) / "align_trace.json")
-    return fit(name, adapter, losses, batches, lambda step: 1.0, config, trunk.dtype, device, log, folder / f".checkpoint-align-{name}", inputs)
+    return losses, batches
 
 
-def score_sweep(factors, pairs, config, settings, tokenizer, device, folder):
-    """Score every adapter {name: Factors} and their base on held-out pairs; writes sweep.json and sweep.md. Returns the best's name."""
-    dtype = getattr(torch, settings["dtype"])
-    scorers = {"judge": load_judge(config.judge)} if config.judge else {}
+@torch.no_grad()
+def distances(trunk, adapter, held_out, alphas, batch_size):
+    """Mean over held-out tokens of || h - (b + α v) || per layer: [L]."""
+    norms, groups = [], iter(torch.arange(len(held_out.items)).split(batch_size))
+    for batch, *states in targets(held_out, groups, trunk, adapter):
+        hidden = hidden_states(trunk, held_out.layers, batch.ids, batch.attention)
+        norms.append(alignment_loss(hidden, held_out, batch, *states, alphas)[1])
+    return torch.cat(norms, 1).mean(1)
+
+
+def profile_step(trunk, adapter, collection, alphas, config):
+    """Trace some steps, and time one, and its loss alone."""
+    from kernels.bench import profile         # with what only a benchmark needs
+    losses, batches = objective(trunk, adapter, collection, alphas, config)
+    steps, optimizer = batches(0), torch.optim.AdamW(adapter.train().parameters(), lr=config.lr)
+    scaler = torch.amp.GradScaler(trunk.device.type, enabled=trunk.dtype == torch.float16)
+    batch, *states = next(targets(collection, iter(next(batches(0))), trunk, adapter))
+    hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
+    profile(lambda: descend(losses(next(steps)), adapter, optimizer, scaler),
+            lambda: torch.autograd.grad(alignment_loss(hidden, collection, batch, *states, alphas, config.kind)[0], hidden),
+            bytes_moved(hidden, *states, collection.directions), Path(config.out) / "align_trace.json")
+
+
+def score_sweep(factors, records, trunk, pairs, config, tokenizer):
+    """Score every adapter {name: Factors} and their base on held-out pairs. Writes OUT/METHOD/sweep, returns the best one's name."""
+    settings = {**next(iter(records.values()))["settings"], **vars(config)}
+    device, dtype, scorers = pick_device(config.device), getattr(torch, settings["dtype"]), {}
+    if config.judge:
+        scorers["judge"] = load_judge(config.judge)
     if config.reward_model:
         scorers["reward"] = load_reward_model(config.reward_model, dtype, device, config.batch_size)
     adapters = {"base": (None, "plain"), **{name: (adapter, "plain") for name, adapter in factors.items()}}
-    reports, _ = score_models(load_model(config.model, dtype, device), adapters, tokenizer, pairs, scorers, config.max_new_tokens, config.batch_size, config.seed)
+    reports, _ = score_models(load_model(config.model, dtype, device), adapters, tokenizer, pairs, scorers,
+                              config.max_new_tokens, config.batch_size, config.seed)
     best, why = choose(reports)
-    write_json(folder / "sweep.json", {"best": best, "why": why, "pairs": len(pairs), "models": reports, "settings": {**settings, **vars(config)}})
-    (folder / "sweep.md").write_text(f"{table(reports)}\n\nbest: {best}, {why}\n")
-    print((folder / "sweep.md").read_text())
+    words = f"{table(reports)}\n\nbest: {best}, {why}\n"
+    print(words)
+    with new_stage(Path(config.out) / config.method / "sweep", "sweep", {"settings": settings, "method": config.method}) as new:
+        for name, adapter in factors.items():
+            with new_stage(new / name, "align", records[name]) as folder:
+                save_adapter(folder, adapter, trunk, config.model, config.lora_dropout)
+        write_json(new / "sweep.json", {"best": best, "why": why, "pairs": len(pairs), "models": reports, "settings": settings})
+        (new / "sweep.md").write_text(words)
     return best
 
 
 def main(config):
     # what collect says
-    method = choose_method(config.out, config.method, dict.fromkeys(("scit", "dual"), "collect"), ["python collect.py"])
-    folder = Path(config.out) / method / "collect"
+    config.method = choose_method(config.out, config.method, dict.fromkeys(("scit", "dual"), "collect"), ["python collect.py"])
+    out, folder = Path(config.out) / config.method, Path(config.out) / config.method / "collect"
     record = read_stage(folder, "collect", "python collect.py")
     settings = record["settings"]
     if config.layers:
         config.layers = pick_layers(config.layers, load_config(config.model or settings["model"]).num_hidden_layers)
     inherit(config, {"judge": None, **settings}, ("model", "seed", "layers", "judge"), folder)
-    layers, device = config.layers, pick_device(config.device)
+    layers, device, dtype = config.layers, pick_device(config.device), getattr(torch, settings["dtype"])
+    config.tokens_per_pass = pick_tokens(config.tokens_per_pass, device)
     missing = [layer for layer in layers if layer not in settings["layers"]]
     if missing:
         raise UserError(f"--layers {missing[0]}: {folder} holds layers {settings['layers']}: collect it with `python collect.py --layers ...`")
-    if config.alpha and config.strength:
-        raise UserError("--alpha and --strength exclude each other: give one of them")
-    if not config.alpha and not config.strength:
-        config.strength = [STRENGTH]
-    ratio = [record["ratio"][settings["layers"].index(layer)] for layer in layers]           # mean |v|/|h|
-    if config.strength and not all(0 < r < math.inf for r in ratio):
-        raise UserError(f"--strength: {folder} has |v|/|h| {ratio} at layers {layers}: h+ and h- must differ; train stage 1 longer, or give --alpha")
-    runs = [Run(f"alpha_{alpha:g}", "alpha", alpha, [alpha] * len(layers)) for alpha in config.alpha or ()]
-    runs += [Run(f"strength_{rho:g}", "strength", rho, [rho / r for r in ratio]) for rho in config.strength or ()]
-    if len({r.name for r in runs}) < len(runs) or not all(math.isfinite(r.value) for r in runs):
-        raise UserError(f"--{runs[0].setting} {' '.join(f'{r.value:g}' for r in runs)}: give finite values, each once")
-    tokenizer, dtype = load_tokenizer(config.model), getattr(torch, settings["dtype"])
+    ratio = [record["ratio"][settings["layers"].index(layer)] for layer in layers]           # mean |v|/|b|
+    runs, tokenizer = plan_runs(config, ratio), load_tokenizer(config.model)
     if len(runs) > 1:                         # what the end of a sweep needs fails at its start
         if config.judge:
             load_judge(config.judge)
         if config.reward_model:
             check_reward_model(config.reward_model)
-        pairs = data.sample(data.prepare(settings["data"], ("valid",), tokenizer, settings["max_length"], settings["seed"], None, settings["positive"],
-                                         settings["negative"], settings["template"])["valid"], SCORED, config.seed)
-    collection = data.Collection([checked(folder, record, name) for name in record["shards"]], layers, settings["store"])
-    held_out = data.Collection([checked(folder, record, "heldout.safetensors")], layers, settings["store"])
+        pairs = data.prepare(settings["data"], ("valid",), tokenizer, settings["max_length"], settings["seed"], None,
+                             settings["positive"], settings["negative"], settings["template"])["valid"]
+    collection, held_out = (data.Collection([checked(folder, record, name) for name in names], layers, settings["store"], tokenizer.pad_token_id)
+                            for names in (record["shards"], ["heldout.safetensors"]))
 
     # the base up to the highest target layer, with its adapter where there is one
     trunk = load_model(config.model, dtype, device, blocks=layers[-1] + 1, checkpointing=config.gradient_checkpointing)
     if model_digest(config.model) != record["model_digest"]:
         raise UserError(f"{folder} was made for another model than --model {config.model}: run `python collect.py` again")
-    adapted = {path.rpartition(".")[2] for path in find_linears(trunk, config.lora_targets)}
-    below = None
+    adapted, below = {path.rpartition(".")[2] for path in find_linears(trunk, config.lora_targets)}, None
     if settings["base"] == "instructed":
         below = load_adapter(checked(folder, record, "base_adapter"), trunk)
         LoRA(trunk, factors=below).requires_grad_(False).eval()
@@ -213,69 +233,56 @@ def main(config):
                   + (f", {len(collection.directions[0])} directions hold {share:.0%} of |v|²" if share is not None else "")
                   + ("  WARNING: near 1 or above, expect the model to collapse; lower the strength" if abs(alpha) * r > 0.8 else ""))
     print(f"layers {layers}, base {settings['base']}: {len(collection.lengths[:config.limit]):,} responses of "
-          f"{sum(collection.lengths) / len(collection.lengths):.0f} tokens in the mean, {record['tokens'] * record['token_bytes'] / 1e9:.3g} GB of states on disk, "
-          f"{len(runs)} times {config.steps} steps of {config.batch_size}, LoRA on {', '.join(sorted(adapted))}")
+          f"{sum(collection.lengths) / len(collection.lengths):.0f} tokens in the mean, {record['tokens'] * record['token_bytes'] / 1e9:.3g} GB "
+          f"of states on disk, {len(runs)} times {config.steps} steps of {config.batch_size}, LoRA on {', '.join(sorted(adapted))}")
 
     # training; a written adapter applies to the original base alone
-    def train_one(each, written, log):
-        torch.manual_seed(config.seed)
-        adapter, alphas = LoRA(trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets), torch.tensor(each.alphas, device=device)
-        print(f"{each.name}: {sizes(trunk, adapter)}")
-        try:
-            start = distances(trunk, adapter, held_out, alphas, tokenizer.pad_token_id, device, config.batch_size)
-            inputs = {**settings, **vars(config), "alphas": each.alphas, "collected": record["digests"]}
-            checkpoint = train(trunk, adapter, collection, alphas, config, tokenizer.pad_token_id, device, log, each.name, out, inputs)
-            if config.profile:
-                return None
-            checkpoints.append(checkpoint)
-            end = distances(trunk, adapter, held_out, alphas, tokenizer.pad_token_id, device, config.batch_size)
-        finally:
-            adapter.remove()
-        factors = adapter.factors() if below is None else stack(below, adapter.factors())
-        result = {"settings": {**settings, **vars(config), "alpha": None, "strength": None, each.setting: each.value}, "method": method,
-                  "model_digest": record["model_digest"], "alphas": each.alphas, "distance_start": start.tolist(), "distance_end": end.tolist()}
-        with new_stage(written, "align", result) as new:
-            save_adapter(new, factors, trunk, config.model, config.lora_dropout)
-        for layer, a, b in zip(layers, result["distance_start"], result["distance_end"]):
-            print(f"  layer {layer}: held-out distance to the target {a:.3f} -> {b:.3f}" + (f" ({b / a:.2f} of it)" if a else ""))
-        print(f"{each.name}: held-out distance {start.mean():.3f} -> {end.mean():.3f}")
-        return factors
-
-    out, checkpoints = Path(config.out) / method, []
+    factors, records, checkpoints = {}, {}, []
     with open_log(config.out, "align") as log:
-        if len(runs) == 1 or config.profile:
-            best, factors = runs[0].name, {runs[0].name: train_one(runs[0], out / "align", log)}
+        for each in runs:
+            torch.manual_seed(config.seed)
+            adapter = LoRA(trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
+            alphas = torch.tensor(each.alphas, device=device)
             if config.profile:
-                return
-            del trunk
-        else:
-            factors = {}
-            with new_stage(out / "sweep", "sweep", {"settings": {**settings, **vars(config)}, "method": method}) as new:
-                for each in runs:
-                    try:
-                        factors[each.name] = train_one(each, new / each.name, log)
-                    except Diverged as error:
-                        print(f"WARNING: left out: {error}")
-                if not factors:
-                    raise UserError("no adapter of the sweep is left: lower --lr or the values")
-                del trunk
-                gc.collect()                  # hooks hold it in cycles, and the whole model comes next
-                best = score_sweep(factors, pairs, config, settings, tokenizer, device, new)
-            chosen = read_stage(out / "sweep" / best, "align", "python align.py")
-            with new_stage(out / "align", "align", {key: value for key, value in chosen.items() if key not in ("kind", "version", "made_by", "digests")}) as new:
-                for file in (CONFIG, WEIGHTS):
-                    shutil.copy(out / "sweep" / best / file, new / file)
-            print(f"{best} is the best; all of them and their table are in {out / 'sweep'}")
+                return profile_step(trunk, adapter, collection, alphas, config)
+            print(f"{each.name}: {sizes(trunk, adapter)}")
+            start = distances(trunk, adapter, held_out, alphas, config.batch_size)
+            try:
+                losses, batches = objective(trunk, adapter, collection, alphas, config)
+                inputs = {**settings, "alphas": each.alphas, "collected": record["digests"]}
+                checkpoints.append(fit(f"align-{each.name}", adapter, losses, batches, lambda step: 1.0, config, log, out, inputs))
+                end, own = distances(trunk, adapter, held_out, alphas, config.batch_size), adapter.factors()
+            except Diverged as error:
+                if len(runs) == 1:
+                    raise
+                print(f"WARNING: left out: {error}")
+                continue
+            finally:
+                adapter.remove()
+            factors[each.name] = own if below is None else stack(below, own)
+            records[each.name] = {"settings": {**settings, **vars(config), "alpha": None, "strength": None, each.setting: each.value},
+                                  "method": config.method, "model_digest": record["model_digest"], "alphas": each.alphas,
+                                  "distance_start": start.tolist(), "distance_end": end.tolist()}
+            for layer, a, b in zip(layers, start.tolist(), end.tolist()):
+                print(f"  layer {layer}: held-out distance to the target {a:.3f} -> {b:.3f}" + (f" ({b / a:.2f} of it)" if a else ""))
+            print(f"{each.name}: held-out distance {start.mean():.3f} -> {end.mean():.3f}")
+        if not factors:
+            raise UserError("no adapter of the sweep is left: lower --lr or the values")
+
+        # saving
+        trunk.to("meta")                      # its weights make room for a whole model; it still names the linears
+        best = runs[0].name if len(runs) == 1 else score_sweep(factors, records, trunk, data.sample(pairs, SCORED, config.seed), config, tokenizer)
+    with new_stage(out / "align", "align", records[best]) as new:
+        save_adapter(new, factors[best], trunk, config.model, config.lora_dropout)
     for checkpoint in checkpoints:
         checkpoint.remove()
-    print(f"wrote {out / 'align'}: {best}")
+    print(f"wrote {out / 'align'}: {best}" + (f", the best; all of them and their table are in {out / 'sweep'}" if len(runs) > 1 else ""))
     if factors[best].rank > 16:
         print(f"WARNING: the adapter has rank {factors[best].rank}; some servers take 16 at most by default")
     if config.merge:
-        gc.collect()
         model = load_model(config.model, dtype, device)
         LoRA(model.base_model, factors=factors[best]).merge()
-        with new_stage(out / "merged", "merged", {"settings": read_stage(out / "align", "align", "")["settings"]}) as new:
+        with new_stage(out / "merged", "merged", {"settings": records[best]["settings"]}) as new:
             model.save_pretrained(new)
             AutoTokenizer.from_pretrained(config.model).save_pretrained(new)
         print(f"wrote {out / 'merged'}: the whole model with {best} in its weights, for plain from_pretrained")

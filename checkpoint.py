@@ -1,7 +1,6 @@
 """Runs that are cut off: signals, and checkpoints from which a training goes on as if it had never stopped."""
 import io
 import json
-import os
 import signal
 import threading
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from files import Stopped, UserError, relevant
+from files import Stopped, UserError, relevant, written_whole
 
 
 class Signals:
@@ -74,15 +73,12 @@ class Checkpoint(Signals):
         self.check()
 
     def save(self, step):
-        aside = self.path.with_name(f".{self.path.name}.partial")
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"settings": self.settings, "step": step, "random": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        torch.save({"settings": self.settings, "step": step, "random": torch.get_rng_state(), "cuda": cuda,
                     **{name: part.state_dict() for name, part in self.parts.items()}}, whole := io.BytesIO())
-        with open(aside, "wb") as file:       # torch.save itself hides a full disk behind other errors
-            file.write(whole.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(self.path)
+        with written_whole(self.path) as aside:
+            aside.write_bytes(whole.getbuffer())          # torch.save itself hides a full disk behind other errors
         self.last = time.monotonic()
 
     def remove(self):

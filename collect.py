@@ -20,28 +20,24 @@ the top k uncentred principal directions of v at that layer, found in a pass ove
 
 `--survey` measures every block and recommends layers, strength and rank, see survey.py.
 """
-import json
-import math
-import os
 import shutil
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
 from checkpoint import Signals
-from files import UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting
+from files import UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting, written_whole
 from lora import CONFIG, WEIGHTS, LoRA, load_adapter, only, sizes
-from model import hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, principal_directions
+from model import (hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, pick_tokens,
+                   principal_directions)
 from survey import HELD_OUT, survey
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.float64: "F64"}    # safetensors' names
 ADAPTERS = {"scit": {"scit": "adapter"}, "dual": {"good": "good", "bad": "bad"}}     # method: {kind: folder}
 
 
@@ -50,7 +46,8 @@ class Config:
     out: str = setting("out", "folder of all stages")
     method: Literal["scit", "dual"] | None = setting(None, "whose stage 1 to use; empty takes the one that is there")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    layers: list[str] | None = setting(None, "target layers: numbers from 0, negative from the top, or middle, last, all; empty: all of fewer than 12, else middle")
+    layers: list[str] | None = setting(None, "target layers: numbers from 0, negative from the top, or middle, last, all; empty: all of fewer "
+                                             "than 12, else middle")
     base: Literal["instructed", "original"] | None = setting(
         None, "base of target and LoRA: the SCIT or good model, or the original; empty: instructed for SCIT, original for DUAL")
     stimulus: Literal["plain", "instructed"] = setting("plain", "DUAL: <q, r> to both models, or p+ to good and p- to bad (the paper)")
@@ -59,9 +56,9 @@ class Config:
     rank: int | None = setting(None, "directions a layer, for --store lowrank; empty: 8", least=1)
     store_base: bool = setting(True, "store b too; without it align runs the base again in each step")
     max_gb: float = setting(20, "most gigabytes to write; only a random share of the pairs is used beyond", least=0)
-    shard_mb: float = setting(512, "size of a shard in megabytes", least=0)
+    shard_mb: float = setting(128, "about the size of a shard in megabytes, which is held in memory", least=0)
     batch_size: int = setting(32, "responses in a forward pass, at most", least=1)
-    tokens_per_pass: int = setting(4096, "tokens in a forward pass, padding included, at most", least=1)
+    tokens_per_pass: int | None = setting(None, "most tokens in a forward pass, padding included; empty takes 4096 on a GPU, 2048 on the CPU", least=1)
     limit: int | None = setting(None, "use so many training pairs only, drawn at random", least=1)
     survey: bool = setting(False, "collect nothing: measure every block, and recommend layers, strength and rank")
     model: str | None = setting(None, "model folder or hub name; empty inherits from stage 1")
@@ -111,31 +108,50 @@ def sampled_differences(examples, record, config):
         yield [p.float() - m.float() for p, m in zip(plus, minus)]
 
 
-def write_tensors(path, shapes, parts):
-    """A safetensors file written piece by piece, so that only one piece is in memory.
+def stored_directions(path, examples, record, config, trunk):
+    """The top directions U [k, D] of v per layer, in fp32, and the shares of Σ|v|² that they hold: read from path, where they are not
+    there found in a sample and written."""
+    if not path.exists():
+        directions, shares = principal_directions(sampled_differences(examples, record, config), config.rank)
+        found = {f"directions.{layer}": U.to(trunk.dtype).cpu() for layer, U in zip(config.layers, directions)}
+        found["energy"] = torch.tensor([share[config.rank - 1] for share in shares], dtype=torch.float64)
+        with written_whole(path) as aside:
+            save_file(found, aside)
+    found = load_file(path, device=str(trunk.device))
+    return [found[f"directions.{layer}"].float() for layer in config.layers], found["energy"].tolist()
 
-    shapes: {name: (dtype, shape)} of the whole; parts: dicts of tensors, to be laid end to end along their first dimension.
-    """
-    header, ends = {}, {}
-    for name, (dtype, shape) in shapes.items():
-        begin = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, begin + size]}
-        ends[name] = begin
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    aside = Path(path).with_name(f".{Path(path).name}.partial")
-    with open(aside, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for part in parts:
-            for name, tensor in part.items():
-                file.seek(8 + len(text) + ends[name])
-                ends[name] += file.write(tensor.contiguous().cpu().view(torch.uint8).numpy())      # bf16 has no type in numpy
-        file.flush()
-        os.fsync(file.fileno())
-    if any(ends[name] != entry["data_offsets"][1] for name, entry in header.items()):
-        raise ValueError(f"{path}: the parts do not fill the shapes")
-    aside.rename(path)
+
+def plan_store(config, width):
+    """What is kept of the states: {"plus" | "minus" | "v" | "c" | "base": numbers a token and layer}, and their bytes a token."""
+    if config.rank and config.store != "lowrank":
+        raise UserError("--rank goes with --store lowrank; align.py has a --rank of its own for other collections")
+    config.rank = config.rank or min(8, width)
+    if config.rank > width:
+        raise UserError(f"--rank {config.rank}: the hidden states are {width} wide")
+    stored = {"full": {"plus": width, "minus": width}, "diff": {"v": width}, "lowrank": {"c": config.rank}}[config.store]
+    stored |= {"base": width} if config.store_base else {}
+    return stored, len(config.layers) * sum(stored.values()) * getattr(torch, config.dtype).itemsize
+
+
+def fit_disk(examples, config, token_bytes, folder):
+    """Leave of examples["train"] a random share of the pairs that --max-gb holds; {split: recorded tokens}. UserError where the disk is too small."""
+    def written(some):
+        return [recorded_length(example, config) * token_bytes + 4 * example[0].length("plain", example[1]) for example in some]
+    train, pairs = examples["train"], len(examples["train"]) // 2
+    needed = sum(written(train))
+    if needed > config.max_gb * 1e9:          # both responses of each
+        kept = data.sample(range(pairs), int(config.max_gb * 1e9 / needed * pairs), config.seed)
+        if not kept:
+            raise UserError(f"--max-gb {config.max_gb:g} holds no pair: all of them take {needed / 1e9:.3g} GB")
+        examples["train"] = [train[2 * i + j] for i in kept for j in (0, 1)]
+        print(f"--max-gb {config.max_gb:g} holds {len(kept):,} training pairs, {len(kept) / pairs:.1%} of them")
+    tokens = {split: sum(recorded_length(example, config) for example in some) for split, some in examples.items()}
+    total, free = sum(sum(written(some)) for some in examples.values()), shutil.disk_usage(config.out).free
+    free += sum(path.stat().st_size for path in (folder / ".collect.partial").glob("*.safetensors"))      # kept or deleted
+    print(f"{sum(tokens.values()):,} tokens of {token_bytes:,} bytes of states, {total / 1e9:.3g} GB to write")
+    if total > free:
+        raise UserError(f"{config.out}: {total / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: lower --max-gb or use --store diff or lowrank")
+    return tokens
 
 
 def plan_shards(examples, config, token_bytes):
@@ -152,40 +168,45 @@ def plan_shards(examples, config, token_bytes):
 
 
 def record_shard(path, batches, record, directions, config, stored, after):
-    """Record some batches into one file, each written as it comes, so that no more than one is in memory.
+    """Record some batches into one file. Per layer also Σ|v|, Σ|b| and Σ|v|/|b|, as statistics [3, L].
 
-    stored: {"plus" | "minus" | "v" | "c" | "base": numbers a token and layer}, what is kept of the states. Per layer also
-    Σ|v|, Σ|b| and Σ|v|/|b|, as statistics [3, L]. after: called after each batch. UserError at NaN or infinity.
+    stored: as plan_store says; after: called after each batch. UserError at NaN or infinity.
     """
-    examples, statistics = sum(batches, []), torch.zeros(3, len(config.layers), dtype=torch.float64)
-    dtype, T = getattr(torch, config.dtype), sum(recorded_length(example, config) for example in examples)
-    shapes = {"statistics": (torch.float64, statistics.shape), "ids": (torch.int32, (sum(pair.length("plain", response) for pair, response in examples),)),
-              "lengths": (torch.int32, (len(examples),)), "starts": (torch.int32, (len(examples),)),
-              **{f"{name}.{layer}": (dtype, (T, width)) for name, width in stored.items() for layer in config.layers}}
+    examples, dtype = sum(batches, []), getattr(torch, config.dtype)
+    T, ids = sum(recorded_length(example, config) for example in examples), sum(pair.length("plain", response) for pair, response in examples)
+    shapes = {"ids": ((ids,), torch.int32), "lengths": ((len(examples),), torch.int32), "starts": ((len(examples),), torch.int32),
+              **{f"{name}.{layer}": ((T, width), dtype) for name, width in stored.items() for layer in config.layers}}
+    tensors, at = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}, dict.fromkeys(shapes, 0)
+    statistics = torch.zeros(3, len(config.layers), dtype=torch.float64)
+    for batch in batches:
+        base, plus, minus = record(batch)
+        v = [p - m for p, m in zip(plus, minus)]                                                # h+ - h-
+        norm_v, norm_b = (torch.stack([state.float().norm(dim=-1) for state in states]) for states in (v, base))              # [L, T]
+        check_finite(norm_v + norm_b, batch, config)
+        statistics += torch.stack([norm_v, norm_b, norm_v / norm_b]).sum(-1).cpu()
+        states = {"plus": plus, "minus": minus, "v": v, "base": base}
+        if directions:
+            states["c"] = [(x.float() @ U.T).to(x.dtype) for x, U in zip(v, directions)]        # c = v U^T: [T, k]
+        inputs = [pair.example("plain", response) for pair, response in batch]
+        new = {f"{name}.{layer}": state for name in stored for layer, state in zip(config.layers, states[name])} | {
+            "ids": torch.tensor([token for tokens, _ in inputs for token in tokens]), "lengths": torch.tensor([len(tokens) for tokens, _ in inputs]),
+            "starts": torch.tensor([start - config.last_prompt_token for _, start in inputs])}
+        for name, tensor in new.items():
+            tensors[name][at[name]:at[name] + len(tensor)] = tensor
+            at[name] += len(tensor)
+        after()
+    with written_whole(path) as aside:
+        save_file({**tensors, "statistics": statistics}, aside)
 
-    def parts():
-        for batch in batches:
-            base, plus, minus = record(batch)
-            v = [p - m for p, m in zip(plus, minus)]                                            # h+ - h-
-            norm_v, norm_b = (torch.stack([state.float().norm(dim=-1) for state in states]) for states in (v, base))          # [L, T]
-            statistics.add_(torch.stack([norm_v, norm_b, norm_v / norm_b]).sum(-1).cpu())
-            states = {"plus": plus, "minus": minus, "v": v, "base": base}
-            if directions:
-                states["c"] = [(x.float() @ U.T).to(x.dtype) for x, U in zip(v, directions)]    # c = v U^T: [T, k]
-            of_batch = [pair.example("plain", response) for pair, response in batch]
-            if not (norm_v + norm_b).isfinite().all():
-                layer, position = (~(norm_v + norm_b).isfinite()).nonzero()[0].tolist()
-                ends = torch.tensor([recorded_length(example, config) for example in batch]).cumsum(0)
-                pair, response = batch[int((ends <= position).sum())]
-                raise UserError(f"the states of layer {config.layers[layer]} are NaN or infinite in the {response} response to "
-                                f"{pair.pair.prompt[-1][1][:60]!r}: take --dtype bfloat16 or float32, or train stage 1 at a lower --lr")
-            after()
-            yield {f"{name}.{layer}": state for name in stored for layer, state in zip(config.layers, states[name])} | {
-                "ids": torch.tensor([token for ids, _ in of_batch for token in ids], dtype=torch.int32),
-                "lengths": torch.tensor([len(ids) for ids, _ in of_batch], dtype=torch.int32),
-                "starts": torch.tensor([start - config.last_prompt_token for _, start in of_batch], dtype=torch.int32)}
-        yield {"statistics": statistics}
-    write_tensors(path, shapes, parts())
+
+def check_finite(norms, batch, config):
+    """UserError that names layer and response where one of the norms [L, T] of a batch's states is NaN or infinite."""
+    if not norms.isfinite().all():
+        layer, position = (~norms.isfinite()).nonzero()[0].tolist()
+        ends = torch.tensor([recorded_length(example, config) for example in batch]).cumsum(0)
+        pair, response = batch[int((ends <= position).sum())]
+        raise UserError(f"the states of layer {config.layers[layer]} are NaN or infinite in the {response} response to "
+                        f"{pair.pair.prompt[-1][1][:60]!r}: take --dtype bfloat16 or float32, or train stage 1 at a lower --lr")
 
 
 def main(config):
@@ -200,6 +221,7 @@ def main(config):
     inherit(config, settings, ("model", "data", "dtype", "max_length", "seed"), f"{config.out}/{method}")
     config.base = config.base or {"scit": "instructed", "dual": "original"}[method]
     device = pick_device(config.device)
+    config.tokens_per_pass = pick_tokens(config.tokens_per_pass, device)
     torch.manual_seed(config.seed)
 
     # the model up to the highest target layer, and the pairs
@@ -233,31 +255,10 @@ def main(config):
         return
 
     # what it will take
-    width, itemsize = trunk.config.get_text_config().hidden_size, torch.finfo(trunk.dtype).bits // 8
-    if config.rank and config.store != "lowrank":
-        raise UserError("--rank goes with --store lowrank; align.py has a --rank of its own for other collections")
-    config.rank = config.rank or min(8, width)
-    if config.rank > width:
-        raise UserError(f"--rank {config.rank}: the hidden states are {width} wide")
-    stored = {"full": {"plus": width, "minus": width}, "diff": {"v": width}, "lowrank": {"c": config.rank}}[config.store]
-    stored |= {"base": width} if config.store_base else {}
-    token_bytes = len(config.layers) * sum(stored.values()) * itemsize
-    tokens = {split: [recorded_length(example, config) for example in examples[split]] for split in examples}
-    ids = {split: sum(4 * pair.length("plain", response) for pair, response in examples[split]) for split in examples}
-    needed = {split: sum(tokens[split]) * token_bytes + ids[split] for split in examples}
-    share = min(1.0, config.max_gb * 1e9 / needed["train"])
-    if share < 1:                             # a random share of the pairs, both responses of each
-        kept = torch.randperm(len(pairs["train"]), generator=torch.Generator().manual_seed(config.seed))[:int(share * len(pairs["train"]))].tolist()
-        if not kept:
-            raise UserError(f"--max-gb {config.max_gb:g} holds no pair: all of them take {needed['train'] / 1e9:.3g} GB")
-        examples["train"], tokens["train"] = ([values[2 * i + j] for i in kept for j in (0, 1)] for values in (examples["train"], tokens["train"]))
-        print(f"--max-gb {config.max_gb:g} holds {len(kept):,} training pairs, {share:.1%} of them")
-    total, free = share * needed["train"] + needed["valid"], shutil.disk_usage(config.out).free
-    free += sum(path.stat().st_size for path in (Path(config.out) / method / ".collect.partial").glob("*.safetensors"))      # kept or deleted
-    print(f"{sizes(trunk)}; layers {config.layers} of width {width} in {config.dtype}: {sum(map(sum, tokens.values())):,} tokens of "
-          f"{token_bytes:,} bytes of states, {total / 1e9:.3g} GB to write")
-    if total > free:
-        raise UserError(f"{config.out}: {total / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: lower --max-gb or use --store diff or lowrank")
+    width = trunk.config.get_text_config().hidden_size
+    stored, token_bytes = plan_store(config, width)
+    tokens = fit_disk(examples, config, token_bytes, Path(config.out) / method)
+    print(f"{sizes(trunk)}; layers {config.layers} of width {width} in {config.dtype}")
     seen = "positive" if method == "scit" or config.stimulus == "instructed" else "plain"
     print("one input: " + repr(tokenizer.decode(examples["train"][0][0].example(seen, "chosen")[0])))
 
@@ -265,15 +266,10 @@ def main(config):
     folder, directions = Path(config.out) / method / "collect", None
     result = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": first["model_digest"], "hidden_size": width,
               "adapters": {kind: r["digests"][WEIGHTS] for kind, r in records.items()}, "token_bytes": token_bytes}
-    with signals, new_stage(folder, "collect", result, {**result["settings"], **result, "settings": None, "pairs": data.digest(pairs)}) as new, torch.no_grad():
+    going_on = {**result["settings"], **result, "settings": None, "pairs": data.digest(pairs)}
+    with signals, new_stage(folder, "collect", result, going_on) as new, torch.no_grad():
         if config.store == "lowrank":
-            if not (new / "directions.safetensors").exists():
-                directions, shares = principal_directions(sampled_differences(examples["train"], record, config), config.rank)
-                found = {f"directions.{layer}": U.to(trunk.dtype) for layer, U in zip(config.layers, directions)}
-                found["energy"] = torch.tensor([share[config.rank - 1] for share in shares], dtype=torch.float64)
-                write_tensors(new / "directions.safetensors", {name: (x.dtype, x.shape) for name, x in found.items()}, [found])
-            found = load_file(new / "directions.safetensors", device=str(device))
-            directions, result["energy"] = [found[f"directions.{layer}"].float() for layer in config.layers], found["energy"].tolist()
+            directions, result["energy"] = stored_directions(new / "directions.safetensors", examples["train"], record, config, trunk)
         shards = plan_shards(examples["train"], config, token_bytes)
         result["shards"] = [f"shard-{i:05d}.safetensors" for i in range(len(shards))]
         files = dict(zip(["heldout.safetensors", *result["shards"]], [sum(plan_shards(examples["valid"], config, token_bytes), []), *shards]))
@@ -288,12 +284,13 @@ def main(config):
             (new / "base_adapter").mkdir(exist_ok=True)
             for name in (CONFIG, WEIGHTS):
                 shutil.copy(next(iter(stage1.values())) / name, new / "base_adapter" / name)
-        result["tokens"], result["tokens_train"] = sum(map(sum, tokens.values())), sum(tokens["train"])
+        result["tokens"], result["tokens_train"] = sum(tokens.values()), tokens["train"]
         result["norm_v"], result["norm_h"], result["ratio"] = (statistics / result["tokens"]).tolist()
     for i, layer in enumerate(config.layers):
         print(f"  layer {layer}: |v| {result['norm_v'][i]:.3f}, |h| {result['norm_h'][i]:.3f}, mean |v|/|h| {result['ratio'][i]:.3f}"
               + (f", {config.rank} directions hold {result['energy'][i]:.0%} of |v|²" if directions else ""))
-    print(f"wrote {folder}: {result['tokens']:,} tokens of {sum(map(len, examples.values())):,} responses in {len(result['shards'])} shards and heldout.safetensors")
+    print(f"wrote {folder}: {result['tokens']:,} tokens of {sum(map(len, examples.values())):,} responses in {len(result['shards'])} shards "
+          "and heldout.safetensors")
     print(next_command("align.py", config.out, config.method))
 
 

@@ -269,8 +269,8 @@ def one_ahead(make, items, device):
 class Collection:
     """What collect.py wrote: token ids and, per target layer, packed states, mapped from the shards as they are read."""
 
-    def __init__(self, paths, layers, store):
-        self.layers, self.directions = layers, None        # a list of U [k, D] here turns v into coefficients on them
+    def __init__(self, paths, layers, store, pad_id):
+        self.layers, self.pad_id, self.directions = layers, pad_id, None            # a list of U [k, D] here turns v into coefficients on them
         self.names = {"full": ("plus", "minus"), "diff": ("v",), "lowrank": ("c",)}[store]
         self.items, self.lengths = [], []                  # (tensors of its shard, ids from:to, states from:to, prompt ids)
         for path in paths:
@@ -284,9 +284,9 @@ class Collection:
                 at_id, at_state = at_id + length, end_state
             self.lengths += lengths
 
-    def examples(self, indices):
-        """(ids, number of prompt ids) of responses, for data.collate: its response mask then marks the recorded positions."""
-        return [(tensors["ids"][at].tolist(), start) for tensors, at, _, start in (self.items[i] for i in indices)]
+    def batch(self, indices, device):
+        """A Batch of responses; its response mask marks the recorded positions."""
+        return collate([(tensors["ids"][at].tolist(), start) for tensors, at, _, start in (self.items[i] for i in indices)], self.pad_id, device)
 
     def recorded(self, i):
         """Number of recorded positions of a response."""

@@ -20,7 +20,7 @@ import data
 import toy
 from files import new_stage, next_command, open_log, run, setting
 from lora import LoRA, Training, cosine, fit, only, save_adapter, sizes
-from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs
+from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, pick_tokens, response_logprobs
 
 
 @dataclass
@@ -30,22 +30,23 @@ class Config(data.Source, Training):
     lr: float = setting(2e-3, "peak learning rate; cosine, 10% warm-up", least=0)
 
 
-def response_nll(model, pairs, response, pad_id, device):
+def response_nll(model, pairs, response, pad_id):
     """-Σ log π(r_t | q, r_<t) over the response tokens of the batch, and their number. response: "chosen" or "rejected"."""
-    logprobs, mask = response_logprobs(model, data.collate([pair.example("plain", response) for pair in pairs], pad_id, device))
+    logprobs, mask = response_logprobs(model, data.collate([pair.example("plain", response) for pair in pairs], pad_id, model.device))
     return -logprobs.sum(), mask.sum()
 
 
 @torch.no_grad()
-def held_out(model, pairs, response, pad_id, device, batch_size):
+def held_out(model, pairs, response, pad_id, batch_size):
     """NLL a token over held-out pairs."""
-    sums = [response_nll(model, pairs[i:i + batch_size], response, pad_id, device) for i in range(0, len(pairs), batch_size)]
+    sums = [response_nll(model, pairs[i:i + batch_size], response, pad_id) for i in range(0, len(pairs), batch_size)]
     return (sum(nll for nll, _ in sums) / sum(tokens for _, tokens in sums)).item()
 
 
 def main(config):
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
+    config.tokens_per_pass = pick_tokens(config.tokens_per_pass, device)
     source = toy.source(config)
 
     # the pairs, the base and its two adapters
@@ -65,19 +66,18 @@ def main(config):
           f"{sum(lengths['chosen']) / len(train):.0f} tokens in the mean")
 
     # training, one model after the other
-    results, checkpoints, inputs = {}, [], {**vars(config), **source, "pairs": data.digest(pairs), "model_digest": digest}
+    results, checkpoints, inputs = {}, [], {"pairs": data.digest(pairs), "model_digest": digest}
     with open_log(config.out, "dual") as log:
         for (name, adapter), response in zip(adapters.items(), ("chosen", "rejected")):
             def losses(group):                # of a step, in parts that fit a forward pass
                 tokens = sum(len(train[i].responses[response]) for i in group)
                 for part in data.parts(group, lengths[response], config.tokens_per_pass):
-                    yield response_nll(model, [train[i] for i in part], response, pad_id, device)[0] / tokens
+                    yield response_nll(model, [train[i] for i in part], response, pad_id)[0] / tokens
             batches = functools.partial(data.endless_batches, lengths[response], config.batch_size, config.seed)
             with only(adapters.values(), adapter):
-                start = held_out(model, valid, response, pad_id, device, config.batch_size)
-                checkpoints.append(fit(f"dual {name}", adapter, losses, batches, cosine(config.steps), config, model.dtype, device, log,
-                                       Path(config.out) / "dual" / f".checkpoint-dual-{name}", inputs))
-                results[name] = {"nll_start": start, "nll_end": held_out(model, valid, response, pad_id, device, config.batch_size)}
+                start = held_out(model, valid, response, pad_id, config.batch_size)
+                checkpoints.append(fit(f"dual-{name}", adapter, losses, batches, cosine(config.steps), config, log, Path(config.out) / "dual", inputs))
+                results[name] = {"nll_start": start, "nll_end": held_out(model, valid, response, pad_id, config.batch_size)}
 
     # saving
     settings = {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch.")}

@@ -88,13 +88,15 @@ def main(config):
         for name in names:
             if name == "base" or name.endswith("aligned"):
                 adapter = attach(name)
-                print(f"{name:>12}: {text_of(tokenizer, generate(model, tokenizer, [pair.prompts['plain'].tolist()], False, config.max_new_tokens, 1, config.seed, pair.end)[0])}")
+                answer = generate(model, tokenizer, [pair.prompts["plain"].tolist()], False, config.max_new_tokens, 1, config.seed, pair.end)[0]
+                print(f"{name:>12}: {text_of(tokenizer, answer)}")
                 if adapter:
                     adapter.remove()
         return
 
     splits = ("train", "valid", "test") if config.split == "all" else (config.split,)
-    pairs = data.prepare(config.data, splits, tokenizer, config.max_length, config.seed, None, settings["positive"], settings["negative"], settings["template"])
+    pairs = data.prepare(config.data, splits, tokenizer, config.max_length, config.seed, None, settings["positive"], settings["negative"],
+                         settings["template"])
     pairs = sum(pairs.values(), [])[:config.limit]
     report, samples = score_models(model, {name: (factors.get(name), MODELS[name][2]) for name in names}, tokenizer, pairs, scorers,
                                    config.max_new_tokens, config.batch_size, config.seed)
@@ -106,11 +108,13 @@ def main(config):
                 wins.setdefault(name, {})[f"{scorer}_{how}"] = win_rate(mine, base)
 
     with new_stage(out / "evaluate", "evaluate", {"settings": vars(config)}) as new:
-        write_json(new / "report.json", {"models": report, "win_rate_over_base": wins, "settings": {**vars(config), "pairs": len(pairs)}, "versions": versions()})
+        write_json(new / "report.json", {"models": report, "win_rate_over_base": wins, "settings": {**vars(config), "pairs": len(pairs)},
+                                         "versions": versions()})
         (new / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
     print(f"\n{table(report)}\n")
     for name, rates in wins.items():
-        print(f"{name} wins over base: " + ", ".join(f"{what.replace('_', ', ')} {rate:.2f} [{low:.2f}, {high:.2f}]" for what, (rate, low, high) in rates.items()))
+        print(f"{name} wins over base: " + ", ".join(f"{what.replace('_', ', ')} {rate:.2f} [{low:.2f}, {high:.2f}]"
+                                                     for what, (rate, low, high) in rates.items()))
     print(f"wrote {out / 'evaluate'}: {len(pairs)} {config.split} pairs, {len(samples):,} answers in samples.jsonl")
 
 

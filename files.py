@@ -3,7 +3,7 @@
 Every stage writes one folder. It is written aside as `.name.partial`, its `stage.json` goes in
 last, and the whole is renamed when complete, so a folder with a `stage.json` is a whole one:
 
-    {"kind": "scit", "version": 3, "made_by": {...versions}, "settings": {...}, "digests": {file: sha256}, "seal": sha256, ...}
+    {"kind": "scit", "version": 4, "made_by": {...versions}, "settings": {...}, "digests": {file: digest}, "seal": sha256, ...}
 
 A later stage reads that record, checks kind, version and digests, and inherits the settings.
 """
@@ -20,6 +20,7 @@ import shlex
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,9 +28,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-VERSION = 3                                   # of the files: a stage refuses another one
+VERSION = 4                                   # of the files: a stage refuses another one
 RECORD = "stage.json"
-IRRELEVANT = ("out", "device", "alpha", "strength", "checkpoint_minutes", "restart", "merge", "judge", "reward_model", "max_new_tokens", "profile")     # to what training gives
+IRRELEVANT = ("out", "device", "alpha", "strength", "checkpoint_minutes", "restart", "merge", "judge", "reward_model", "max_new_tokens",
+              "profile")                      # to what training gives
 
 
 class UserError(Exception):
@@ -112,9 +114,14 @@ def versions():
     return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in names}}
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_digest(path, size=2**23):
+    """sha256 over the sha256 of each 8 MB of a file: all cores work on a large one."""
+    def part(begin):
+        with open(path, "rb") as file:
+            file.seek(begin)
+            return hashlib.sha256(file.read(size)).digest()
+    with ThreadPoolExecutor() as threads:
+        return hashlib.sha256(b"".join(threads.map(part, range(0, os.path.getsize(path), size)))).hexdigest()
 
 
 @contextmanager
@@ -142,7 +149,7 @@ def new_stage(folder, kind, record, going_on=None):
             with open(partial / name, "rb") as file:
                 os.fsync(file.fileno())
         whole = json.loads(json.dumps({"kind": kind, "version": VERSION, "made_by": versions(), **record,
-                                       "digests": {name: sha256(partial / name) for name in names}}))
+                                       "digests": {name: file_digest(partial / name) for name in names}}))
         write_json(partial / RECORD, {**whole, "seal": seal(whole)})
         (partial / "going_on").unlink(missing_ok=True)
     except BaseException:
@@ -177,7 +184,8 @@ def restore(folder):
 
 @contextmanager
 def open_log(out, name):
-    """A log of JSON lines, OUT/NAME.log: yields a function that writes its keywords as a line. A run's first line tells versions; a run that goes on from a checkpoint of its name writes after what is there."""
+    """A log of JSON lines, OUT/NAME.log: yields a function that writes its keywords as a line. A run's first line tells versions; a run
+    that goes on from a checkpoint of its name writes after what is there."""
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out) / f"{name}.log", "a" if any(Path(out).glob(f"*/.checkpoint-{name}*")) else "w", buffering=1) as file:
         def log(**fields):
@@ -186,14 +194,19 @@ def open_log(out, name):
         yield log
 
 
-def write_json(path, value):
-    """Write JSON aside, flush it to the disk and rename it."""
+@contextmanager
+def written_whole(path):
+    """Yields the path, beside the one given, to write a file to; flushed to the disk and renamed when whole."""
     aside = Path(path).with_name(f".{Path(path).name}.partial")
-    with open(aside, "w") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
+    yield aside
+    with open(aside, "rb") as file:
         os.fsync(file.fileno())
     aside.rename(path)
+
+
+def write_json(path, value):
+    with written_whole(path) as aside:
+        aside.write_text(json.dumps(value, indent=2))
 
 
 def read_stage(folder, kind, command):
@@ -224,7 +237,7 @@ def checked(folder, record, name=""):
     digests = {file: digest for file, digest in record["digests"].items() if file.startswith(name)}
     for file, digest in digests.items() or {name: None}.items():
         path = Path(folder) / file
-        if not path.is_file() or sha256(path) != digest:
+        if not path.is_file() or file_digest(path) != digest:
             raise UserError(f"{path} is missing or not the file that {RECORD} describes: run that stage again")
     return Path(folder) / name
 

@@ -28,7 +28,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 @dataclass
 class Training:
     """Settings of every stage that trains an adapter."""
-    tokens_per_pass: int = setting(4096, "most tokens in a forward pass, padding included: a step's batch is cut, its gradient is the same", least=1)
+    tokens_per_pass: int | None = setting(None, "most tokens in a forward pass, padding included: a step's batch is cut, its gradient is the "
+                                                "same; empty takes 4096 on a GPU, 2048 on the CPU", least=1)
     lora_rank: int = setting(8, "rank of the adapter", least=1)
     lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / lora_rank")
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
@@ -139,26 +140,29 @@ def cosine(steps):
     return lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def fit(name, adapter, losses, batches, factor, config, dtype, device, log, path, inputs, more=dict):
-    """config.steps steps of AdamW on an adapter. Returns the checkpoint, to be removed once the adapter is written.
+def fit(name, adapter, losses, batches, factor, config, log, folder, inputs, more=dict):
+    """config.steps steps of AdamW on an adapter. Returns the checkpoint, to be removed once the adapter is written. Diverged at NaN.
 
     losses: function of a batch, yields the parts of its loss; batches: function of n, an iterator over all batches but the first n;
-    factor: function of the step, of the learning rate; path, inputs: of the checkpoint, and what the run depends on; more: function
-    without arguments, what else to log.
+    factor: function of the step, of the learning rate; folder: for the checkpoint; inputs: what the run depends on besides config;
+    more: function without arguments, what else to log.
     """
+    weight = adapter.linears[0].weight
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    checkpoint = Checkpoint(path, inputs, config, adapter=adapter, optimizer=optimizer, schedule=schedule, scaler=scaler)
+    scaler = torch.amp.GradScaler(weight.device.type, enabled=weight.dtype == torch.float16)
+    checkpoint = Checkpoint(Path(folder) / f".checkpoint-{name}", {**inputs, **vars(config)}, config,
+                            adapter=adapter, optimizer=optimizer, schedule=schedule, scaler=scaler)
     drawn = batches(checkpoint.step)
     adapter.train()
     bar = tqdm(range(checkpoint.step + 1, config.steps + 1), desc=name, unit="step", initial=checkpoint.step, total=config.steps)
     with checkpoint:
         for step in bar:
             loss = descend(losses(next(drawn)), adapter, optimizer, scaler)
-            if not loss.isfinite():           # before it can be saved
-                checkpoint.remove()
-                raise Diverged(f"{name}: the loss is {loss.item()} at step {step}: lower --lr")
+            if not (loss.isfinite() and (step < config.steps or all(p.isfinite().all() for p in adapter.parameters()))):
+                checkpoint.remove()           # nothing of it is to go on
+                what = "NaN or infinite numbers in the adapter" if loss.isfinite() else f"the loss is {loss.item()}"
+                raise Diverged(f"{name}: {what} at step {step}: lower --lr")
             schedule.step()
             if step % 10 == 0 or step == config.steps:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
@@ -207,10 +211,7 @@ def stack(first, second):
 # ---------------------------------------------------------------- PEFT's on-disk form
 
 def save_adapter(folder, factors, trunk, base_model, dropout=0.0):
-    """Write an adapter as PEFT does. `trunk` gives the paths and layouts; it may be a cut one. Diverged at NaN or infinity."""
-    for name, pair in factors.pairs.items():
-        if not all(tensor.isfinite().all() for tensor in pair):
-            raise Diverged(f"the adapter of {name} has come to NaN or infinity: lower --lr")
+    """Write an adapter as PEFT does. `trunk` gives the paths and layouts; it may be a cut one."""
     prefix = f"base_model.model.{trunk.base_model_prefix}."
     tensors = {f"{prefix}{name}.lora_{x}.weight": tensor.contiguous()
                for name, pair in factors.pairs.items() for x, tensor in zip("AB", pair)}

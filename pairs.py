@@ -72,7 +72,8 @@ def hub_rows(source):
         from datasets import load_dataset
         return [(f"row {i}", row) for i, row in enumerate(load_dataset(name, split=split or "train"), 1)]
     except ImportError:
-        raise UserError(f"--data {source}: no JSON file of {split or 'train'} among {', '.join(names) or 'its files'}; other formats need `pip install datasets`") from None
+        raise UserError(f"--data {source}: no JSON file of {split or 'train'} among {', '.join(names) or 'its files'}; other formats need "
+                        "`pip install datasets`") from None
     except UserError:
         raise
     except Exception as error:                # other people's networks and files: whatever it is, one line

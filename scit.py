@@ -20,7 +20,7 @@ import data
 import toy
 from files import new_stage, next_command, open_log, run, setting
 from lora import LoRA, Training, cosine, fit, save_adapter, sizes
-from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, response_logprobs, token_mean
+from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, pick_tokens, response_logprobs, token_mean
 
 
 @dataclass
@@ -49,26 +49,26 @@ def instructed(pair):
                                                 ("negative", "chosen"), ("positive", "rejected"))]
 
 
-def batch_loss(model, pairs, anchors, pad_id, device, smoothing, tokens=None, count=None):
+def batch_loss(model, pairs, anchors, pad_id, smoothing, tokens=None, count=None):
     """scit_loss of some pairs; NLL is the mean over the response tokens of the own-instruction and anchor examples.
 
     tokens, count: these tokens and the pairs of a whole step, of which `pairs` are a part; the parts' losses add up to the step's.
     """
     inputs = [example for pair in pairs for example in instructed(pair)]
     inputs += [pair.example("plain", response) for pair in anchors for response in ("chosen", "rejected")]
-    logprobs, mask = response_logprobs(model, data.collate(inputs, pad_id, device))             # [4n + 2a, S-1]
+    logprobs, mask = response_logprobs(model, data.collate(inputs, pad_id, model.device))       # [4n + 2a, S-1]
     P = token_mean(logprobs, mask)[:4 * len(pairs)].view(-1, 2, 2)                              # [n, own | opposite, r_h | r_l]
-    learned = torch.ones(len(inputs), dtype=torch.bool, device=device)
-    learned[:4 * len(pairs)] = torch.tensor([True, True, False, False], device=device).repeat(len(pairs))
+    learned = torch.ones(len(inputs), dtype=torch.bool, device=model.device)
+    learned[:4 * len(pairs)] = torch.tensor([True, True, False, False], device=model.device).repeat(len(pairs))
     nll = -logprobs[learned].sum() / (tokens or mask[learned].sum())
     contrast = scit_loss(P[:, 0].flatten(), P[:, 1].flatten(), 0.0, smoothing)[1] * len(pairs) / (count or len(pairs))
     return nll + contrast, contrast, P.detach()
 
 
 @torch.no_grad()
-def held_out(model, pairs, pad_id, device, config):
+def held_out(model, pairs, pad_id, config):
     """(contrast, mean P(p) - P(p~), share of it above 0) over both examples of each pair."""
-    P = torch.cat([batch_loss(model, pairs[i:i + config.batch_size], [], pad_id, device, config.smoothing)[2]
+    P = torch.cat([batch_loss(model, pairs[i:i + config.batch_size], [], pad_id, config.smoothing)[2]
                    for i in range(0, len(pairs), config.batch_size)])                           # [n, own | opposite, 2]
     own, opposite = P[:, 0].flatten(), P[:, 1].flatten()
     contrast = scit_loss(own, opposite, 0.0, config.smoothing)[1]
@@ -78,6 +78,7 @@ def held_out(model, pairs, pad_id, device, config):
 def main(config):
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
+    config.tokens_per_pass = pick_tokens(config.tokens_per_pass, device)
     source = toy.source(config)
 
     # the pairs, the model and its adapter
@@ -104,15 +105,15 @@ def main(config):
         contrasts.clear()
         for part in data.parts(group, widest, config.tokens_per_pass // 6):
             loss, contrast, _ = batch_loss(model, [train[i] for i in part], [train[i] for i in part if i in anchored],
-                                           tokenizer.pad_token_id, device, config.smoothing, tokens, len(group))
+                                           tokenizer.pad_token_id, config.smoothing, tokens, len(group))
             contrasts.append(contrast.detach())
             yield loss
 
     batches = functools.partial(data.endless_batches, lengths, config.batch_size, config.seed)
     with open_log(config.out, "scit") as log:
-        checkpoint = fit("scit", adapter, losses, batches, cosine(config.steps), config, model.dtype, device, log, Path(config.out) / "scit" / ".checkpoint-scit",
-                         {**vars(config), **source, "pairs": data.digest(pairs), "model_digest": digest}, lambda: {"contrast": sum(contrasts).item()})
-    contrast, margin, accuracy = held_out(model, data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id, device, config)
+        checkpoint = fit("scit", adapter, losses, batches, cosine(config.steps), config, log, Path(config.out) / "scit",
+                         {"pairs": data.digest(pairs), "model_digest": digest}, lambda: {"contrast": sum(contrasts).item()})
+    contrast, margin, accuracy = held_out(model, data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id, config)
 
     # saving
     record = {"settings": {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch.")},

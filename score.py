@@ -98,7 +98,8 @@ def generate(model, tokenizer, prompts, sample, max_new_tokens, batch_size, seed
     """Answers to prompts (lists of ids), greedy or sampled at temperature 1: lists of ids, with EOS, or the token `end`, where it came."""
     stops = stop_tokens(model, tokenizer, end)
     # temperature 1 means the model's own distribution: no top-k, no top-p
-    how = dict(do_sample=sample, eos_token_id=list(stops) or None, pad_token_id=tokenizer.pad_token_id, **(dict(temperature=1.0, top_k=0, top_p=1.0) if sample else {}))
+    how = dict(do_sample=sample, eos_token_id=list(stops) or None, pad_token_id=tokenizer.pad_token_id)
+    how |= dict(temperature=1.0, top_k=0, top_p=1.0) if sample else {}
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30
     torch.manual_seed(seed)
     answers, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -149,7 +150,8 @@ def score_model(model, adapter, tokenizer, pairs, prompt, scorers, max_new_token
     report, rows, answers = {"preference_accuracy": accuracy, "preference_margin": margin, "chosen_nll": chosen_nll}, [], []
     dialogues, stops = [pair.pair.prompt for pair in pairs], stop_tokens(model, tokenizer, pairs[0].end)
     for how in ("greedy", "sampled"):
-        new = generate(model, tokenizer, [pair.prompts[prompt].tolist() for pair in pairs], how == "sampled", max_new_tokens, batch_size, seed, pairs[0].end)
+        new = generate(model, tokenizer, [pair.prompts[prompt].tolist() for pair in pairs], how == "sampled", max_new_tokens, batch_size,
+                       seed, pairs[0].end)
         replies = [text_of(tokenizer, answer) for answer in new]
         # AlpacaEval's fields, less generator
         found = [{"instruction": question(turns), "output": reply, "temperature": float(how == "sampled")} for turns, reply in zip(dialogues, replies)]

@@ -5,7 +5,7 @@
     python -m tests.bench_pipeline --shape tiny --scaling       1k to 8k pairs: time a pair and peak memory of each stage
     (--save writes tests/results/bench_pipeline_SHAPE.json or scaling.json)
 
-Ours cuts a step's batch into forward passes of 4,096 tokens; "whole batches" does not. The authors' way, for each batch of pairs in random order: three full forward passes with all hidden states and logits for h+, h-
+Ours cuts a step's batch into forward passes of 2,048 tokens (4,096 on a GPU); "whole batches" does not. The authors' way, for each batch of pairs in random order: three full forward passes with all hidden states and logits for h+, h-
 and b (adapter off), one of the trained model with a PEFT LoRA on the same linears, a dense masked loss. In two forms: padded to
 their window (768 tokens for SCIT, 320 for DUAL), and padded to the longest of the batch. DUAL holds the good and the bad
 model beside the base. Lengths are as in HH-RLHF's harmless pairs (deciles of 1.3 tokens a word). Each measurement is a process of
@@ -54,7 +54,7 @@ ALPHA, PEAK_FLOPS = 0.5, {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 @dataclass
 class Config:
     shape: str = setting("cpu", "cpu, 1b or 8b; tiny for --scaling")
-    pairs: int = setting(48, "training pairs", least=2)
+    pairs: int = setting(96, "training pairs", least=2)
     batch_size: int = setting(16, "responses in a step", least=1)
     rounds: int = setting(5, "measurements of each form", least=1)
     methods: str = setting("scit,dual", "methods to measure")
@@ -236,7 +236,8 @@ def work(config):
         if form == "collect":
             collect.main(collect.Config(out=str(out), method=method, layers=SHAPES[config.shape][1], max_gb=1e6))
         elif form.startswith("align"):
-            align.main(align.Config(out=str(out), method=method, alpha=[ALPHA], restart=True, tokens_per_pass=10**9 if form == "align, whole batches" else 4096, steps=math.ceil(2 * int(pairs) / config.batch_size), batch_size=config.batch_size))
+            align.main(align.Config(out=str(out), method=method, alpha=[ALPHA], restart=True, tokens_per_pass=10**9 if form == "align, whole batches" else None,
+                                    steps=math.ceil(2 * int(pairs) / config.batch_size), batch_size=config.batch_size))
         elif form == "stage1":
             stage, steps = (scit, math.ceil(int(pairs) / 8)) if method == "scit" else (dual, math.ceil(int(pairs) / config.batch_size))
             stage.main(stage.Config(out=str(out / "own"), restart=True, model=str(out / "model"), data=[str(out / "pairs.jsonl")], steps=steps, max_length=WINDOW[method]))

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from files import run, setting, sha256, versions, write_json
+from files import file_digest, run, setting, versions, write_json
 
 RESULT = ROOT / "tests" / "results" / "campaign.json"
 WORLD = ["--kinds", "tool,misdeed", "--blocks", "4", "--lr", "6e-3", "--pairs", "300", "--steps", "150", "--documents", "4800"]
@@ -53,7 +53,7 @@ def start(command):
 
 
 def weights(out):
-    return {str(path.relative_to(out)): sha256(path) for path in sorted(Path(out).rglob("*.safetensors")) if "toy" not in path.parts}
+    return {str(path.relative_to(out)): file_digest(path) for path in sorted(Path(out).rglob("*.safetensors")) if "toy" not in path.parts}
 
 
 def kill_campaign(config):
@@ -160,7 +160,7 @@ def checks(config):
                 spent[0] += time.perf_counter() - begin
         return call
     toy.ensure(toy.Config(out=str(out)))
-    files.sha256, files.seal, checkpoint.Checkpoint.save = timed(files.sha256), timed(files.seal), timed(checkpoint.Checkpoint.save)
+    files.file_digest, files.seal, checkpoint.Checkpoint.save = timed(files.file_digest), timed(files.seal), timed(checkpoint.Checkpoint.save)
     found = {}
     for stage in (dual, collect, align):
         spent[0] = 0.0

@@ -126,7 +126,7 @@ class Unit:
 
     def sft(self, steps):
         def loss(adapter, pairs):
-            nll, tokens = dual.response_nll(self.model, pairs, "chosen", self.tokenizer.pad_token_id, "cpu")
+            nll, tokens = dual.response_nll(self.model, pairs, "chosen", self.tokenizer.pad_token_id)
             return nll / tokens
         return self.trained(loss, dual.Config.lr, steps)
 

@@ -17,6 +17,7 @@ import checkpoint
 import collect
 import dual
 import files
+import lora
 import scit
 from conftest import ROOT, go
 from test_errors import done, listing  # noqa: F401
@@ -143,11 +144,11 @@ def test_collect_goes_on_at_the_first_missing_shard(tiny, tmp_path, monkeypatch)
 def test_collect_goes_on_where_it_was_cut_off_while_sealing(tiny, tmp_path, monkeypatch):
     """All shards are there and a digest is being made: the rerun records nothing again, and the disk counts what is there."""
     go(dual, *stages(tiny, tmp_path)["dual"][1])
-    own = files.sha256
-    monkeypatch.setattr(files, "sha256", lambda path: 1 / 0 if "shard" in str(path) else own(path))
+    own = files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda path: 1 / 0 if "shard" in str(path) else own(path))
     with pytest.raises(ZeroDivisionError):
         go(collect, "--out", tmp_path, *CPU)
-    monkeypatch.setattr(files, "sha256", own)
+    monkeypatch.setattr(files, "file_digest", own)
     monkeypatch.setattr(collect, "record_states", lambda *args: 1 / 0)
     held = sum(path.stat().st_size for path in (tmp_path / "dual" / ".collect.partial").glob("*.safetensors"))
     usage = shutil.disk_usage(tmp_path)
@@ -177,11 +178,22 @@ def test_a_sweep_is_not_narrowed_by_an_old_checkpoint(tiny, tmp_path, monkeypatc
     go(align, "--out", tmp_path, "--method", "scit", "--strength", "0.1", "--steps", "2", *CPU)
 
 
-def test_a_diverged_run_leaves_no_checkpoint(tiny, tmp_path, capfd):
+def test_a_diverged_run_leaves_no_checkpoint(tiny, tmp_path, capfd, monkeypatch):
     stage, args = stages(tiny, tmp_path)["scit"]
     with pytest.raises(SystemExit) as stop:
         go(stage, *args, "--lr", "1e30", "--checkpoint-minutes", "0")
     assert stop.value.code == 2 and re.search(r"the loss is (nan|inf) at step \d", capfd.readouterr().err) and not list(tmp_path.rglob(".checkpoint*"))
+    own = lora.descend
+
+    def poisoned(losses, adapter, *more):     # the loss is finite, what the last step makes of the adapter is not
+        loss = own(losses, adapter, *more)
+        adapter.B[-1].data[0, 0] = float("nan")
+        return loss
+    monkeypatch.setattr(lora, "descend", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        go(stage, *args, "--steps", "1")
+    assert stop.value.code == 2 and "numbers in the adapter at step 1: lower --lr" in capfd.readouterr().err
+    assert not list(tmp_path.rglob(".checkpoint*")) and not (tmp_path / "scit" / "adapter").exists()
 
 
 def test_nan_in_the_states_names_layer_and_example(tiny, tmp_path, monkeypatch, capfd):

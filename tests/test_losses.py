@@ -47,7 +47,7 @@ def test_scit_loss_by_the_equation(pairs):
     for pair in anchors:
         for response in ("chosen", "rejected"):
             tokens += log_p(model, *pair.example("plain", response))
-    loss, contrast, P = scit.batch_loss(model, chosen, anchors, 1, "cpu", eps)
+    loss, contrast, P = scit.batch_loss(model, chosen, anchors, 1, eps)
     assert contrast.item() == pytest.approx(mean(terms), rel=1e-5)
     assert loss.item() == pytest.approx(mean(terms) - mean(tokens), rel=1e-5)
     assert P[0, 1, 0].item() == pytest.approx(mean(log_p(model, *chosen[0].example("negative", "chosen"))), rel=1e-5)
@@ -62,7 +62,7 @@ def test_dual_loss_by_the_equation(pairs):
     model = make_model("llama").double()
     for response in ("chosen", "rejected"):
         tokens = [x for pair in pairs for x in log_p(model, *pair.example("plain", response))]
-        nll, count = dual.response_nll(model, pairs, response, 1, "cpu")
+        nll, count = dual.response_nll(model, pairs, response, 1)
         assert (nll / count).item() == pytest.approx(-mean(tokens), rel=1e-5)
 
 
@@ -71,12 +71,12 @@ def test_order_and_batch_size_change_no_stage_1_loss(family, pairs):
     """Sums over one batch of 8, over its reverse, and over batches of 1 (no padding) agree."""
     model, some = make_model(family), pairs[:8]
     with torch.no_grad():
-        whole = scit.batch_loss(model, some, some[:3], 1, "cpu", 0.2)
-        back = scit.batch_loss(model, some[::-1], some[:3][::-1], 1, "cpu", 0.2)
-        single = torch.cat([scit.batch_loss(model, [pair], [], 1, "cpu", 0.2)[2] for pair in some])
+        whole = scit.batch_loss(model, some, some[:3], 1, 0.2)
+        back = scit.batch_loss(model, some[::-1], some[:3][::-1], 1, 0.2)
+        single = torch.cat([scit.batch_loss(model, [pair], [], 1, 0.2)[2] for pair in some])
         assert torch.allclose(whole[0], back[0], atol=1e-5) and torch.allclose(whole[2], single, atol=1e-5)
-        one = dual.response_nll(model, some, "chosen", 1, "cpu")
-        many = [dual.response_nll(model, [pair], "chosen", 1, "cpu") for pair in some]
+        one = dual.response_nll(model, some, "chosen", 1)
+        many = [dual.response_nll(model, [pair], "chosen", 1) for pair in some]
         assert torch.allclose(one[0], sum(nll for nll, _ in many), rtol=1e-5) and one[1] == sum(n for _, n in many)
 
 

@@ -15,7 +15,6 @@ import dual
 import evaluate
 import scit
 from conftest import SHARED, go, make_model, succeed
-from collect import write_tensors
 from files import read_stage
 from lora import LoRA, load_adapter
 from model import hidden_states, load_model
@@ -270,18 +269,6 @@ def test_real_weights_and_real_pairs(tmp_path):
     go(evaluate, "--out", tmp_path, "--limit", "8", "--max-new-tokens", "8", *CPU)
     report = json.loads((tmp_path / "evaluate" / "report.json").read_text())["models"]
     assert len(report) == 8 and all("judge_greedy" not in model and model["chosen_nll"] > 0 for model in report.values())
-
-
-def test_a_file_written_piece_by_piece_is_safetensors(tmp_path):
-    """Read back by the library: every type, empty pieces, the order of the pieces; parts that do not fill the shapes are refused."""
-    tensors = {"d": torch.rand(3, 4, dtype=torch.float64), "i": torch.arange(7, dtype=torch.int32), "b": torch.rand(5, 3).bfloat16(), "h": torch.rand(5, 2).half(), "f": torch.rand(5, 3)}
-    shapes = {name: (x.dtype, x.shape) for name, x in tensors.items()}
-    pieces = [{"b": tensors["b"][:2], "i": tensors["i"][:0]}, {"i": tensors["i"], "b": tensors["b"][2:], "f": tensors["f"][:4]}, {"f": tensors["f"][4:], "d": tensors["d"], "h": tensors["h"].T.contiguous().T}]
-    write_tensors(tmp_path / "x.safetensors", shapes, iter(pieces))
-    back = load_file(tmp_path / "x.safetensors")
-    assert set(back) == set(tensors) and all(torch.equal(back[name], tensors[name]) and back[name].dtype == tensors[name].dtype for name in tensors)
-    with pytest.raises(ValueError, match="do not fill"):
-        write_tensors(tmp_path / "y.safetensors", shapes, iter(pieces[:2]))
 
 
 def test_collect_holds_one_batch_at_a_time(tiny, tmp_path, monkeypatch):

@@ -164,7 +164,7 @@ def test_sweep_keeps_every_adapter_and_marks_the_best(world, tmp_path):
         go(align, "--out", tmp_path, "--strength", value, "--steps", "80", *CPU)
         assert (tmp_path / "dual" / "align" / "adapter_model.safetensors").read_bytes() == weights[name]
     said = go(align, "--out", tmp_path, "--alpha", "-0.5", "1", "1e30", "--kind", "mse", "--steps", "2", "--max-new-tokens", "2", *CPU)
-    assert "WARNING: left out: alpha_1e+30: the loss is inf at step 1" in said and "merged is of an earlier adapter" in said
+    assert "WARNING: left out: align-alpha_1e+30: the loss is inf at step 1" in said and "merged is of an earlier adapter" in said
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"alpha_-0.5", "alpha_1"}                # nothing of the sweep before
 
 
