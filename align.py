@@ -79,8 +79,6 @@ def plan_runs(config, ratio):
     """
     if config.alpha and config.strength:
         raise UserError("--alpha and --strength exclude each other: give one of them")
-    if not config.alpha and not config.strength:
-        config.strength = [STRENGTH]
     if config.strength and not all(0 < r < math.inf for r in ratio):
         raise UserError(f"--strength: |v|/|h| is {ratio} at layers {config.layers}: h+ and h- must differ; train stage 1 longer, or give --alpha")
     runs = [Run(f"alpha_{alpha:g}", "alpha", alpha, [alpha] * len(ratio)) for alpha in config.alpha or ()]
@@ -126,8 +124,10 @@ def alignment_loss(hidden, collection, batch, base, plus, minus, alphas, kind="l
 
 def objective(trunk, adapter, collection, alphas, config):
     """What lora.fit needs to move the adapter's hidden states to their targets: (losses, batches)."""
+    draws = None                              # of the parts of all steps in a row, begun by batches(), taken by losses()
+
     def batches(done):
-        """The parts of each step, less the first `done` steps; all parts in a row are read ahead, by draws."""
+        """The parts of each step, less the first `done` steps."""
         nonlocal draws
         groups = data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed, done)
         steps, ahead = itertools.tee(data.parts(group, collection.lengths, config.tokens_per_pass) for group in groups)
@@ -141,39 +141,37 @@ def objective(trunk, adapter, collection, alphas, config):
             batch, *states = next(draws)                                                   # b, h+, h-: L x [T, D]
             hidden = hidden_states(trunk, collection.layers, batch.ids, batch.attention)   # A(π_lora, <q, r>, l): L x [B, S, D]
             yield alignment_loss(hidden, collection, batch, *states, alphas, config.kind, tokens)[0]
-    draws = None
     return losses, batches
 
 
 @torch.no_grad()
-def distances(trunk, adapter, held_out, alphas, batch_size):
+def distances(trunk, adapter, held_out, alphas, tokens_per_pass):
     """Mean over held-out tokens of || h - (b + α v) || per layer: [L]."""
-    norms, groups = [], iter(torch.arange(len(held_out.items)).split(batch_size))
-    for batch, *states in targets(held_out, groups, trunk, adapter):
+    norms, parts = [], data.parts(range(len(held_out.items)), held_out.lengths, tokens_per_pass)
+    for batch, *states in targets(held_out, iter(parts), trunk, adapter):
         hidden = hidden_states(trunk, held_out.layers, batch.ids, batch.attention)
         norms.append(alignment_loss(hidden, held_out, batch, *states, alphas)[1])
     return torch.cat(norms, 1).mean(1)
 
 
 def profile_step(trunk, adapter, collection, alphas, config):
-    """Trace some steps, and time one, and its loss alone."""
+    """Trace some steps; time a step, and the loss alone of its first part."""
     from kernels.bench import profile         # with what only a benchmark needs
     losses, batches = objective(trunk, adapter, collection, alphas, config)
-    steps, optimizer = batches(0), torch.optim.AdamW(adapter.train().parameters(), lr=config.lr)
+    optimizer = torch.optim.AdamW(adapter.train().parameters(), lr=config.lr)
     scaler = torch.amp.GradScaler(trunk.device.type, enabled=trunk.dtype == torch.float16)
     batch, *states = next(targets(collection, iter(next(batches(0))), trunk, adapter))
+    steps = batches(0)
     hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
     profile(lambda: descend(losses(next(steps)), adapter, optimizer, scaler),
             lambda: torch.autograd.grad(alignment_loss(hidden, collection, batch, *states, alphas, config.kind)[0], hidden),
             bytes_moved(hidden, *states, collection.directions), Path(config.out) / "align_trace.json")
 
 
-def score_sweep(factors, records, trunk, pairs, config, tokenizer):
+def score_sweep(factors, records, trunk, pairs, config, settings, tokenizer):
     """Score every adapter {name: Factors} and their base on held-out pairs. Writes OUT/METHOD/sweep, returns the best one's name."""
-    settings = {**next(iter(records.values()))["settings"], **vars(config)}
-    device, dtype, scorers = pick_device(config.device), getattr(torch, settings["dtype"]), {}
-    if config.judge:
-        scorers["judge"] = load_judge(config.judge)
+    settings, device, dtype = {**settings, **vars(config)}, pick_device(config.device), getattr(torch, settings["dtype"])
+    scorers = {"judge": load_judge(config.judge)} if config.judge else {}
     if config.reward_model:
         scorers["reward"] = load_reward_model(config.reward_model, dtype, device, config.batch_size)
     adapters = {"base": (None, "plain"), **{name: (adapter, "plain") for name, adapter in factors.items()}}
@@ -206,6 +204,7 @@ def main(config):
     if missing:
         raise UserError(f"--layers {missing[0]}: {folder} holds layers {settings['layers']}: collect it with `python collect.py --layers ...`")
     ratio = [record["ratio"][settings["layers"].index(layer)] for layer in layers]           # mean |v|/|b|
+    config.strength = config.strength or (None if config.alpha else [STRENGTH])
     runs, tokenizer = plan_runs(config, ratio), load_tokenizer(config.model)
     if len(runs) > 1:                         # what the end of a sweep needs fails at its start
         if config.judge:
@@ -214,8 +213,8 @@ def main(config):
             check_reward_model(config.reward_model)
         pairs = data.prepare(settings["data"], ("valid",), tokenizer, settings["max_length"], settings["seed"], None,
                              settings["positive"], settings["negative"], settings["template"])["valid"]
-    collection, held_out = (data.Collection([checked(folder, record, name) for name in names], layers, settings["store"], tokenizer.pad_token_id)
-                            for names in (record["shards"], ["heldout.safetensors"]))
+    collection, held_out = (data.Collection([checked(folder, record, name) for name in record[part]], layers, settings["store"], tokenizer.pad_token_id)
+                            for part in ("shards", "held_out"))
 
     # the base up to the highest target layer, with its adapter where there is one
     trunk = load_model(config.model, dtype, device, blocks=layers[-1] + 1, checkpointing=config.gradient_checkpointing)
@@ -237,21 +236,23 @@ def main(config):
           f"of states on disk, {len(runs)} times {config.steps} steps of {config.batch_size}, LoRA on {', '.join(sorted(adapted))}")
 
     # training; a written adapter applies to the original base alone
+    def fresh():
+        torch.manual_seed(config.seed)
+        return LoRA(trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
+
+    if config.profile:
+        return profile_step(trunk, fresh(), collection, torch.tensor(runs[0].alphas, device=device), config)
     factors, records, checkpoints = {}, {}, []
     with open_log(config.out, "align") as log:
         for each in runs:
-            torch.manual_seed(config.seed)
-            adapter = LoRA(trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
-            alphas = torch.tensor(each.alphas, device=device)
-            if config.profile:
-                return profile_step(trunk, adapter, collection, alphas, config)
+            adapter, alphas = fresh(), torch.tensor(each.alphas, device=device)
             print(f"{each.name}: {sizes(trunk, adapter)}")
-            start = distances(trunk, adapter, held_out, alphas, config.batch_size)
+            start = distances(trunk, adapter, held_out, alphas, config.tokens_per_pass)
             try:
                 losses, batches = objective(trunk, adapter, collection, alphas, config)
                 inputs = {**settings, "alphas": each.alphas, "collected": record["digests"]}
                 checkpoints.append(fit(f"align-{each.name}", adapter, losses, batches, lambda step: 1.0, config, log, out, inputs))
-                end, own = distances(trunk, adapter, held_out, alphas, config.batch_size), adapter.factors()
+                end, own = distances(trunk, adapter, held_out, alphas, config.tokens_per_pass), adapter.factors()
             except Diverged as error:
                 if len(runs) == 1:
                     raise
@@ -270,12 +271,11 @@ def main(config):
             raise UserError("no adapter of the sweep is left: lower --lr or the values")
 
         # saving
-        trunk.to("meta")                      # its weights make room for a whole model; it still names the linears
-        best = runs[0].name if len(runs) == 1 else score_sweep(factors, records, trunk, data.sample(pairs, SCORED, config.seed), config, tokenizer)
+        trunk.to("meta")                      # makes room for a whole model, and still names the linears
+        del adapter, losses, batches          # with what they have read ahead
+        best = runs[0].name if len(runs) == 1 else score_sweep(factors, records, trunk, data.sample(pairs, SCORED, config.seed), config, settings, tokenizer)
     with new_stage(out / "align", "align", records[best]) as new:
         save_adapter(new, factors[best], trunk, config.model, config.lora_dropout)
-    for checkpoint in checkpoints:
-        checkpoint.remove()
     print(f"wrote {out / 'align'}: {best}" + (f", the best; all of them and their table are in {out / 'sweep'}" if len(runs) > 1 else ""))
     if factors[best].rank > 16:
         print(f"WARNING: the adapter has rank {factors[best].rank}; some servers take 16 at most by default")
@@ -288,6 +288,8 @@ def main(config):
         print(f"wrote {out / 'merged'}: the whole model with {best} in its weights, for plain from_pretrained")
     elif (out / "merged").exists():
         print(f"{out / 'merged'} is of an earlier adapter")
+    for checkpoint in checkpoints:            # once all is written
+        checkpoint.remove()
     print(next_command("evaluate.py", config.out))
 
 

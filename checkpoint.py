@@ -59,7 +59,7 @@ class Checkpoint(Signals):
                 if len(saved["cuda"]) == torch.cuda.device_count():
                     torch.cuda.set_rng_state_all(saved["cuda"])
         except Exception as error:            # whatever a damaged file leads to
-            raise UserError(f"{self.path} cannot be read ({str(error).splitlines()[0][:80]}): --restart True begins anew") from None
+            raise UserError(f"{self.path} cannot be read ({(str(error).strip() or type(error).__name__).splitlines()[0][:80]}): --restart True begins anew") from None
         if differing:
             raise UserError(f"{self.path} is of a run with {differing[0]} {str(before.get(differing[0]))[:60]}, not {str(now.get(differing[0]))[:60]}: "
                             "give the same to go on, or --restart True to begin anew")

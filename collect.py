@@ -20,6 +20,7 @@ the top k uncentred principal directions of v at that layer, found in a pass ove
 
 `--survey` measures every block and recommends layers, strength and rank, see survey.py.
 """
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +69,18 @@ class Config:
     seed: int | None = setting(None, "seed of the split and the order; empty inherits")
 
 
-def record_states(trunk, adapters, method, config, pairs, pad_id, device):
+def instructed(method, config):
+    """Whether h+ and h- are of inputs with p+ and p-."""
+    return method == "scit" or config.stimulus == "instructed"
+
+
+def record_states(trunk, adapters, method, config, pairs, pad_id):
     """The states of a batch of (pair, "chosen" | "rejected"), packed without padding, in the model's own dtype.
 
     Returns (base, plus, minus): lists of L tensors [T, D], T the recorded positions of the batch, example by example.
     """
     def states(on, prompt):
-        batch = data.collate([pair.example(prompt, response) for pair, response in pairs], pad_id, device)
+        batch = data.collate([pair.example(prompt, response) for pair, response in pairs], pad_id, trunk.device)
         with only(adapters.values(), *on):
             dense = hidden_states(trunk, config.layers, batch.ids, batch.attention)             # L x [B, S, D]
         mask = recorded(batch.response, config.last_prompt_token)
@@ -83,10 +89,10 @@ def record_states(trunk, adapters, method, config, pairs, pad_id, device):
         up = down = [adapters["scit"]]
     else:
         up, down = [adapters["good"]], [adapters["bad"]]
-    instructed = method == "scit" or config.stimulus == "instructed"
+    positive, negative = ("positive", "negative") if instructed(method, config) else ("plain", "plain")
     base = states(up if config.base == "instructed" else [], "plain")                           # b
-    plus = states(up, "positive" if instructed else "plain")                                    # h+
-    minus = states(down, "negative" if instructed else "plain")                                 # h-
+    plus = states(up, positive)                                                                # h+
+    minus = states(down, negative)                                                             # h-
     return base, plus, minus
 
 
@@ -100,19 +106,23 @@ def recorded_length(example, config):
     return len(example[0].responses[example[1]]) + config.last_prompt_token
 
 
-def sampled_differences(examples, record, config):
-    """v of a random sample of the examples, batch by batch: lists of L tensors [T, D]."""
-    drawn = data.sample(examples, data.SAMPLE, config.seed)
-    for i in tqdm(range(0, len(drawn), config.batch_size), desc="directions", unit="batch"):
-        _, plus, minus = record(drawn[i:i + config.batch_size])
-        yield [p.float() - m.float() for p, m in zip(plus, minus)]
+def input_length(example, method, config):
+    """Tokens of the longest input that is run for a (pair, "chosen" | "rejected")."""
+    pair, response = example
+    return max(pair.length(prompt, response) for prompt in (pair.prompts if instructed(method, config) else ["plain"]))
 
 
-def stored_directions(path, examples, record, config, trunk):
+def stored_directions(path, examples, lengths, record, config, trunk):
     """The top directions U [k, D] of v per layer, in fp32, and the shares of Σ|v|² that they hold: read from path, where they are not
     there found in a sample and written."""
     if not path.exists():
-        directions, shares = principal_directions(sampled_differences(examples, record, config), config.rank)
+        def differences():
+            """v of a random sample, pass by pass: lists of L tensors [T, D]."""
+            drawn = data.sample(range(len(examples)), data.SAMPLE, config.seed)
+            for part in tqdm(data.parts(drawn, lengths, config.tokens_per_pass), desc="directions", unit="pass"):
+                _, plus, minus = record([examples[i] for i in part])
+                yield [p.float() - m.float() for p, m in zip(plus, minus)]
+        directions, shares = principal_directions(differences(), config.rank)
         found = {f"directions.{layer}": U.to(trunk.dtype).cpu() for layer, U in zip(config.layers, directions)}
         found["energy"] = torch.tensor([share[config.rank - 1] for share in shares], dtype=torch.float64)
         with written_whole(path) as aside:
@@ -123,52 +133,50 @@ def stored_directions(path, examples, record, config, trunk):
 
 def plan_store(config, width):
     """What is kept of the states: {"plus" | "minus" | "v" | "c" | "base": numbers a token and layer}, and their bytes a token."""
-    if config.rank and config.store != "lowrank":
-        raise UserError("--rank goes with --store lowrank; align.py has a --rank of its own for other collections")
-    config.rank = config.rank or min(8, width)
-    if config.rank > width:
-        raise UserError(f"--rank {config.rank}: the hidden states are {width} wide")
     stored = {"full": {"plus": width, "minus": width}, "diff": {"v": width}, "lowrank": {"c": config.rank}}[config.store]
     stored |= {"base": width} if config.store_base else {}
     return stored, len(config.layers) * sum(stored.values()) * getattr(torch, config.dtype).itemsize
 
 
 def fit_disk(examples, config, token_bytes, folder):
-    """Leave of examples["train"] a random share of the pairs that --max-gb holds; {split: recorded tokens}. UserError where the disk is too small."""
+    """The examples {split: [(pair, "chosen" | "rejected")]}, of the training pairs a random share that --max-gb holds. UserError where
+    the disk is too small; folder: whose unfinished collection goes on or is deleted."""
     def written(some):
         return [recorded_length(example, config) * token_bytes + 4 * example[0].length("plain", example[1]) for example in some]
-    train, pairs = examples["train"], len(examples["train"]) // 2
-    needed = sum(written(train))
-    if needed > config.max_gb * 1e9:          # both responses of each
-        kept = data.sample(range(pairs), int(config.max_gb * 1e9 / needed * pairs), config.seed)
+    room, train = config.max_gb * 1e9 - sum(written(examples["valid"])), examples["train"]
+    of_pairs = [chosen + rejected for chosen, rejected in zip(written(train)[::2], written(train)[1::2])]
+    if sum(of_pairs) > room:
+        order = data.sample(range(len(of_pairs)), len(of_pairs), config.seed)
+        kept = [i for i, end in zip(order, itertools.accumulate(of_pairs[i] for i in order)) if end <= room]
         if not kept:
-            raise UserError(f"--max-gb {config.max_gb:g} holds no pair: all of them take {needed / 1e9:.3g} GB")
-        examples["train"] = [train[2 * i + j] for i in kept for j in (0, 1)]
-        print(f"--max-gb {config.max_gb:g} holds {len(kept):,} training pairs, {len(kept) / pairs:.1%} of them")
-    tokens = {split: sum(recorded_length(example, config) for example in some) for split, some in examples.items()}
-    total, free = sum(sum(written(some)) for some in examples.values()), shutil.disk_usage(config.out).free
-    free += sum(path.stat().st_size for path in (folder / ".collect.partial").glob("*.safetensors"))      # kept or deleted
-    print(f"{sum(tokens.values()):,} tokens of {token_bytes:,} bytes of states, {total / 1e9:.3g} GB to write")
+            raise UserError(f"--max-gb {config.max_gb:g} holds no pair: all of them take {sum(map(sum, map(written, examples.values()))) / 1e9:.3g} GB")
+        examples = {**examples, "train": [train[2 * i + j] for i in kept for j in (0, 1)]}
+        print(f"--max-gb {config.max_gb:g} holds {len(kept):,} training pairs, {len(kept) / len(order):.1%} of them")
+    total, free = sum(map(sum, map(written, examples.values()))), shutil.disk_usage(config.out).free
+    free += sum(path.stat().st_size for path in (folder / ".collect.partial").glob("*.safetensors"))
     if total > free:
         raise UserError(f"{config.out}: {total / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: lower --max-gb or use --store diff or lowrank")
-    return tokens
+    print(f"{total / 1e9:.3g} GB to write, {token_bytes:,} bytes of states a token")
+    return examples
 
 
-def plan_shards(examples, config, token_bytes):
-    """The examples in batches of similar length, and these in shards of about config.shard_mb: lists of lists of lists."""
-    lengths, shards, held = [pair.length("plain", response) for pair, response in examples], [[]], 0
-    groups = data.batches(lengths, config.batch_size, torch.Generator().manual_seed(config.seed))
-    for group in (part for group in groups for part in data.parts(group, lengths, config.tokens_per_pass)):
-        if held >= config.shard_mb * 1e6:
+def plan_shards(examples, lengths, config, token_bytes):
+    """The examples in batches of similar length, and these in shards of at most config.shard_mb or one batch, whatever the passes that
+    a batch is cut into: lists of lists of passes, which are lists of examples."""
+    shards, held = [[]], 0
+    for group in data.batches(lengths, config.batch_size, torch.Generator().manual_seed(config.seed)):
+        size = sum(recorded_length(examples[i], config) for i in group) * token_bytes
+        if held and held + size > config.shard_mb * 1e6:
             shards.append([])
             held = 0
-        shards[-1].append([examples[i] for i in group])
-        held += sum(recorded_length(example, config) for example in shards[-1][-1]) * token_bytes
+        held += size
+        passes = data.parts(sorted(group, key=lengths.__getitem__), lengths, config.tokens_per_pass)
+        shards[-1] += [[examples[i] for i in part] for part in passes]
     return shards
 
 
 def record_shard(path, batches, record, directions, config, stored, after):
-    """Record some batches into one file. Per layer also Σ|v|, Σ|b| and Σ|v|/|b|, as statistics [3, L].
+    """Record some batches into one file, held in memory until it is whole. Per layer also Σ|v|, Σ|b| and Σ|v|/|b|, as statistics [3, L].
 
     stored: as plan_store says; after: called after each batch. UserError at NaN or infinity.
     """
@@ -195,6 +203,7 @@ def record_shard(path, batches, record, directions, config, stored, after):
             tensors[name][at[name]:at[name] + len(tensor)] = tensor
             at[name] += len(tensor)
         after()
+    assert all(at[name] == len(tensors[name]) for name in at)
     with written_whole(path) as aside:
         save_file({**tensors, "statistics": statistics}, aside)
 
@@ -243,7 +252,7 @@ def main(config):
 
     def record(batch):
         signals.check()
-        return record_states(trunk, adapters, method, config, batch, tokenizer.pad_token_id, device)
+        return record_states(trunk, adapters, method, config, batch, tokenizer.pad_token_id)
 
     if config.survey:
         with only(adapters.values(), *([next(iter(adapters.values()))] if config.base == "instructed" else [])):           # the model that b is of
@@ -256,10 +265,18 @@ def main(config):
 
     # what it will take
     width = trunk.config.get_text_config().hidden_size
+    if config.rank and config.store != "lowrank":
+        raise UserError("--rank goes with --store lowrank; align.py has a --rank of its own for other collections")
+    if config.store == "lowrank":
+        config.rank = config.rank or min(8, width)
+        if config.rank > width:
+            raise UserError(f"--rank {config.rank}: the hidden states are {width} wide")
     stored, token_bytes = plan_store(config, width)
-    tokens = fit_disk(examples, config, token_bytes, Path(config.out) / method)
-    print(f"{sizes(trunk)}; layers {config.layers} of width {width} in {config.dtype}")
-    seen = "positive" if method == "scit" or config.stimulus == "instructed" else "plain"
+    examples = fit_disk(examples, config, token_bytes, Path(config.out) / method)
+    tokens = {split: sum(recorded_length(example, config) for example in some) for split, some in examples.items()}
+    lengths = {split: [input_length(example, method, config) for example in some] for split, some in examples.items()}
+    print(f"{sizes(trunk)}; layers {config.layers} of width {width} in {config.dtype}, {sum(tokens.values()):,} tokens")
+    seen = "positive" if instructed(method, config) else "plain"
     print("one input: " + repr(tokenizer.decode(examples["train"][0][0].example(seen, "chosen")[0])))
 
     # recording
@@ -269,11 +286,14 @@ def main(config):
     going_on = {**result["settings"], **result, "settings": None, "pairs": data.digest(pairs)}
     with signals, new_stage(folder, "collect", result, going_on) as new, torch.no_grad():
         if config.store == "lowrank":
-            directions, result["energy"] = stored_directions(new / "directions.safetensors", examples["train"], record, config, trunk)
-        shards = plan_shards(examples["train"], config, token_bytes)
-        result["shards"] = [f"shard-{i:05d}.safetensors" for i in range(len(shards))]
-        files = dict(zip(["heldout.safetensors", *result["shards"]], [sum(plan_shards(examples["valid"], config, token_bytes), []), *shards]))
-        with tqdm(total=sum(map(len, files.values())), desc="collect", unit="batch") as bar:
+            directions, result["energy"] = stored_directions(new / "directions.safetensors", examples["train"], lengths["train"],
+                                                                      record, config, trunk)
+        files = {}                            # {name: its passes}
+        for part, split in (("held_out", "valid"), ("shards", "train")):
+            shards = plan_shards(examples[split], lengths[split], config, token_bytes)
+            result[part] = [f"{part.removesuffix('s')}-{i:05d}.safetensors" for i in range(len(shards))]
+            files |= zip(result[part], shards)
+        with tqdm(total=sum(map(len, files.values())), desc="collect", unit="pass") as bar:
             for name, batches in files.items():
                 if (new / name).exists():     # of a run that was cut off
                     bar.update(len(batches))
@@ -289,8 +309,7 @@ def main(config):
     for i, layer in enumerate(config.layers):
         print(f"  layer {layer}: |v| {result['norm_v'][i]:.3f}, |h| {result['norm_h'][i]:.3f}, mean |v|/|h| {result['ratio'][i]:.3f}"
               + (f", {config.rank} directions hold {result['energy'][i]:.0%} of |v|²" if directions else ""))
-    print(f"wrote {folder}: {result['tokens']:,} tokens of {sum(map(len, examples.values())):,} responses in {len(result['shards'])} shards "
-          "and heldout.safetensors")
+    print(f"wrote {folder}: {result['tokens']:,} tokens of {sum(map(len, examples.values())):,} responses in {len(files)} shards")
     print(next_command("align.py", config.out, config.method))
 
 

@@ -248,6 +248,8 @@ def one_ahead(make, items, device):
     make returns a Batch and lists of tensors or None, and may leave copies from pinned memory to the device under way.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream:                                # what make() takes has been made on the caller's
+        stream.wait_stream(torch.cuda.current_stream(device))
 
     def begin(item):
         with torch.cuda.stream(stream):       # None: changes nothing

@@ -18,7 +18,7 @@ import torch
 
 import data
 import toy
-from files import new_stage, next_command, open_log, run, setting
+from files import Diverged, new_stage, next_command, open_log, run, setting
 from lora import LoRA, Training, cosine, fit, only, save_adapter, sizes
 from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, pick_tokens, response_logprobs
 
@@ -37,9 +37,10 @@ def response_nll(model, pairs, response, pad_id):
 
 
 @torch.no_grad()
-def held_out(model, pairs, response, pad_id, batch_size):
+def held_out(model, pairs, response, pad_id, tokens_per_pass):
     """NLL a token over held-out pairs."""
-    sums = [response_nll(model, pairs[i:i + batch_size], response, pad_id) for i in range(0, len(pairs), batch_size)]
+    parts = data.parts(range(len(pairs)), [pair.length("plain", response) for pair in pairs], tokens_per_pass)
+    sums = [response_nll(model, [pairs[i] for i in part], response, pad_id) for part in parts]
     return (sum(nll for nll, _ in sums) / sum(tokens for _, tokens in sums)).item()
 
 
@@ -66,7 +67,7 @@ def main(config):
           f"{sum(lengths['chosen']) / len(train):.0f} tokens in the mean")
 
     # training, one model after the other
-    results, checkpoints, inputs = {}, [], {"pairs": data.digest(pairs), "model_digest": digest}
+    results, checkpoints, folder, inputs = {}, [], Path(config.out) / "dual", {"pairs": data.digest(pairs), "model_digest": digest}
     with open_log(config.out, "dual") as log:
         for (name, adapter), response in zip(adapters.items(), ("chosen", "rejected")):
             def losses(group):                # of a step, in parts that fit a forward pass
@@ -75,17 +76,21 @@ def main(config):
                     yield response_nll(model, [train[i] for i in part], response, pad_id)[0] / tokens
             batches = functools.partial(data.endless_batches, lengths[response], config.batch_size, config.seed)
             with only(adapters.values(), adapter):
-                start = held_out(model, valid, response, pad_id, config.batch_size)
-                checkpoints.append(fit(f"dual-{name}", adapter, losses, batches, cosine(config.steps), config, log, Path(config.out) / "dual", inputs))
-                results[name] = {"nll_start": start, "nll_end": held_out(model, valid, response, pad_id, config.batch_size)}
+                start = held_out(model, valid, response, pad_id, config.tokens_per_pass)
+                try:
+                    checkpoints.append(fit(f"dual-{name}", adapter, losses, batches, cosine(config.steps), config, log, folder, inputs))
+                except Diverged:              # at another --lr nothing goes on
+                    for checkpoint in checkpoints:
+                        checkpoint.remove()
+                    raise
+                results[name] = {"nll_start": start, "nll_end": held_out(model, valid, response, pad_id, config.tokens_per_pass)}
 
     # saving
     settings = {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch.")}
     for name, adapter in adapters.items():
-        folder = Path(config.out) / "dual" / name
-        with new_stage(folder, name, {"settings": settings, "model_digest": digest, "held_out": results[name]}) as new:
+        with new_stage(folder / name, name, {"settings": settings, "model_digest": digest, "held_out": results[name]}) as new:
             save_adapter(new, adapter.factors(), model.base_model, source["model"], config.lora_dropout)
-        print(f"wrote {folder}; held-out NLL a token {results[name]['nll_start']:.3f} -> {results[name]['nll_end']:.3f}")
+        print(f"wrote {folder / name}; held-out NLL a token {results[name]['nll_start']:.3f} -> {results[name]['nll_end']:.3f}")
     for checkpoint in checkpoints:
         checkpoint.remove()
     print(next_command("collect.py", config.out))

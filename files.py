@@ -31,7 +31,7 @@ from transformers import HfArgumentParser
 VERSION = 4                                   # of the files: a stage refuses another one
 RECORD = "stage.json"
 IRRELEVANT = ("out", "device", "alpha", "strength", "checkpoint_minutes", "restart", "merge", "judge", "reward_model", "max_new_tokens",
-              "profile")                      # to what training gives
+              "profile", "tokens_per_pass")   # to what training gives, beyond rounding
 
 
 class UserError(Exception):
@@ -133,15 +133,16 @@ def new_stage(folder, kind, record, going_on=None):
     """
     folder = Path(folder)
     partial, old, mark = folder.with_name(f".{folder.name}.partial"), restore(folder), relevant(going_on or {})
+    same = going_on is not None and (partial / "going_on").is_file() and (partial / "going_on").read_text() == mark
     if going_on is not None and partial.exists():
-        same = (partial / "going_on").is_file() and (partial / "going_on").read_text() == mark
         print(f"{partial}: " + ("goes on" if same else "is of a run with other settings, and deleted"))
-    if going_on is None or not partial.exists() or not same:
+    if not same:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     try:
-        if going_on is not None:
-            (partial / "going_on").write_text(mark)
+        if going_on is not None and not same:
+            with written_whole(partial / "going_on") as aside:
+                aside.write_text(mark)
         yield partial
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         names = [name for name in names if name not in ("going_on", RECORD) and not name.endswith(".partial")]
@@ -151,7 +152,6 @@ def new_stage(folder, kind, record, going_on=None):
         whole = json.loads(json.dumps({"kind": kind, "version": VERSION, "made_by": versions(), **record,
                                        "digests": {name: file_digest(partial / name) for name in names}}))
         write_json(partial / RECORD, {**whole, "seal": seal(whole)})
-        (partial / "going_on").unlink(missing_ok=True)
     except BaseException:
         if going_on is None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -159,6 +159,7 @@ def new_stage(folder, kind, record, going_on=None):
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
+    (folder / "going_on").unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -221,7 +222,7 @@ def read_stage(folder, kind, command):
         record = json.loads((folder / RECORD).read_text())
         found = record["kind"], record["version"]
         record["settings"], record["digests"]
-        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in [*record["digests"], *record.get("shards", [])]):
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in [*record["digests"], *record.get("shards", []), *record.get("held_out", [])]):
             raise ValueError("a name that leads out of the folder")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / RECORD} is not a stage record: run `{command}` again") from None

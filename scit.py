@@ -49,6 +49,11 @@ def instructed(pair):
                                                 ("negative", "chosen"), ("positive", "rejected"))]
 
 
+def longest(pair):
+    """Tokens of the longest input of a pair."""
+    return max(pair.length(prompt, response) for prompt in ("positive", "negative") for response in pair.responses)
+
+
 def batch_loss(model, pairs, anchors, pad_id, smoothing, tokens=None, count=None):
     """scit_loss of some pairs; NLL is the mean over the response tokens of the own-instruction and anchor examples.
 
@@ -68,8 +73,8 @@ def batch_loss(model, pairs, anchors, pad_id, smoothing, tokens=None, count=None
 @torch.no_grad()
 def held_out(model, pairs, pad_id, config):
     """(contrast, mean P(p) - P(p~), share of it above 0) over both examples of each pair."""
-    P = torch.cat([batch_loss(model, pairs[i:i + config.batch_size], [], pad_id, config.smoothing)[2]
-                   for i in range(0, len(pairs), config.batch_size)])                           # [n, own | opposite, 2]
+    parts = data.parts(range(len(pairs)), [longest(pair) for pair in pairs], config.tokens_per_pass // 4)
+    P = torch.cat([batch_loss(model, [pairs[i] for i in part], [], pad_id, config.smoothing)[2] for part in parts])         # [n, own | opposite, 2]
     own, opposite = P[:, 0].flatten(), P[:, 1].flatten()
     contrast = scit_loss(own, opposite, 0.0, config.smoothing)[1]
     return contrast.item(), (own - opposite).mean().item(), (own > opposite).float().mean().item()
@@ -96,7 +101,7 @@ def main(config):
 
     # training
     train, n_anchors, contrasts = pairs["train"], round(config.anchor * config.batch_size), []
-    widest = [max(pair.length("positive", response) for response in pair.responses) for pair in train]
+    widest = [longest(pair) for pair in train]
 
     def losses(group):
         """The loss of a step, in parts that fit a forward pass; of a pair up to 6 inputs."""

@@ -50,7 +50,7 @@ def main(config):
         for name, settings in FORMS.items():
             collect.main(collect.Config(out=folder, device="cpu", layers=["all"], limit=config.limit, batch_size=4, **settings))
             record, stage = read_stage(out / "dual" / "collect", "collect", ""), out / "dual" / "collect"
-            size = sum((stage / shard).stat().st_size for shard in [*record["shards"], "heldout.safetensors"])
+            size = sum((stage / shard).stat().st_size for shard in [*record["shards"], *record["held_out"]])
             found[name] = {"bytes a token": round(size / record["tokens"], 1), "counted": record["token_bytes"], "directions": (
                 stage / "directions.safetensors").stat().st_size if settings.get("store") == "lowrank" else 0}
         for name, row in found.items():

@@ -61,7 +61,7 @@ def changed(source, target, change):
     """A copy of a collect folder with its plus and minus states passed through `change`."""
     record = read_stage(source, "collect", "")
     with new_stage(target, "collect", {k: v for k, v in record.items() if k not in ("kind", "version", "made_by", "digests")}) as new:
-        for name in [*record["shards"], "heldout.safetensors"]:
+        for name in [*record["shards"], *record["held_out"]]:
             tensors, generator = load_file(source / name), torch.Generator().manual_seed(0)
             for layer in record["settings"]["layers"]:
                 plus, minus = tensors[f"plus.{layer}"], tensors[f"minus.{layer}"]

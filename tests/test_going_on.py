@@ -10,7 +10,9 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors.torch import load_file
 
 import align
 import checkpoint
@@ -116,7 +118,7 @@ def test_collect_goes_on_at_the_first_missing_shard(tiny, tmp_path, monkeypatch)
     record = json.loads((tmp_path / "dual" / "collect" / "stage.json").read_text())
     shutil.rmtree(tmp_path / "dual" / "collect")
     own, recorded = collect.record_states, []
-    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or (1 / 0 if len(recorded) == 55 else own(*a)))
+    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or (1 / 0 if len(recorded) == 40 else own(*a)))
     with pytest.raises(ZeroDivisionError):
         go(collect, *args)
     before, kept = len(recorded) - 1, sorted(path.name for path in (tmp_path / "dual" / ".collect.partial").glob("shard*"))
@@ -129,10 +131,21 @@ def test_collect_goes_on_at_the_first_missing_shard(tiny, tmp_path, monkeypatch)
     assert again["ratio"] == record["ratio"] and again["energy"] == record["energy"] and again["digests"] == record["digests"]
     assert not (tmp_path / "dual" / ".collect.partial").exists()
     whole = len(recorded) + before
+    # passes of another size are no other settings: a run that the memory stopped goes on with smaller ones, and its shards hold the same
+    shutil.rmtree(tmp_path / "dual" / "collect")
+    recorded.clear()
+    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or (1 / 0 if len(recorded) == 40 else own(*a)))
+    with pytest.raises(ZeroDivisionError):
+        go(collect, *args)
+    monkeypatch.setattr(collect, "record_states", own)
+    assert ".collect.partial: goes on" in go(collect, *args, "--tokens-per-pass", "60")
+    for name in record["shards"]:
+        old, new = safetensors.torch.load(want[name]), load_file(tmp_path / "dual" / "collect" / name)
+        assert all(torch.allclose(old[key].double(), new[key].double(), atol=1e-5) for key in old) and old.keys() == new.keys()
     # cut off again, and then other settings: nothing of before is taken
     shutil.rmtree(tmp_path / "dual" / "collect")
     recorded.clear()
-    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or (1 / 0 if len(recorded) == 55 else own(*a)))
+    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or (1 / 0 if len(recorded) == 40 else own(*a)))
     with pytest.raises(ZeroDivisionError):
         go(collect, *args)
     recorded.clear()

@@ -118,7 +118,7 @@ def test_recorded_states_are_those_of_unpadded_inputs(method, pairs):
     config = collect.Config(layers=[1, 2], stimulus="instructed", base="original")
     some = [(pair, response) for pair in pairs[:4] for response in ("chosen", "rejected")]
     with torch.no_grad():
-        base, plus, minus = collect.record_states(model.base_model, adapters, method, config, some, 1, "cpu")
+        base, plus, minus = collect.record_states(model.base_model, adapters, method, config, some, 1)
         at = 0
         for pair, response in some:
             up, down = list(adapters.values())[0], list(adapters.values())[-1]

@@ -77,7 +77,7 @@ def test_malformed(i, done, tiny, tmp_path, capfd):  # noqa: F811
         args = [*source[:2], "--data", tmp_path / "rows", *quick]
     elif kind == "files":                     # of a stage before
         name, stage = rng.choice((("scit/adapter/adapter_model.safetensors", collect), ("scit/adapter/adapter_config.json", collect), ("scit/collect/shard-00000.safetensors", align),
-                                  ("scit/collect/heldout.safetensors", align), ("scit/collect/base_adapter/adapter_model.safetensors", align), ("scit/align/adapter_model.safetensors", evaluate)))
+                                  ("scit/collect/held_out-00000.safetensors", align), ("scit/collect/base_adapter/adapter_model.safetensors", align), ("scit/align/adapter_model.safetensors", evaluate)))
         whole = (out / name).read_bytes()
         (out / name).write_bytes(new if (new := damaged(rng, whole)) != whole else b"")
         args = [] if stage is evaluate else ["--method", "scit"]
