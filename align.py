@@ -62,7 +62,7 @@ class Config(Training):
     steps: int = setting(150, "optimiser steps", least=1)
     batch_size: int = setting(16, "responses in a step", least=1)
     lr: float = setting(1e-3, "learning rate, constant", least=0)
-    limit: int | None = setting(None, "use the first collected responses only", least=1)
+    limit: int | None = setting(None, "use so many collected responses only, drawn at random", least=1)
     merge: bool = setting(False, "also write OUT/METHOD/merged: the whole model with the adapter in its weights")
     judge: str | None = setting(None, "of a sweep: module:function that scores (prompt, response); empty inherits")
     reward_model: str | None = setting(None, "of a sweep: a sequence classifier of one label, folder or hub name")
@@ -111,7 +111,7 @@ def targets(collection, groups, trunk, adapter):
     for batch, base, plus, minus in data.one_ahead(read, groups, trunk.device):
         if base is None:                      # not stored: the states of the model with the adapter off
             with torch.no_grad(), only([adapter]):
-                base = [h[batch.response] for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
+                base = [h[batch.response] for h in hidden_states(trunk, collection.layers, batch.ids)]
         yield batch, base, plus, minus
 
 
@@ -124,23 +124,21 @@ def alignment_loss(hidden, collection, batch, base, plus, minus, alphas, kind="l
 
 def objective(trunk, adapter, collection, alphas, config):
     """What lora.fit needs to move the adapter's hidden states to their targets: (losses, batches)."""
-    draws = None                              # of the parts of all steps in a row, begun by batches(), taken by losses()
-
     def batches(done):
-        """The parts of each step, less the first `done` steps."""
-        nonlocal draws
-        groups = data.endless_batches(collection.lengths[:config.limit], config.batch_size, config.seed, done)
+        """Each step's parts, less the first `done` steps, with what draws their targets: all parts in a row are read ahead."""
+        groups = data.endless_batches(collection.lengths, config.batch_size, config.seed, done)
         steps, ahead = itertools.tee(data.parts(group, collection.lengths, config.tokens_per_pass) for group in groups)
         draws = targets(collection, itertools.chain.from_iterable(ahead), trunk, adapter)
-        return steps
+        return ((parts, draws) for parts in steps)
 
-    def losses(parts):
+    def losses(step):
         """The loss of a step, in parts that fit a forward pass."""
+        parts, draws = step
         tokens = sum(collection.recorded(i) for part in parts for i in part)
-        for _ in parts:
-            batch, *states = next(draws)                                                   # b, h+, h-: L x [T, D]
-            hidden = hidden_states(trunk, collection.layers, batch.ids, batch.attention)   # A(π_lora, <q, r>, l): L x [B, S, D]
+        for batch, *states in itertools.islice(draws, len(parts)):                         # b, h+, h-: L x [T, D]
+            hidden = hidden_states(trunk, collection.layers, batch.ids)                    # A(π_lora, <q, r>, l): L x [B, S, D]
             yield alignment_loss(hidden, collection, batch, *states, alphas, config.kind, tokens)[0]
+            del hidden, batch, states         # before the next pass
     return losses, batches
 
 
@@ -149,7 +147,7 @@ def distances(trunk, adapter, held_out, alphas, tokens_per_pass):
     """Mean over held-out tokens of || h - (b + α v) || per layer: [L]."""
     norms, parts = [], data.parts(range(len(held_out.items)), held_out.lengths, tokens_per_pass)
     for batch, *states in targets(held_out, iter(parts), trunk, adapter):
-        hidden = hidden_states(trunk, held_out.layers, batch.ids, batch.attention)
+        hidden = hidden_states(trunk, held_out.layers, batch.ids)
         norms.append(alignment_loss(hidden, held_out, batch, *states, alphas)[1])
     return torch.cat(norms, 1).mean(1)
 
@@ -160,9 +158,9 @@ def profile_step(trunk, adapter, collection, alphas, config):
     losses, batches = objective(trunk, adapter, collection, alphas, config)
     optimizer = torch.optim.AdamW(adapter.train().parameters(), lr=config.lr)
     scaler = torch.amp.GradScaler(trunk.device.type, enabled=trunk.dtype == torch.float16)
-    batch, *states = next(targets(collection, iter(next(batches(0))), trunk, adapter))
-    steps = batches(0)
-    hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, collection.layers, batch.ids, batch.attention)]
+    (parts, _), steps = next(batches(0)), batches(0)
+    batch, *states = next(targets(collection, iter(parts), trunk, adapter))
+    hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, collection.layers, batch.ids)]
     profile(lambda: descend(losses(next(steps)), adapter, optimizer, scaler),
             lambda: torch.autograd.grad(alignment_loss(hidden, collection, batch, *states, alphas, config.kind)[0], hidden),
             bytes_moved(hidden, *states, collection.directions), Path(config.out) / "align_trace.json")
@@ -211,10 +209,12 @@ def main(config):
             load_judge(config.judge)
         if config.reward_model:
             check_reward_model(config.reward_model)
-        pairs = data.prepare(settings["data"], ("valid",), tokenizer, settings["max_length"], settings["seed"], None,
+        pairs = data.prepare(settings["data"], ("valid",), tokenizer, settings["max_length"], settings["split_seed"], None,
                              settings["positive"], settings["negative"], settings["template"])["valid"]
     collection, held_out = (data.Collection([checked(folder, record, name) for name in record[part]], layers, settings["store"], tokenizer.pad_token_id)
                             for part in ("shards", "held_out"))
+    if config.limit:
+        collection.keep(config.limit, config.seed)
 
     # the base up to the highest target layer, with its adapter where there is one
     trunk = load_model(config.model, dtype, device, blocks=layers[-1] + 1, checkpointing=config.gradient_checkpointing)
@@ -231,7 +231,7 @@ def main(config):
             print(f"  {each.name}, layer {layer}: α {alpha:.3g}, α|v|/|h| {abs(alpha) * r:.2f}"
                   + (f", {len(collection.directions[0])} directions hold {share:.0%} of |v|²" if share is not None else "")
                   + ("  WARNING: near 1 or above, expect the model to collapse; lower the strength" if abs(alpha) * r > 0.8 else ""))
-    print(f"layers {layers}, base {settings['base']}: {len(collection.lengths[:config.limit]):,} responses of "
+    print(f"layers {layers}, base {settings['base']}: {len(collection.lengths):,} responses of "
           f"{sum(collection.lengths) / len(collection.lengths):.0f} tokens in the mean, {record['tokens'] * record['token_bytes'] / 1e9:.3g} GB "
           f"of states on disk, {len(runs)} times {config.steps} steps of {config.batch_size}, LoRA on {', '.join(sorted(adapted))}")
 

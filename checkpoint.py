@@ -37,8 +37,8 @@ class Signals:
 class Checkpoint(Signals):
     """All that changes in a training run, written now and then, and at SIGINT or SIGTERM; the run that goes on ends as one never stopped.
 
-    settings: what the run depends on, to be the same when it goes on; parts: objects with a state_dict, in `step` steps the same as
-    in a run without a stop. `restart` forgets an earlier run's. remove() when what it was for is written.
+    settings: what the run depends on, to be the same when it goes on; parts: {name: object with a state_dict}, all that a step
+    changes. `restart` forgets an earlier run's. remove() when what it was for is written.
     """
 
     def __init__(self, path, settings, config, **parts):

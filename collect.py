@@ -13,7 +13,8 @@ For each response r, chosen and rejected, and each target layer l, at the same t
 
 A target layer l is the output of decoder block l, counted from 0. Recorded are the response's positions and the
 last prompt token, whose state predicts the response's first token. Nothing above the highest target is loaded
-or run. Writes OUT/METHOD/collect, which is all that align.py needs besides the base model.
+or run. Writes OUT/METHOD/collect, all that align.py needs besides the base model
+(and, for the table of a sweep, the pairs).
 
 Beyond the paper, `--store lowrank` keeps of v = h+ - h- its coefficients c = v U^T alone, where the rows of U [k, D] are
 the top k uncentred principal directions of v at that layer, found in a pass over a sample before.
@@ -60,13 +61,13 @@ class Config:
     shard_mb: float = setting(128, "about the size of a shard in megabytes, which is held in memory", least=0)
     batch_size: int = setting(32, "responses in a forward pass, at most", least=1)
     tokens_per_pass: int | None = setting(None, "most tokens in a forward pass, padding included; empty takes 4096 on a GPU, 2048 on the CPU", least=1)
-    limit: int | None = setting(None, "use so many training pairs only, drawn at random", least=1)
+    limit: int | None = setting(None, "use so many pairs of each split only, drawn at random", least=1)
     survey: bool = setting(False, "collect nothing: measure every block, and recommend layers, strength and rank")
     model: str | None = setting(None, "model folder or hub name; empty inherits from stage 1")
     data: list[str] | None = setting(None, "preference pairs, as in stage 1; empty inherits")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the model and the states; empty inherits")
     max_length: int | None = setting(None, "longest input in tokens; empty inherits", least=2)
-    seed: int | None = setting(None, "seed of the split and the order; empty inherits")
+    seed: int | None = setting(None, "seed of the order; empty inherits; the split stays that of stage 1")
 
 
 def instructed(method, config):
@@ -82,7 +83,7 @@ def record_states(trunk, adapters, method, config, pairs, pad_id):
     def states(on, prompt):
         batch = data.collate([pair.example(prompt, response) for pair, response in pairs], pad_id, trunk.device)
         with only(adapters.values(), *on):
-            dense = hidden_states(trunk, config.layers, batch.ids, batch.attention)             # L x [B, S, D]
+            dense = hidden_states(trunk, config.layers, batch.ids)                              # L x [B, S, D]
         mask = recorded(batch.response, config.last_prompt_token)
         return [h[mask] for h in dense]                                                         # L x [T, D]
     if method == "scit":
@@ -243,7 +244,7 @@ def main(config):
     adapters = {}
     for kind, folder in stage1.items():
         adapters[kind] = LoRA(trunk, factors=load_adapter(checked(folder, records[kind]), trunk)).eval()
-    pairs = data.prepare(config.data, ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
+    pairs = data.prepare(config.data, ("train", "valid"), tokenizer, config.max_length, settings["split_seed"], config.limit,
                          settings["positive"], settings["negative"], settings["template"])
     pairs["valid"] = data.sample(pairs["valid"], 64 if not config.survey else HELD_OUT, config.seed)
     examples = {split: [(pair, response) for pair in pairs[split] for response in ("chosen", "rejected")] for split in pairs}

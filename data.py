@@ -1,4 +1,5 @@
-"""Inputs of the models: the instructions p+ and p-, prompts, tokens, masks and batches. Pairs are read by pairs.py."""
+"""Inputs of the models: the instructions p+ and p-, tokens, masks and batches. Pairs are read, and dialogues written, by pairs.py."""
+import functools
 import hashlib
 import itertools
 import math
@@ -8,11 +9,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from safetensors import safe_open
 
 from files import UserError, setting
-from pairs import Pair, load_pairs
+from pairs import Pair, around_reply, chat, load_pairs, render
 
 # The two instructions, the only place where they stand. They differ in their adjectives alone,
 # so that h+ - h- encodes what the adjectives mean and nothing of the form.
@@ -26,7 +26,7 @@ SAMPLE = 4096                                 # responses, at most, of which the
 class Source:
     """Settings of stage 1: what it learns from, and where it writes to."""
     model: str = setting("", "model folder or hub name; empty takes the embedded default")
-    data: list[str] | None = setting(None, "preference pairs: files, or hub:owner/name[:split], see data.py; empty takes the embedded default")
+    data: list[str] | None = setting(None, "preference pairs: files, or hub:owner/name[:split], see pairs.py; empty takes the embedded default")
     template: Literal["auto", "chat", "plain"] = setting("auto", "how prompts are written: the model's chat template, or Human: ... Assistant:")
     positive: str = setting(POSITIVE, "the instruction p+")
     negative: str = setting(NEGATIVE, "the instruction p-: as p+ but for the words that count")
@@ -35,7 +35,7 @@ class Source:
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the base; empty takes bfloat16 on a GPU, float32 on the CPU")
     max_length: int = setting(768, "longest input in tokens; pairs over it are left out", least=2)
-    limit: int | None = setting(None, "use so many training pairs only, drawn at random", least=1)
+    limit: int | None = setting(None, "use so many pairs of each split only, drawn at random", least=1)
 
 
 @dataclass(frozen=True)
@@ -54,60 +54,12 @@ class Encoded:
         """Number of ids of prompt + response."""
         return len(self.prompts[prompt]) + len(self.responses[response])
 
+    def longest(self):
+        """Number of ids of the longest of its inputs."""
+        return max(map(len, self.prompts.values())) + max(map(len, self.responses.values()))
+
 
 # ---------------------------------------------------------------- tokens
-
-def render(turns):
-    """A dialogue in the HH form, up to where the assistant's reply begins."""
-    names = {"user": "Human: ", "assistant": "Assistant: ", "system": ""}
-    return "".join(f"\n\n{names[role]}{text}" for role, text in turns) + "\n\nAssistant:"
-
-
-def messages(turns):
-    """A dialogue as role/content messages without its system turns; turns in a row of one role, which many templates refuse, become one."""
-    found = []
-    for role, text in turns:
-        if found and found[-1]["role"] == role:
-            found[-1]["content"] += f"\n\n{text}"
-        elif role != "system":
-            found.append({"role": role, "content": text})
-    return found
-
-
-def chat(tokenizer, turns, instruction="", reply=None):
-    """A dialogue by the tokenizer's chat template, up to where the assistant's reply begins, or with a reply.
-
-    The instruction opens the system turn; where the template has no system turn, the first user turn.
-    """
-    system, dialogue = "\n\n".join(filter(None, (instruction.strip(), *(text for role, text in turns if role == "system")))), messages(turns)
-
-    def written(dialogue):
-        if reply is not None:
-            return tokenizer.apply_chat_template([*dialogue, {"role": "assistant", "content": reply}], tokenize=False, enable_thinking=False)
-        text = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        return f"{text}\n</think>\n\n" if text.rstrip().endswith("<think>") else text
-    try:
-        text = written([{"role": "system", "content": system}, *dialogue] if system else dialogue)
-        if system in text:
-            return text
-    except TemplateError:                     # this is how a template says that it knows no system turn
-        pass
-    dialogue[0]["content"] = f"{system}\n\n{dialogue[0]['content']}".strip()
-    try:
-        return written(dialogue)
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses a dialogue of {', '.join(m['role'] for m in dialogue)}: {error}; use --template plain") from None
-
-
-def around_reply(tokenizer):
-    """What the chat template puts right before and after a reply, up to the token that ends it: (text, ids)."""
-    asked, reply = [{"role": "user", "content": "?"}], {"role": "assistant", "content": "REPLY"}
-    whole, begun = tokenizer.apply_chat_template([*asked, reply], tokenize=False, enable_thinking=False), chat(tokenizer, (("user", "?"),))
-    before, _, after = whole.removeprefix(begun).partition("REPLY") if whole.startswith(begun) else ("", "", "")
-    ids, ends = tokenizer(after, add_special_tokens=False)["input_ids"], {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    end = next((i for i, token in enumerate(ids) if token in ends), None)
-    return before, [tokenizer.eos_token_id] if end is None else ids[:end + 1]
-
 
 def encode(tokenizer, pairs, positive=POSITIVE, negative=NEGATIVE, template="plain"):
     """Tokenize pairs once, in parts, so that p+ and p- inputs differ in the instruction's tokens only and r is the same in all:
@@ -162,7 +114,7 @@ def sample(items, count, seed):
 
 
 def prepare(paths, splits, tokenizer, max_length, seed, limit=None, positive=POSITIVE, negative=NEGATIVE, template="plain"):
-    """The encoded pairs of each split asked for: {split: list of Encoded}, with a line that counts them.
+    """The encoded pairs of each split asked for, "all" among them: {split: list of Encoded}, with a line that counts them.
 
     paths: files or hub:owner/name[:split]. Pairs with an input of over max_length tokens are left out; limit: so many of each split, drawn at random.
     """
@@ -175,13 +127,13 @@ def prepare(paths, splits, tokenizer, max_length, seed, limit=None, positive=POS
         skipped = {reason: skipped.get(reason, 0) + left_out.get(reason, 0) for reason in {**skipped, **left_out}}
     counts, named = [f"{n} {reason}" for reason, n in skipped.items()], ", ".join(map(str, paths))
     for split in splits:
-        of_split, found[split], too_long = [pair for pair in pairs if pair.split == split], [], 0
+        of_split, found[split], too_long = [pair for pair in pairs if split in (pair.split, "all")], [], 0
         if limit:
             of_split = sample(of_split, len(of_split), seed)
         for i in range(0, len(of_split), 1000):
             if len(found[split]) < (limit or math.inf):
                 encoded = encode(tokenizer, of_split[i:i + 1000], positive, negative, template)
-                fits = [e for e in encoded if max(map(len, e.prompts.values())) + max(map(len, e.responses.values())) <= max_length]
+                fits = [e for e in encoded if e.longest() <= max_length]
                 found[split] += fits
                 too_long += len(encoded) - len(fits)
         counts.append(f"{too_long} of {split} over {max_length} tokens")
@@ -242,12 +194,18 @@ def parts(group, lengths, tokens):
     return found
 
 
+@functools.cache
+def side_stream(device):
+    """One a process: the allocator keeps memory for each stream apart."""
+    return torch.cuda.Stream(device)
+
+
 def one_ahead(make, items, device):
     """make(item) for each item of an iterator, begun while the caller works on the one before: in a thread and on a stream of its own.
 
     make returns a Batch and lists of tensors or None, and may leave copies from pinned memory to the device under way.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = side_stream(device) if device.type == "cuda" else None
     if stream:                                # what make() takes has been made on the caller's
         stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -274,7 +232,7 @@ class Collection:
     def __init__(self, paths, layers, store, pad_id):
         self.layers, self.pad_id, self.directions = layers, pad_id, None            # a list of U [k, D] here turns v into coefficients on them
         self.names = {"full": ("plus", "minus"), "diff": ("v",), "lowrank": ("c",)}[store]
-        self.items, self.lengths = [], []                  # (tensors of its shard, ids from:to, states from:to, prompt ids)
+        self.items, self.lengths = [], []                  # (tensors of its shard, ids from:to, states from:to, first recorded position)
         for path in paths:
             with safe_open(path, "pt") as file:            # its tensors are views of the mapped file
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -285,6 +243,11 @@ class Collection:
                 self.items.append((tensors, slice(at_id, at_id + length), slice(at_state, end_state), start))
                 at_id, at_state = at_id + length, end_state
             self.lengths += lengths
+
+    def keep(self, count, seed):
+        """Leave so many responses, drawn at random: neighbours in a shard are of similar length."""
+        drawn = sample(range(len(self.items)), count, seed)
+        self.items, self.lengths = [self.items[i] for i in drawn], [self.lengths[i] for i in drawn]
 
     def batch(self, indices, device):
         """A Batch of responses; its response mask marks the recorded positions."""
@@ -311,9 +274,10 @@ class Collection:
         return base, plus, minus
 
     def differences(self, device, size=64):
-        """v of the first responses (their order is random), batch by batch: lists of L tensors [T, D]."""
-        for group in torch.arange(min(SAMPLE, len(self.items))).split(size):
-            yield differences(*self.states(group, device)[1:])
+        """v of a random sample of the responses, batch by batch: lists of L tensors [T, D]."""
+        drawn = sample(range(len(self.items)), SAMPLE, seed=0)
+        for i in range(0, len(drawn), size):
+            yield differences(*self.states(drawn[i:i + size], device)[1:])
 
 
 def differences(plus, minus):

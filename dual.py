@@ -86,7 +86,7 @@ def main(config):
                 results[name] = {"nll_start": start, "nll_end": held_out(model, valid, response, pad_id, config.tokens_per_pass)}
 
     # saving
-    settings = {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch.")}
+    settings = {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch."), "split_seed": config.seed}
     for name, adapter in adapters.items():
         with new_stage(folder / name, name, {"settings": settings, "model_digest": digest, "held_out": results[name]}) as new:
             save_adapter(new, adapter.factors(), model.base_model, source["model"], config.lora_dropout)

@@ -51,7 +51,7 @@ class Config:
     data: list[str] | None = setting(None, "preference pairs, as in stage 1; empty inherits")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the model; empty inherits")
     max_length: int | None = setting(None, "longest input in tokens; empty inherits", least=2)
-    seed: int | None = setting(None, "seed of the split and of the sampling; empty inherits")
+    seed: int | None = setting(None, "seed of the sampling; empty inherits; the split stays that of stage 1")
 
 
 def main(config):
@@ -94,10 +94,8 @@ def main(config):
                     adapter.remove()
         return
 
-    splits = ("train", "valid", "test") if config.split == "all" else (config.split,)
-    pairs = data.prepare(config.data, splits, tokenizer, config.max_length, config.seed, None, settings["positive"], settings["negative"],
-                         settings["template"])
-    pairs = sum(pairs.values(), [])[:config.limit]
+    pairs = data.prepare(config.data, (config.split,), tokenizer, config.max_length, settings["split_seed"], None, settings["positive"],
+                         settings["negative"], settings["template"])[config.split][:config.limit]
     report, samples = score_models(model, {name: (factors.get(name), MODELS[name][2]) for name in names}, tokenizer, pairs, scorers,
                                    config.max_new_tokens, config.batch_size, config.seed)
     wins = {}                                 # over the base, prompt by prompt

@@ -66,7 +66,8 @@ class LoRA(nn.Module):
             if factors:
                 A, B = factors.pairs[name]
             else:
-                A, B = torch.empty(rank, in_features(linear)), torch.zeros(out_features(linear), rank)
+                to, of = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape       # Conv1D stores [in, out]
+                A, B = torch.empty(rank, of), torch.zeros(to, rank)
                 nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             # fp32 whatever the base's dtype: AdamW's small steps would be lost in bf16
             self.A.append(nn.Parameter(A.to(linear.weight.device, torch.float32)))
@@ -92,7 +93,7 @@ class LoRA(nn.Module):
         """Add s B A to the base's weights and take the hooks off."""
         for linear, A, B in zip(self.linears, self.A, self.B):
             delta = self.scale * B @ A                                                       # [out, in]
-            delta = delta.T if isinstance(linear, Conv1D) else delta                         # Conv1D stores [in, out]
+            delta = delta.T if isinstance(linear, Conv1D) else delta
             linear.weight.copy_(linear.weight.float() + delta)
         self.remove()
 
@@ -100,14 +101,6 @@ class LoRA(nn.Module):
         """The adapter's tensors, detached, on the CPU."""
         pairs = {name: (A.detach().cpu(), B.detach().cpu()) for name, A, B in zip(self.names, self.A, self.B)}
         return Factors(pairs, self.rank, self.alpha)
-
-
-def in_features(linear):
-    return linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.in_features
-
-
-def out_features(linear):
-    return linear.weight.shape[1] if isinstance(linear, Conv1D) else linear.out_features
 
 
 def sizes(model, *adapters):

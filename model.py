@@ -190,8 +190,11 @@ def pick_layers(layers, n):
     return sorted(found)
 
 
-def hidden_states(trunk, layers, ids, attention):
-    """A(π, x, l): the output of decoder block l for each l in layers, by a forward hook. List of [B, S, D]."""
+def hidden_states(trunk, layers, ids):
+    """A(π, x, l): the output of decoder block l for each l in layers, by a forward hook. ids: [B, S]. List of [B, S, D].
+
+    Padding is at the right, where no token of a decoder-only model looks: so no mask is given, and attention takes its fast path.
+    """
     _, blocks = find_blocks(trunk)
     states = {}
 
@@ -201,7 +204,7 @@ def hidden_states(trunk, layers, ids, attention):
         return hook
     handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
     try:
-        trunk(input_ids=ids, attention_mask=attention.long(), use_cache=False)
+        trunk(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -235,12 +238,13 @@ def response_logprobs(model, batch):
     owner, kept = find_owner(model.base_model), []
     handle = owner.register_forward_hook(lambda module, args, output: kept.append(output))
     try:
-        model.base_model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)
+        model.base_model(input_ids=batch.ids, use_cache=False)                  # no mask, as in hidden_states
     finally:
         handle.remove()
 
     def logprobs(states, targets):
-        """The model's own forward with the trunk's output put in, so that whatever it does to its logits still happens. [n, D], [n] -> [n]"""
+        """The model's own forward with the trunk replaced by what it gave, so that only the head works, on n positions, and whatever
+        the model does to its logits still happens. [n, D], [n] -> [n]"""
         owner.forward = lambda *args, **kwargs: type(kept[0])(**{**kept[0], "last_hidden_state": states[None]})
         try:
             logits = model(input_ids=targets[None], use_cache=False).logits[0]

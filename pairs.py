@@ -1,4 +1,4 @@
-"""Preference pairs: reading them from files and the hub in the forms they come in.
+"""Preference pairs: reading them from files and the hub in the forms they come in; and dialogues as text.
 
 A file holds one row a pair, as JSON lines or one JSON list, gzipped or not. All rows of a file have one of these forms:
     transcripts     {"chosen": "\\n\\nHuman: q\\n\\nAssistant: r_h", "rejected": "\\n\\nHuman: q\\n\\nAssistant: r_l"}       HH-RLHF
@@ -19,6 +19,7 @@ import zlib
 from dataclasses import dataclass
 
 from huggingface_hub import HfApi, hf_hub_download
+from jinja2 import TemplateError
 
 from files import UserError
 
@@ -209,3 +210,66 @@ def load_pairs(path, seed, specials=()):
         else:
             skipped[reason] = skipped.get(reason, 0) + 1
     return pairs, skipped, form
+
+
+# ---------------------------------------------------------------- dialogues as text
+
+# Put before every chat template: those that write today's date write this one, so that tomorrow's stage reads the same prompts.
+A_DAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
+
+
+def render(turns):
+    """A dialogue in the HH form, up to where the assistant's reply begins."""
+    names = {"user": "Human: ", "assistant": "Assistant: ", "system": ""}
+    return "".join(f"\n\n{names[role]}{text}" for role, text in turns) + "\n\nAssistant:"
+
+
+def messages(turns):
+    """A dialogue as role/content messages without its system turns; turns in a row of one role, which many templates refuse, become one."""
+    found = []
+    for role, text in turns:
+        if found and found[-1]["role"] == role:
+            found[-1]["content"] += f"\n\n{text}"
+        elif role != "system":
+            found.append({"role": role, "content": text})
+    return found
+
+
+def rendered(tokenizer, messages, **how):
+    """Messages as the tokenizer's chat template writes them, without thinking."""
+    return tokenizer.apply_chat_template(messages, chat_template=A_DAY + tokenizer.get_chat_template(), tokenize=False, enable_thinking=False, **how)
+
+
+def chat(tokenizer, turns, instruction="", reply=None):
+    """A dialogue by the tokenizer's chat template, up to where the assistant's reply begins, or with a reply.
+
+    The instruction opens the system turn; where the template has no system turn, the first user turn.
+    """
+    system, dialogue = "\n\n".join(filter(None, (instruction.strip(), *(text for role, text in turns if role == "system")))), messages(turns)
+
+    def written(dialogue):
+        if reply is not None:
+            return rendered(tokenizer, [*dialogue, {"role": "assistant", "content": reply}])
+        text = rendered(tokenizer, dialogue, add_generation_prompt=True)
+        return f"{text}\n</think>\n\n" if text.rstrip().endswith("<think>") else text
+    try:
+        text = written([{"role": "system", "content": system}, *dialogue] if system else dialogue)
+        if system in text:
+            return text
+    except TemplateError:                     # this is how a template says that it knows no system turn
+        pass
+    dialogue[0]["content"] = f"{system}\n\n{dialogue[0]['content']}".strip()
+    try:
+        return written(dialogue)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses a dialogue of {', '.join(m['role'] for m in dialogue)}: {error}; use --template plain") from None
+
+
+def around_reply(tokenizer):
+    """What the chat template puts right before and after a reply, up to the token that ends it: (text, ids)."""
+    asked, reply = [{"role": "user", "content": "?"}], {"role": "assistant", "content": "REPLY"}
+    whole, begun = rendered(tokenizer, [*asked, reply]), chat(tokenizer, (("user", "?"),))
+    before, _, after = whole.removeprefix(begun).partition("REPLY") if whole.startswith(begun) else ("", "", "")
+    ids, ends = tokenizer(after, add_special_tokens=False)["input_ids"], {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    return before, [tokenizer.eos_token_id] if end is None else ids[:end + 1]

@@ -32,15 +32,12 @@ class Config(data.Source, Training):
     anchor: float = setting(0.375, "examples without instruction for each example with one; 0 is the paper", least=0)
 
 
-def scit_loss(own, opposite, nll, smoothing):
-    """NLL + contrast. own, opposite: P(p) and P(p~) [m], P = mean log π(r_t | p, q, r_<t); nll: scalar.
+def contrast_loss(own, opposite, smoothing):
+    """How well the right instruction is told from the wrong one. own, opposite: P(p) and P(p~) [m], P = mean log π(r_t | p, q, r_<t).
 
-        loss = NLL + (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~))
-
-    where softplus(P~ - P) = -log(e^P / (e^P + e^P~)). Returns (loss, contrast).
+        contrast = (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~)),    softplus(P~ - P) = -log(e^P / (e^P + e^P~))
     """
-    contrast = ((1 - smoothing) * F.softplus(opposite - own) + smoothing * F.softplus(own - opposite)).mean()
-    return nll + contrast, contrast
+    return ((1 - smoothing) * F.softplus(opposite - own) + smoothing * F.softplus(own - opposite)).mean()
 
 
 def instructed(pair):
@@ -49,13 +46,9 @@ def instructed(pair):
                                                 ("negative", "chosen"), ("positive", "rejected"))]
 
 
-def longest(pair):
-    """Tokens of the longest input of a pair."""
-    return max(pair.length(prompt, response) for prompt in ("positive", "negative") for response in pair.responses)
-
-
 def batch_loss(model, pairs, anchors, pad_id, smoothing, tokens=None, count=None):
-    """scit_loss of some pairs; NLL is the mean over the response tokens of the own-instruction and anchor examples.
+    """loss = NLL + contrast of some pairs; NLL is the mean over the response tokens of the own-instruction and anchor examples.
+    Returns (loss, contrast, P [n, own | opposite, r_h | r_l]).
 
     tokens, count: these tokens and the pairs of a whole step, of which `pairs` are a part; the parts' losses add up to the step's.
     """
@@ -63,20 +56,20 @@ def batch_loss(model, pairs, anchors, pad_id, smoothing, tokens=None, count=None
     inputs += [pair.example("plain", response) for pair in anchors for response in ("chosen", "rejected")]
     logprobs, mask = response_logprobs(model, data.collate(inputs, pad_id, model.device))       # [4n + 2a, S-1]
     P = token_mean(logprobs, mask)[:4 * len(pairs)].view(-1, 2, 2)                              # [n, own | opposite, r_h | r_l]
-    learned = torch.ones(len(inputs), dtype=torch.bool, device=model.device)
-    learned[:4 * len(pairs)] = torch.tensor([True, True, False, False], device=model.device).repeat(len(pairs))
-    nll = -logprobs[learned].sum() / (tokens or mask[learned].sum())
-    contrast = scit_loss(P[:, 0].flatten(), P[:, 1].flatten(), 0.0, smoothing)[1] * len(pairs) / (count or len(pairs))
+    own = torch.arange(len(inputs), device=model.device) % 4 < 2                                # r_h and r_l under their own instruction,
+    own[4 * len(pairs):] = True                                                                 # and the anchors
+    nll = -logprobs[own].sum() / (tokens or mask[own].sum())
+    contrast = contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), smoothing) * len(pairs) / (count or len(pairs))
     return nll + contrast, contrast, P.detach()
 
 
 @torch.no_grad()
 def held_out(model, pairs, pad_id, config):
     """(contrast, mean P(p) - P(p~), share of it above 0) over both examples of each pair."""
-    parts = data.parts(range(len(pairs)), [longest(pair) for pair in pairs], config.tokens_per_pass // 4)
+    parts = data.parts(range(len(pairs)), [pair.longest() for pair in pairs], config.tokens_per_pass // 4)
     P = torch.cat([batch_loss(model, [pairs[i] for i in part], [], pad_id, config.smoothing)[2] for part in parts])         # [n, own | opposite, 2]
     own, opposite = P[:, 0].flatten(), P[:, 1].flatten()
-    contrast = scit_loss(own, opposite, 0.0, config.smoothing)[1]
+    contrast = contrast_loss(own, opposite, config.smoothing)
     return contrast.item(), (own - opposite).mean().item(), (own > opposite).float().mean().item()
 
 
@@ -95,13 +88,14 @@ def main(config):
     model = load_model(source["model"], pick_dtype(config.dtype, device), device, checkpointing=config.gradient_checkpointing)
     digest = model_digest(source["model"])
     adapter = LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
-    print("one input: " + repr(tokenizer.decode(pairs["train"][0].example("positive", "chosen")[0])))
+    for prompt in ("plain", "positive"):
+        print(f"one input, {prompt}: " + repr(tokenizer.decode(pairs["train"][0].example(prompt, "chosen")[0])))
     lengths = [pair.length("positive", "chosen") for pair in pairs["train"]]
     print(f"{sizes(model, adapter)}; {config.steps} steps of {config.batch_size} pairs of {sum(lengths) / len(lengths):.0f} tokens in the mean")
 
     # training
     train, n_anchors, contrasts = pairs["train"], round(config.anchor * config.batch_size), []
-    widest = [longest(pair) for pair in train]
+    widest = [pair.longest() for pair in train]
 
     def losses(group):
         """The loss of a step, in parts that fit a forward pass; of a pair up to 6 inputs."""
@@ -121,7 +115,7 @@ def main(config):
     contrast, margin, accuracy = held_out(model, data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id, config)
 
     # saving
-    record = {"settings": {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch.")},
+    record = {"settings": {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch."), "split_seed": config.seed},
               "model_digest": digest, "held_out": {"contrast": contrast, "margin": margin, "accuracy": accuracy}}
     folder = Path(config.out) / "scit" / "adapter"
     with new_stage(folder, "scit", record) as new:

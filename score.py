@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 import data
 from files import UserError
 from lora import LoRA, only
-from model import read_model, response_logprobs, token_mean
+from model import pick_tokens, read_model, response_logprobs, token_mean
+from pairs import chat, render
 
 
 def load_judge(name):
@@ -25,7 +26,7 @@ def load_judge(name):
         judge = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--judge {name}: {error}; give it as module:function") from None
-    return lambda dialogues, replies: [float(judge(data.render(turns), reply)) for turns, reply in zip(dialogues, replies)]
+    return lambda dialogues, replies: [float(judge(render(turns), reply)) for turns, reply in zip(dialogues, replies)]
 
 
 def check_reward_model(name):
@@ -53,8 +54,8 @@ def load_reward_model(name, dtype, device, batch_size):
 
     def texts(turns, reply):
         if tokenizer.chat_template:
-            return [data.chat(tokenizer, turns, reply=reply)]
-        return [question(turns), reply] if tokenizer.sep_token else [f"{data.render(turns)} {reply}"]
+            return [chat(tokenizer, turns, reply=reply)]
+        return [question(turns), reply] if tokenizer.sep_token else [f"{render(turns)} {reply}"]
 
     @torch.no_grad()
     def score(dialogues, replies):
@@ -69,15 +70,15 @@ def load_reward_model(name, dtype, device, batch_size):
 
 def question(turns):
     """A dialogue of one turn as it was asked, a longer one in the HH form."""
-    return turns[0][1] if len(turns) == 1 else data.render(turns)
+    return turns[0][1] if len(turns) == 1 else render(turns)
 
 
 @torch.no_grad()
-def preferences(model, pairs, prompt, pad_id, batch_size):
+def preferences(model, pairs, prompt, pad_id):
     """(share of pairs with P(chosen) > P(rejected), mean difference, NLL a token of chosen), P = mean log π(r_t | ...)."""
     margins, nll, tokens = [], 0.0, 0
-    for i in range(0, len(pairs), batch_size):
-        group = pairs[i:i + batch_size]
+    for part in data.parts(range(len(pairs)), [pair.longest() for pair in pairs], pick_tokens(None, model.device) // 2):
+        group = [pairs[i] for i in part]
         examples = [pair.example(prompt, response) for response in ("chosen", "rejected") for pair in group]
         logprobs, mask = response_logprobs(model, data.collate(examples, pad_id, model.device))
         chosen, rejected = token_mean(logprobs, mask).view(2, -1)
@@ -97,9 +98,10 @@ def stop_tokens(model, tokenizer, end=None):
 def generate(model, tokenizer, prompts, sample, max_new_tokens, batch_size, seed, end=None):
     """Answers to prompts (lists of ids), greedy or sampled at temperature 1: lists of ids, with EOS, or the token `end`, where it came."""
     stops = stop_tokens(model, tokenizer, end)
-    # temperature 1 means the model's own distribution: no top-k, no top-p
-    how = dict(do_sample=sample, eos_token_id=list(stops) or None, pad_token_id=tokenizer.pad_token_id)
-    how |= dict(temperature=1.0, top_k=0, top_p=1.0) if sample else {}
+    # the model's own distribution: nothing of what its generation config adds to it, such as a penalty on repetition
+    how = dict(do_sample=sample, eos_token_id=list(stops) or None, pad_token_id=tokenizer.pad_token_id, num_beams=1, repetition_penalty=1.0,
+               no_repeat_ngram_size=0)
+    how |= dict(temperature=1.0, top_k=0, top_p=1.0, typical_p=1.0, min_p=0.0) if sample else {}
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30
     torch.manual_seed(seed)
     answers, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -125,13 +127,12 @@ def repeated_ngrams(answers, n=4):
 
 
 @torch.no_grad()
-def nll_under(model, pairs, answers, pad_id, batch_size):
+def nll_under(model, pairs, answers, pad_id):
     """NLL a token of answers after the plain prompts: high for text that the model finds strange."""
     nll = tokens = 0.0
-    for i in range(0, len(pairs), batch_size):
-        examples = [(pair.prompts["plain"].tolist() + answer, len(pair.prompts["plain"]))
-                    for pair, answer in zip(pairs[i:i + batch_size], answers[i:i + batch_size])]
-        logprobs, mask = response_logprobs(model, data.collate(examples, pad_id, model.device))
+    examples = [(pair.prompts["plain"].tolist() + answer, len(pair.prompts["plain"])) for pair, answer in zip(pairs, answers)]
+    for part in data.parts(range(len(pairs)), [len(ids) for ids, _ in examples], pick_tokens(None, model.device)):
+        logprobs, mask = response_logprobs(model, data.collate([examples[i] for i in part], pad_id, model.device))
         nll, tokens = nll - logprobs.sum().item(), tokens + mask.sum().item()
     return nll / tokens
 
@@ -146,7 +147,7 @@ def score_model(model, adapter, tokenizer, pairs, prompt, scorers, max_new_token
 
     adapter: the one that is on the model, or None; prompt: "plain", "positive" or "negative"; scorers: {"judge" | "reward": scorer}.
     """
-    accuracy, margin, chosen_nll = preferences(model, pairs, prompt, tokenizer.pad_token_id, batch_size)
+    accuracy, margin, chosen_nll = preferences(model, pairs, prompt, tokenizer.pad_token_id)
     report, rows, answers = {"preference_accuracy": accuracy, "preference_margin": margin, "chosen_nll": chosen_nll}, [], []
     dialogues, stops = [pair.pair.prompt for pair in pairs], stop_tokens(model, tokenizer, pairs[0].end)
     for how in ("greedy", "sampled"):
@@ -162,7 +163,7 @@ def score_model(model, adapter, tokenizer, pairs, prompt, scorers, max_new_token
             report[f"{name}_{how}"] = sum(scores) / len(scores)
         rows, answers = rows + found, answers + new
     with only([adapter] if adapter else []):
-        own_nll = nll_under(model, pairs * 2, answers, tokenizer.pad_token_id, batch_size)
+        own_nll = nll_under(model, pairs * 2, answers, tokenizer.pad_token_id)
     return report | {"own_nll_under_base": own_nll, "repeated_ngrams": repeated_ngrams(answers),
                      "mean_length": sum(map(len, answers)) / len(answers), "ended": sum(answer[-1] in stops for answer in answers) / len(answers)}, rows
 

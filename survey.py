@@ -16,7 +16,6 @@ from model import find_blocks, principal_directions, response_logprobs
 
 STRENGTHS = (0.1, 0.15, 0.25, 0.4, 0.6)       # ρ: states moved by such a share of their length
 PAIRS, HELD_OUT = 256, 128                    # at most; the first ones to know v from, the others to judge by
-BATCH = 16                                    # responses in a forward pass; the states of all blocks are held
 MOST = 6                                      # layers to recommend, at most: their states take the disk
 
 
@@ -34,6 +33,12 @@ def moved(trunk, layer, mask, shift):
         handle.remove()
 
 
+def passes(pairs, tokens):
+    """Both responses of each pair, in parts that fit a forward pass: lists of (pair, "chosen" | "rejected")."""
+    parts = data.parts(range(len(pairs)), [pair.longest() for pair in pairs], tokens // 2)
+    return [[(pairs[i], response) for i in part for response in ("chosen", "rejected")] for part in parts]
+
+
 @torch.no_grad()
 def survey(model, record, pairs, config, pad_id, path):
     """Measure every block of a model, print the table and what it speaks for, write both as JSON. Returns (layers, strengths, rank or None).
@@ -41,26 +46,26 @@ def survey(model, record, pairs, config, pad_id, path):
     record: a function of a list of (pair, "chosen" | "rejected") that returns base, plus, minus of all blocks, lists of
     L tensors [T, D]; pairs: {"train": [...], "valid": [...]}; config: that of collect.py.
     """
-    train, held_out = ([(pair, response) for pair in data.sample(some, count, config.seed) for response in ("chosen", "rejected")]
+    train, held_out = (passes(data.sample(some, count, config.seed), config.tokens_per_pass)
                        for some, count in ((pairs["train"], PAIRS), (pairs["valid"], HELD_OUT)))
     totals, tokens = [], 0                    # batch by batch: Σ|v|/|b| [L] and Σv [L, D]
 
     def differences():
         nonlocal tokens
-        for i in tqdm(range(0, len(train), BATCH), desc="survey v", unit="batch"):
-            base, plus, minus = record(train[i:i + BATCH])
+        for group in tqdm(train, desc="survey v", unit="pass"):
+            base, plus, minus = record(group)
             v = [p.float() - m.float() for p, m in zip(plus, minus)]                            # h+ - h-
             totals.append((torch.stack([(x.norm(dim=-1) / b.float().norm(dim=-1)).sum() for x, b in zip(v, base)]), torch.stack([x.sum(0) for x in v])))
             tokens += len(v[0])
             yield v
+            del base, plus, minus, v          # of all blocks, before the next ones
     shares = principal_directions(differences(), 1)[1]
     ratio, mean_v = (sum(total) / tokens for total in zip(*totals))                             # mean |v|/|b|, mean v
     if not ((ratio > 0) & ratio.isfinite()).all():
         raise UserError(f"|v|/|h| is {ratio.tolist()} in the blocks: h+ and h- must differ; train stage 1 longer, or at another --lr")
 
     nll, chosen_tokens, projections = torch.zeros(1 + len(ratio), len(STRENGTHS)), 0, []        # row 0: nothing moved
-    for i in tqdm(range(0, len(held_out), BATCH), desc="survey α", unit="batch"):
-        group = held_out[i:i + BATCH]
+    for group in tqdm(held_out, desc="survey α", unit="pass"):
         base, plus, minus = record(group)
         lengths = [len(pair.responses[response]) + config.last_prompt_token for pair, response in group]
         projections.append(torch.stack([torch.stack([x.mean() for x in (b.float() @ m).split(lengths)]) for b, m in zip(base, mean_v)]))     # [L, B]

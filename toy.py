@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import NEGATIVE, POSITIVE, collate, endless_batches, render
+from data import NEGATIVE, POSITIVE, collate, endless_batches
 from files import UserError, new_stage, read_stage, run, setting
-from pairs import parse_transcript
+from pairs import parse_transcript, render
 from model import pick_device
 
 

@@ -94,7 +94,7 @@ def prepare(config, method, pairs):
             rows.append({"prompt": text[0], "chosen": text[1], "rejected": text[2], "split": "train" if len(rows) < pairs else "valid"})
     (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {**vars(scit.Config()), "model": str(out / "model"), "data": [str(out / "pairs.jsonl")], "template": "plain", "out": str(out),
-                "dtype": "bfloat16" if device == "cuda" else "float32", "max_length": WINDOW[method]}
+                "dtype": "bfloat16" if device == "cuda" else "float32", "max_length": WINDOW[method], "split_seed": 0}
     for kind, folder in ([("scit", "scit/adapter")] if method == "scit" else [("good", "dual/good"), ("bad", "dual/bad")]):
         adapter = LoRA(model.base_model)
         for B in adapter.B:
@@ -186,7 +186,7 @@ def authors_stage1(out, method, config, device):
                 lp, mask = logprobs(examples)
                 P = token_mean(lp, mask)[:4 * len(group)].view(-1, 2, 2)
                 learned = torch.tensor([j >= 4 * len(group) or j % 4 < 2 for j in range(len(examples))], device=device)
-                loss, _ = scit.scit_loss(P[:, 0].flatten(), P[:, 1].flatten(), -lp[learned].sum() / mask[learned].sum(), settings.smoothing)
+                loss = scit.contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), settings.smoothing) - lp[learned].sum() / mask[learned].sum()
             else:
                 examples = [pair.example("plain", response) for pair in group]
                 lp, mask = logprobs(examples)

@@ -212,6 +212,12 @@ def test_templates_that_think_or_end_otherwise(chatty):
     assert chatty.decode(pair.responses["chosen"]) == "Good.<|im_end|>" and chatty.decode([pair.end]) == "<|im_end|>"
 
 
+def test_a_template_that_writes_todays_date_writes_the_same_tomorrow(chatty):
+    """Else a run over midnight would be of other pairs, and a later stage of other prompts."""
+    chatty.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    assert data.chat(chatty, (("user", "Hi"),)).startswith("26 Jul 2024\n")
+
+
 @pytest.mark.parametrize("template", [CHATML, NO_SYSTEM, SILENT])
 def test_chat_template(chatty, monkeypatch, template):
     """p+ and p- are the system turn, or open the user's where the template has none; r is the same in all and ends as the template ends it."""

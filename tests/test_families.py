@@ -160,7 +160,7 @@ def test_a_trunk_within_a_larger_model_is_cut_too(tmp_path):
     assert len(M.find_blocks(trunk)[1]) == 2 and M.find_blocks(model.base_model)[0] == M.find_blocks(trunk)[0] == "language_model.layers"
     ids, attention = torch.arange(10, 22)[None], torch.ones(1, 12, dtype=torch.bool)
     with torch.no_grad():
-        assert torch.equal(M.hidden_states(model.base_model, [1], ids, attention)[0], M.hidden_states(trunk, [1], ids, attention)[0])
+        assert torch.equal(M.hidden_states(model.base_model, [1], ids)[0], M.hidden_states(trunk, [1], ids)[0])
     adapter = filled(model, blocks=2)
     save_adapter(tmp_path, adapter.factors(), trunk, "base")
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path).eval()

@@ -55,7 +55,7 @@ def test_scit_loss_by_the_equation(pairs):
 
 def test_scit_contrast_at_no_difference_is_ln_2():
     P = torch.randn(5)
-    assert scit.scit_loss(P, P, 0.0, 0.2)[1].item() == pytest.approx(math.log(2))
+    assert scit.contrast_loss(P, P, 0.2).item() == pytest.approx(math.log(2))
 
 
 def test_dual_loss_by_the_equation(pairs):
@@ -93,7 +93,7 @@ def test_padding_and_batch_size_change_no_alignment_loss(pairs):
 
     def loss(indices, kind):
         batch = data.collate([(examples[i][0], examples[i][1] - 1) for i in indices], 1)
-        hidden = align.hidden_states(trunk, layers, batch.ids, batch.attention)
+        hidden = align.hidden_states(trunk, layers, batch.ids)
         states = [[torch.cat([collected[i][k][j] for i in indices]) for j in range(len(layers))] for k in range(3)]
         value, norms = representation_loss(hidden, *states, response_index(batch.response), 0.5, kind=kind)
         return value, norms
@@ -125,7 +125,7 @@ def test_recorded_states_are_those_of_unpadded_inputs(method, pairs):
             for states, on, prompt in ((base, [], "plain"), (plus, [up], "positive"), (minus, [down], "negative")):
                 ids, start = pair.example(prompt, response)
                 with collect.only(adapters.values(), *on):
-                    alone = collect.hidden_states(model.base_model, [1, 2], torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
+                    alone = collect.hidden_states(model.base_model, [1, 2], torch.tensor([ids]))
                 for layer in range(2):
                     expected = alone[layer][0, start - 1:]       # the last prompt token and the response
                     assert torch.allclose(states[layer][at:at + len(expected)], expected, atol=1e-4)

@@ -30,7 +30,7 @@ def test_hidden_states_are_the_models_own(model):
     batch = some_batch()
     with torch.no_grad():
         own = model.base_model(input_ids=batch.ids, attention_mask=batch.attention.long(), output_hidden_states=True).hidden_states
-        states = M.hidden_states(model.base_model, [0, 1, 2], batch.ids, batch.attention)
+        states = M.hidden_states(model.base_model, [0, 1, 2], batch.ids)
     for layer, state in enumerate(states):     # hidden_states[l] is the input of block l, its last entry is after the norm
         assert torch.equal(state[batch.attention], own[layer + 1][batch.attention])
 
@@ -43,7 +43,7 @@ def test_cut_model_equals_the_whole_at_the_targets(model, tmp_path):
     for name, module in cut.named_modules():
         module.register_forward_hook(lambda m, a, o, name=name: ran.append(name))
     with torch.no_grad():
-        whole, part = (M.hidden_states(trunk, [1, 2], batch.ids, batch.attention) for trunk in (model.base_model, cut))
+        whole, part = (M.hidden_states(trunk, [1, 2], batch.ids) for trunk in (model.base_model, cut))
     assert all(torch.equal(a, b) for a, b in zip(whole, part))
     path, blocks = M.find_blocks(cut)
     assert len(blocks) == 3 and cut.get_output_embeddings() is None

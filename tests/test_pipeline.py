@@ -18,6 +18,7 @@ from conftest import SHARED, go, make_model, succeed
 from files import read_stage
 from lora import LoRA, load_adapter
 from model import hidden_states, load_model
+from pairs import load_pairs
 
 CPU = ["--device", "cpu"]
 
@@ -84,7 +85,7 @@ def test_written_adapter_applies_to_the_original_base_alone(runs, world):
         for length, start in zip(held["lengths"].tolist(), held["starts"].tolist()):
             ids = held["ids"][at_id:at_id + length].long()[None]
             with torch.no_grad():
-                states = hidden_states(model.base_model, layers, ids, torch.ones_like(ids, dtype=torch.bool))
+                states = hidden_states(model.base_model, layers, ids)
             for i, layer in enumerate(layers):
                 b, p, m = (held[f"{name}.{layer}"][at:at + length - start] for name in ("base", "plus", "minus"))
                 sums[i] += (states[i][0, start:] - b - alphas[i] * (p - m)).norm(dim=1).sum()
@@ -241,6 +242,22 @@ def test_paper_settings_and_stimuli_run(tiny, tmp_path):
 def test_contrast_that_stays_at_ln_2_is_said(tiny, tmp_path):
     said = go(scit, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", "--lr", "1e-6", *CPU)
     assert "WARNING: the contrast has not left ln 2" in said
+
+
+def test_another_seed_later_moves_no_pair_to_another_split(tiny, tmp_path):
+    """What stage 1 has trained on is never evaluated on; `--split all` takes what there is, were it of one split only."""
+    rows = [{key: value for key, value in json.loads(line).items() if key != "split"} for line in open(tiny / "pairs.jsonl")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    go(dual, "--model", tiny / "model", "--data", tmp_path / "pairs.jsonl", "--out", tmp_path, "--steps", "1", *CPU)
+    go(collect, "--out", tmp_path, "--seed", "1", *CPU)
+    go(align, "--out", tmp_path, "--seed", "2", "--steps", "1", *CPU)
+    go(evaluate, "--out", tmp_path, "--seed", "3", "--max-new-tokens", "2", *CPU)
+    asked = {json.loads(line)["instruction"] for line in open(tmp_path / "evaluate" / "samples.jsonl")}
+    pairs = load_pairs(tmp_path / "pairs.jsonl", 0)[0]
+    assert asked == {pair.prompt[0][1] for pair in pairs if pair.split == "test"} and {pair.split for pair in pairs} == {"train", "valid", "test"}
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps({**row, "split": "test"}) + "\n" for row in rows[:5]))
+    said = go(evaluate, "--out", tmp_path, "--data", tmp_path / "one.jsonl", "--split", "all", "--max-new-tokens", "2", *CPU)
+    assert "5 all pairs" in said
 
 
 def test_max_gb_takes_whole_pairs(tiny, tmp_path):

@@ -93,6 +93,14 @@ def test_answers_end_where_the_context_does(kind, tokenizer):
     assert all(len(answer) <= 18 for answer in answers) and max(map(len, answers)) > 0
 
 
+def test_answers_are_the_models_own_whatever_its_generation_config_adds(tokenizer):
+    model = make_model("llama")
+    want = [score.generate(model, tokenizer, [[5, 6, 7]] * 3, sample, 20, 3, 0) for sample in (False, True)]
+    config = model.generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size, config.top_k, config.top_p, config.min_p, config.temperature = 5.0, 2, 3, 0.5, 0.5, 0.3
+    assert [score.generate(model, tokenizer, [[5, 6, 7]] * 3, sample, 20, 3, 0) for sample in (False, True)] == want
+
+
 def test_long_texts_lose_their_beginning(reward_model):
     folder, _ = reward_model()
     scorer = score.load_reward_model(folder, torch.float32, "cpu", 2)

@@ -25,9 +25,9 @@ def test_states_moved_onto_an_adapters_give_its_answer(model, layer):
     """The survey's ground: the base with its states in one block put where an adapter up to that block has them says what the adapted model says."""
     batch = some_batch()
     with torch.no_grad():
-        before = hidden_states(model.base_model, [layer], batch.ids, batch.attention)[0]
+        before = hidden_states(model.base_model, [layer], batch.ids)[0]
         adapter = filled(model, blocks=layer + 1)
-        after = hidden_states(model.base_model, [layer], batch.ids, batch.attention)[0]
+        after = hidden_states(model.base_model, [layer], batch.ids)[0]
         adapted = model(input_ids=batch.ids, attention_mask=batch.attention.long()).logits[batch.attention]
         adapter.enabled = False
         with survey.moved(model.base_model, layer, batch.attention, (after - before)[batch.attention]):
@@ -58,7 +58,7 @@ def test_figures_one_example_at_a_time(method, more, tiny, tmp_path):
                            ("negative" if method == "scit" else "plain", adapters[-1:])):
             ids, start = pair.example(prompt, response)
             with only(adapters, *on), torch.no_grad():
-                hidden = hidden_states(model.base_model, range(4), torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
+                hidden = hidden_states(model.base_model, range(4), torch.tensor([ids]))
             found.append(torch.stack([h[0, start - first:].double() for h in hidden]))
         return found
     trained = [states(pair, response) for pair in pairs["train"] for response in ("chosen", "rejected")]
@@ -159,7 +159,7 @@ def test_sweep_keeps_every_adapter_and_marks_the_best(world, tmp_path):
     # the base's row is what evaluate measures on the same pairs
     tokenizer, model = load_tokenizer(str(world[0])), load_model(str(world[0]), torch.float32, "cpu")
     pairs = data.prepare([world[1]], ("valid",), tokenizer, 256, 0)["valid"]
-    assert rows["base"]["chosen_nll"] == pytest.approx(score.preferences(model, pairs, "plain", tokenizer.pad_token_id, 32)[2], rel=1e-5)
+    assert rows["base"]["chosen_nll"] == pytest.approx(score.preferences(model, pairs, "plain", tokenizer.pad_token_id)[2], rel=1e-5)
     for name, value in (("strength_0.25", "0.25"), ("strength_4", "4")):
         go(align, "--out", tmp_path, "--strength", value, "--steps", "80", *CPU)
         assert (tmp_path / "dual" / "align" / "adapter_model.safetensors").read_bytes() == weights[name]
