@@ -174,7 +174,7 @@ def score_sweep(factors, records, trunk, pairs, config, settings, tokenizer):
         scorers["reward"] = load_reward_model(config.reward_model, dtype, device, config.batch_size)
     adapters = {"base": (None, "plain"), **{name: (adapter, "plain") for name, adapter in factors.items()}}
     reports, _ = score_models(load_model(config.model, dtype, device), adapters, tokenizer, pairs, scorers,
-                              config.max_new_tokens, config.batch_size, config.seed)
+                              config.max_new_tokens, config.batch_size, config.seed, config.tokens_per_pass)
     best, why = choose(reports)
     words = f"{table(reports)}\n\nbest: {best}, {why}\n"
     print(words)
@@ -272,7 +272,6 @@ def main(config):
 
         # saving
         trunk.to("meta")                      # makes room for a whole model, and still names the linears
-        del adapter, losses, batches          # with what they have read ahead
         best = runs[0].name if len(runs) == 1 else score_sweep(factors, records, trunk, data.sample(pairs, SCORED, config.seed), config, settings, tokenizer)
     with new_stage(out / "align", "align", records[best]) as new:
         save_adapter(new, factors[best], trunk, config.model, config.lora_dropout)

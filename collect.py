@@ -150,7 +150,8 @@ def fit_disk(examples, config, token_bytes, folder):
         order = data.sample(range(len(of_pairs)), len(of_pairs), config.seed)
         kept = [i for i, end in zip(order, itertools.accumulate(of_pairs[i] for i in order)) if end <= room]
         if not kept:
-            raise UserError(f"--max-gb {config.max_gb:g} holds no pair: all of them take {sum(map(sum, map(written, examples.values()))) / 1e9:.3g} GB")
+            raise UserError(f"--max-gb {config.max_gb:g} holds no pair: the held-out ones take {config.max_gb - room / 1e9:.3g} GB, the others "
+                            f"{sum(of_pairs) / 1e9:.3g}")
         examples = {**examples, "train": [train[2 * i + j] for i in kept for j in (0, 1)]}
         print(f"--max-gb {config.max_gb:g} holds {len(kept):,} training pairs, {len(kept) / len(order):.1%} of them")
     total, free = sum(map(sum, map(written, examples.values()))), shutil.disk_usage(config.out).free
@@ -179,7 +180,7 @@ def plan_shards(examples, lengths, config, token_bytes):
 def record_shard(path, batches, record, directions, config, stored, after):
     """Record some batches into one file, held in memory until it is whole. Per layer also Σ|v|, Σ|b| and Σ|v|/|b|, as statistics [3, L].
 
-    stored: as plan_store says; after: called after each batch. UserError at NaN or infinity.
+    stored: as plan_store says; after: called after each pass. UserError at NaN or infinity.
     """
     examples, dtype = sum(batches, []), getattr(torch, config.dtype)
     T, ids = sum(recorded_length(example, config) for example in examples), sum(pair.length("plain", response) for pair, response in examples)

@@ -46,7 +46,8 @@ class Config:
     split: Literal["test", "valid", "train", "all"] = setting("test", "pairs to evaluate on")
     limit: int = setting(200, "use the first pairs only", least=1)
     max_new_tokens: int = setting(64, "longest answer", least=1)
-    batch_size: int = setting(64, "prompts in a forward pass", least=1)
+    batch_size: int = setting(64, "prompts answered at a time", least=1)
+    tokens_per_pass: int | None = setting(None, "most tokens in a forward pass; empty takes 4096 on a GPU, 2048 on the CPU", least=1)
     model: str | None = setting(None, "model folder or hub name; empty inherits")
     data: list[str] | None = setting(None, "preference pairs, as in stage 1; empty inherits")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the model; empty inherits")
@@ -67,6 +68,8 @@ def main(config):
     latest = records[names[-1]]
     settings = latest["settings"]
     inherit(config, {"judge": None, **settings}, ("model", "data", "dtype", "max_length", "seed", "judge"), out / MODELS[names[-1]][0])
+    if len({record["settings"]["split_seed"] for record in records.values()}) > 1:
+        raise UserError(f"{' and '.join(str(out / MODELS[name][0]) for name in records)} have splits of different seeds: use another --out for each")
     device, dtype = pick_device(config.device), getattr(torch, config.dtype)
     scorers = {"judge": load_judge(config.judge)} if config.judge else {}
     if config.reward_model:
@@ -97,7 +100,7 @@ def main(config):
     pairs = data.prepare(config.data, (config.split,), tokenizer, config.max_length, settings["split_seed"], None, settings["positive"],
                          settings["negative"], settings["template"])[config.split][:config.limit]
     report, samples = score_models(model, {name: (factors.get(name), MODELS[name][2]) for name in names}, tokenizer, pairs, scorers,
-                                   config.max_new_tokens, config.batch_size, config.seed)
+                                   config.max_new_tokens, config.batch_size, config.seed, config.tokens_per_pass)
     wins = {}                                 # over the base, prompt by prompt
     for name in names[1:]:
         for scorer in scorers:
@@ -106,7 +109,7 @@ def main(config):
                 wins.setdefault(name, {})[f"{scorer}_{how}"] = win_rate(mine, base)
 
     with new_stage(out / "evaluate", "evaluate", {"settings": vars(config)}) as new:
-        write_json(new / "report.json", {"models": report, "win_rate_over_base": wins, "settings": {**vars(config), "pairs": len(pairs)},
+        write_json(new / "report.json", {"models": report, "win_rate_over_base": wins, "settings": {**vars(config), "split_seed": settings["split_seed"], "pairs": len(pairs)},
                                          "versions": versions()})
         (new / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
     print(f"\n{table(report)}\n")

@@ -3,7 +3,7 @@
 Every stage writes one folder. It is written aside as `.name.partial`, its `stage.json` goes in
 last, and the whole is renamed when complete, so a folder with a `stage.json` is a whole one:
 
-    {"kind": "scit", "version": 4, "made_by": {...versions}, "settings": {...}, "digests": {file: digest}, "seal": sha256, ...}
+    {"kind": "scit", "version": 5, "made_by": {...versions}, "settings": {...}, "digests": {file: digest}, "seal": sha256, ...}
 
 A later stage reads that record, checks kind, version and digests, and inherits the settings.
 """
@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-VERSION = 4                                   # of the files: a stage refuses another one
+VERSION = 5                                   # of the files: a stage refuses another one
 RECORD = "stage.json"
 IRRELEVANT = ("out", "device", "alpha", "strength", "checkpoint_minutes", "restart", "merge", "judge", "reward_model", "max_new_tokens",
               "profile", "tokens_per_pass")   # to what training gives, beyond rounding

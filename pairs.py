@@ -215,7 +215,8 @@ def load_pairs(path, seed, specials=()):
 # ---------------------------------------------------------------- dialogues as text
 
 # Put before every chat template: those that write today's date write this one, so that tomorrow's stage reads the same prompts.
-A_DAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
+A_DAY = ("{% macro strftime_now(format) %}{{ format.replace('%d', '26').replace('%m', '07').replace('%b', 'Jul').replace('%B', 'July')"
+         ".replace('%Y', '2024') }}{% endmacro %}\n")
 
 
 def render(turns):

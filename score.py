@@ -74,10 +74,10 @@ def question(turns):
 
 
 @torch.no_grad()
-def preferences(model, pairs, prompt, pad_id):
+def preferences(model, pairs, prompt, pad_id, tokens_per_pass=None):
     """(share of pairs with P(chosen) > P(rejected), mean difference, NLL a token of chosen), P = mean log π(r_t | ...)."""
     margins, nll, tokens = [], 0.0, 0
-    for part in data.parts(range(len(pairs)), [pair.longest() for pair in pairs], pick_tokens(None, model.device) // 2):
+    for part in data.parts(range(len(pairs)), [pair.longest() for pair in pairs], pick_tokens(tokens_per_pass, model.device) // 2):
         group = [pairs[i] for i in part]
         examples = [pair.example(prompt, response) for response in ("chosen", "rejected") for pair in group]
         logprobs, mask = response_logprobs(model, data.collate(examples, pad_id, model.device))
@@ -98,10 +98,9 @@ def stop_tokens(model, tokenizer, end=None):
 def generate(model, tokenizer, prompts, sample, max_new_tokens, batch_size, seed, end=None):
     """Answers to prompts (lists of ids), greedy or sampled at temperature 1: lists of ids, with EOS, or the token `end`, where it came."""
     stops = stop_tokens(model, tokenizer, end)
-    # the model's own distribution: nothing of what its generation config adds to it, such as a penalty on repetition
-    how = dict(do_sample=sample, eos_token_id=list(stops) or None, pad_token_id=tokenizer.pad_token_id, num_beams=1, repetition_penalty=1.0,
-               no_repeat_ngram_size=0)
-    how |= dict(temperature=1.0, top_k=0, top_p=1.0, typical_p=1.0, min_p=0.0) if sample else {}
+    # the model's own distribution: no top-k, no top-p, and below nothing of its generation config, such as a penalty on repetition
+    how = dict(do_sample=sample, eos_token_id=list(stops) or None, pad_token_id=tokenizer.pad_token_id)
+    how |= dict(temperature=1.0, top_k=0, top_p=1.0) if sample else {}
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30
     torch.manual_seed(seed)
     answers, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -111,7 +110,9 @@ def generate(model, tokenizer, prompts, sample, max_new_tokens, batch_size, seed
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[j])) + prompts[j] for j in group])       # left-padded
         attention = torch.tensor([[0] * (width - len(prompts[j])) + [1] * len(prompts[j]) for j in group])
         room = GenerationConfig(max_new_tokens=max(1, min(max_new_tokens, context - width)), **how)
+        own, model.generation_config = model.generation_config, GenerationConfig()
         new = model.generate(input_ids=ids.to(model.device), attention_mask=attention.to(model.device), generation_config=room)[:, width:]
+        model.generation_config = own
         for j, answer in zip(group, new.tolist()):
             answers[j] = answer[:next((k + 1 for k, token in enumerate(answer) if token in stops), len(answer))]
     return answers
@@ -127,11 +128,11 @@ def repeated_ngrams(answers, n=4):
 
 
 @torch.no_grad()
-def nll_under(model, pairs, answers, pad_id):
+def nll_under(model, pairs, answers, pad_id, tokens_per_pass):
     """NLL a token of answers after the plain prompts: high for text that the model finds strange."""
     nll = tokens = 0.0
     examples = [(pair.prompts["plain"].tolist() + answer, len(pair.prompts["plain"])) for pair, answer in zip(pairs, answers)]
-    for part in data.parts(range(len(pairs)), [len(ids) for ids, _ in examples], pick_tokens(None, model.device)):
+    for part in data.parts(range(len(pairs)), [len(ids) for ids, _ in examples], pick_tokens(tokens_per_pass, model.device)):
         logprobs, mask = response_logprobs(model, data.collate([examples[i] for i in part], pad_id, model.device))
         nll, tokens = nll - logprobs.sum().item(), tokens + mask.sum().item()
     return nll / tokens
@@ -142,12 +143,12 @@ def text_of(tokenizer, answer):
     return tokenizer.decode(answer, skip_special_tokens=True).split("\n\nHuman:")[0].strip()
 
 
-def score_model(model, adapter, tokenizer, pairs, prompt, scorers, max_new_tokens, batch_size, seed):
+def score_model(model, adapter, tokenizer, pairs, prompt, scorers, max_new_tokens, batch_size, seed, tokens_per_pass=None):
     """The figures of one model on pairs, and its answers, greedy and at temperature 1, as rows of samples.jsonl (less its name).
 
     adapter: the one that is on the model, or None; prompt: "plain", "positive" or "negative"; scorers: {"judge" | "reward": scorer}.
     """
-    accuracy, margin, chosen_nll = preferences(model, pairs, prompt, tokenizer.pad_token_id)
+    accuracy, margin, chosen_nll = preferences(model, pairs, prompt, tokenizer.pad_token_id, tokens_per_pass)
     report, rows, answers = {"preference_accuracy": accuracy, "preference_margin": margin, "chosen_nll": chosen_nll}, [], []
     dialogues, stops = [pair.pair.prompt for pair in pairs], stop_tokens(model, tokenizer, pairs[0].end)
     for how in ("greedy", "sampled"):
@@ -163,18 +164,18 @@ def score_model(model, adapter, tokenizer, pairs, prompt, scorers, max_new_token
             report[f"{name}_{how}"] = sum(scores) / len(scores)
         rows, answers = rows + found, answers + new
     with only([adapter] if adapter else []):
-        own_nll = nll_under(model, pairs * 2, answers, tokenizer.pad_token_id)
+        own_nll = nll_under(model, pairs * 2, answers, tokenizer.pad_token_id, tokens_per_pass)
     return report | {"own_nll_under_base": own_nll, "repeated_ngrams": repeated_ngrams(answers),
                      "mean_length": sum(map(len, answers)) / len(answers), "ended": sum(answer[-1] in stops for answer in answers) / len(answers)}, rows
 
 
-def score_models(model, adapters, tokenizer, pairs, scorers, max_new_tokens, batch_size, seed):
+def score_models(model, adapters, tokenizer, pairs, scorers, max_new_tokens, batch_size, seed, tokens_per_pass):
     """score_model for each of {name: (Factors or None, prompt)} on one base: {name: figures}, and all rows of samples.jsonl."""
     reports, samples = {}, []
     for name, (factors, prompt) in (bar := tqdm(adapters.items(), desc="score", unit="model")):
         bar.set_postfix_str(name)
         adapter = LoRA(model.base_model, factors=factors).eval() if factors else None
-        reports[name], rows = score_model(model, adapter, tokenizer, pairs, prompt, scorers, max_new_tokens, batch_size, seed)
+        reports[name], rows = score_model(model, adapter, tokenizer, pairs, prompt, scorers, max_new_tokens, batch_size, seed, tokens_per_pass)
         samples += [{"generator": name, **row} for row in rows]
         if adapter:
             adapter.remove()

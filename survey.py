@@ -58,7 +58,7 @@ def survey(model, record, pairs, config, pad_id, path):
             totals.append((torch.stack([(x.norm(dim=-1) / b.float().norm(dim=-1)).sum() for x, b in zip(v, base)]), torch.stack([x.sum(0) for x in v])))
             tokens += len(v[0])
             yield v
-            del base, plus, minus, v          # of all blocks, before the next ones
+            del base, plus, minus, v          # they are of all blocks
     shares = principal_directions(differences(), 1)[1]
     ratio, mean_v = (sum(total) / tokens for total in zip(*totals))                             # mean |v|/|b|, mean v
     if not ((ratio > 0) & ratio.isfinite()).all():

@@ -214,8 +214,9 @@ def test_templates_that_think_or_end_otherwise(chatty):
 
 def test_a_template_that_writes_todays_date_writes_the_same_tomorrow(chatty):
     """Else a run over midnight would be of other pairs, and a later stage of other prompts."""
-    chatty.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
-    assert data.chat(chatty, (("user", "Hi"),)).startswith("26 Jul 2024\n")
+    for written, day in (("strftime_now('%d %b %Y')", "26 Jul 2024"), ("strftime_now(format='%Y-%m-%d')", "2024-07-26"), ("strftime_now('%Y')|int - 1", "2023")):
+        chatty.chat_template = "\n  {% if strftime_now is defined %}{{ " + written + " }}{% endif %}\n" + CHATML
+        assert data.chat(chatty, (("user", "Hi"),)).startswith(f"\n{day}")
 
 
 @pytest.mark.parametrize("template", [CHATML, NO_SYSTEM, SILENT])

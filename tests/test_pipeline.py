@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import align
 import collect
+import data
 import dual
 import evaluate
 import scit
@@ -244,20 +245,28 @@ def test_contrast_that_stays_at_ln_2_is_said(tiny, tmp_path):
     assert "WARNING: the contrast has not left ln 2" in said
 
 
-def test_another_seed_later_moves_no_pair_to_another_split(tiny, tmp_path):
+def test_another_seed_later_moves_no_pair_to_another_split(tiny, tmp_path, monkeypatch, capfd):
     """What stage 1 has trained on is never evaluated on; `--split all` takes what there is, were it of one split only."""
     rows = [{key: value for key, value in json.loads(line).items() if key != "split"} for line in open(tiny / "pairs.jsonl")]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    go(dual, "--model", tiny / "model", "--data", tmp_path / "pairs.jsonl", "--out", tmp_path, "--steps", "1", *CPU)
+    own, seeds = data.prepare, []
+    monkeypatch.setattr(data, "prepare", lambda *args: seeds.append(args[4]) or own(*args))
+    source = ["--model", tiny / "model", "--data", tmp_path / "pairs.jsonl", "--out", tmp_path, "--steps", "1", *CPU]
+    go(dual, *source)
     go(collect, "--out", tmp_path, "--seed", "1", *CPU)
-    go(align, "--out", tmp_path, "--seed", "2", "--steps", "1", *CPU)
+    go(align, "--out", tmp_path, "--seed", "2", "--strength", "0.1", "0.2", "--steps", "1", "--max-new-tokens", "2", *CPU)
     go(evaluate, "--out", tmp_path, "--seed", "3", "--max-new-tokens", "2", *CPU)
+    assert seeds == [0] * 4                   # in collect, in the sweep and in evaluate as in dual
     asked = {json.loads(line)["instruction"] for line in open(tmp_path / "evaluate" / "samples.jsonl")}
     pairs = load_pairs(tmp_path / "pairs.jsonl", 0)[0]
     assert asked == {pair.prompt[0][1] for pair in pairs if pair.split == "test"} and {pair.split for pair in pairs} == {"train", "valid", "test"}
     (tmp_path / "one.jsonl").write_text("".join(json.dumps({**row, "split": "test"}) + "\n" for row in rows[:5]))
     said = go(evaluate, "--out", tmp_path, "--data", tmp_path / "one.jsonl", "--split", "all", "--max-new-tokens", "2", *CPU)
     assert "5 all pairs" in said
+    go(scit, *source, "--seed", "1")
+    with pytest.raises(SystemExit):
+        go(evaluate, "--out", tmp_path, *CPU)
+    assert "have splits of different seeds" in capfd.readouterr().err
 
 
 def test_max_gb_takes_whole_pairs(tiny, tmp_path):

@@ -65,7 +65,11 @@ def test_figures_of_the_default_and_of_the_checks_are_the_committed_ones():
     seeds = json.loads((ROOT / "tests" / "results" / "embedded_default.json").read_text())["seeds"].values()
     for method in ("scit", "dual"):
         assert f"{method.upper()} " + " / ".join(f"{seed['figures'][f'{method}_aligned']['judge_greedy']:.2f}" for seed in seeds) in README
-    checks = json.loads((ROOT / "tests" / "results" / "campaign.json").read_text())["checks"]
+    campaign = json.loads((ROOT / "tests" / "results" / "campaign.json").read_text())
+    checks, kills, text = campaign["checks"], campaign["kills"], " ".join(README.split())
+    half, end = ([f"{campaign['soak'][stage][f'anonymous MB at {when}']:.0f}" for stage in ("collect", "align")] for when in ("half time", "the end"))
+    assert f"collect holds {half[0]} MB of memory of its own at half time and {end[0]} MB at the end, align {half[1]} and {end[1]} MB" in text
+    assert f"killed {kills['kills']} times" in text and kills["all files as undisturbed"] and f"{kills['reruns that went on from a checkpoint']} of the reruns" in text
     shares = [100 * checks[stage]["of it checks and checkpoints"] for stage in ("dual", "collect", "align")]
     assert [abs(float(x) - share) <= 0.051 for x, share in zip(re.search(r"take ([\d.]+)% of dual's, ([\d.]+)% of collect's and ([\d.]+)% of align's", README).groups(), shares)] == [True] * 3
 

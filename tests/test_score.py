@@ -97,7 +97,9 @@ def test_answers_are_the_models_own_whatever_its_generation_config_adds(tokenize
     model = make_model("llama")
     want = [score.generate(model, tokenizer, [[5, 6, 7]] * 3, sample, 20, 3, 0) for sample in (False, True)]
     config = model.generation_config
-    config.repetition_penalty, config.no_repeat_ngram_size, config.top_k, config.top_p, config.min_p, config.temperature = 5.0, 2, 3, 0.5, 0.5, 0.3
+    for name, value in {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2, "top_k": 3, "top_p": 0.5, "min_p": 0.5, "typical_p": 0.3, "temperature": 0.3,
+                        "num_beams": 2, "suppress_tokens": list(range(2, 400)), "min_new_tokens": 15}.items():
+        setattr(config, name, value)
     assert [score.generate(model, tokenizer, [[5, 6, 7]] * 3, sample, 20, 3, 0) for sample in (False, True)] == want
 
 

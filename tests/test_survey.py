@@ -36,7 +36,7 @@ def test_states_moved_onto_an_adapters_give_its_answer(model, layer):
     assert torch.allclose(moved, adapted, atol=1e-4) and not torch.allclose(base, adapted, atol=1e-2)
 
 
-@pytest.mark.parametrize("method, more", [("scit", []), ("dual", []), ("dual", ["--last-prompt-token", "False", "--batch-size", "7"])])
+@pytest.mark.parametrize("method, more", [("scit", []), ("dual", []), ("dual", ["--last-prompt-token", "False", "--tokens-per-pass", "150"])])
 def test_figures_one_example_at_a_time(method, more, tiny, tmp_path):
     source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "10", "--lr", "2e-2", *CPU]
     go(scit if method == "scit" else dual, *source)
