@@ -2,15 +2,15 @@
 
     python -m tests.bench_pipeline                       4 blocks x 256 wide on the CPU
     python -m tests.bench_pipeline --shape 8b            on a GPU: random weights; also 1b
-    python -m tests.bench_pipeline --shape tiny --scaling       1k to 8k pairs: time a pair and peak memory of each stage
+    python -m tests.bench_pipeline --shape tiny --scaling --rounds 3       1k to 8k pairs: time a pair and peak memory of each stage
     (--save writes tests/results/bench_pipeline_SHAPE.json or scaling.json)
 
-Ours cuts a step's batch into forward passes of 2,048 tokens (4,096 on a GPU); "whole batches" does not. The authors' way, for each batch of pairs in random order: three full forward passes with all hidden states and logits for h+, h-
-and b (adapter off), one of the trained model with a PEFT LoRA on the same linears, a dense masked loss. In two forms: padded to
-their window (768 tokens for SCIT, 320 for DUAL), and padded to the longest of the batch. DUAL holds the good and the bad
-model beside the base. Lengths are as in HH-RLHF's harmless pairs (deciles of 1.3 tokens a word). Each measurement is a process of
-its own, taken in turns; memory is what it holds at most above what it held after its imports (on the CPU anonymous memory:
-mapped files can be dropped at any time).
+Ours cuts a step's batch into forward passes of 2,048 tokens (4,096 on a GPU); "whole batches" does not. The authors' way, for each
+batch of pairs in random order: three full forward passes with all hidden states and logits for h+, h- and b (adapter off), one of the
+trained model with a PEFT LoRA on the same linears, a dense masked loss. In two forms: padded to their window (768 tokens for SCIT,
+320 for DUAL), and padded to the longest of the batch. DUAL holds the good and the bad model beside the base. Lengths are as in
+HH-RLHF's harmless pairs (deciles of 1.3 tokens a word). Each measurement is a process of its own, taken in turns; memory is what it
+holds at most above what it held after its imports (on the CPU anonymous memory: mapped files can be dropped at any time).
 """
 import json
 import math
@@ -312,16 +312,18 @@ def markdown(found):
 
 
 def scaling(config):
-    """Milliseconds a pair and peak memory of each stage, one epoch, at 1k to 8k pairs of the same lengths."""
-    found = {}
-    for pairs in (1000, 2000, 4000, 8000):
+    """Milliseconds a pair and peak memory of each stage, one epoch, at 1k to 8k pairs of the same lengths; medians of rounds."""
+    rows, sizes = {}, (1000, 2000, 4000, 8000)
+    for pairs in sizes:
         prepare(config, "dual", pairs)
-        for stage in ("stage1", "collect", "align"):
-            rows = [measured(config, stage, "dual", pairs) for _ in range(1)]
-            found.setdefault(stage, {})[pairs] = {"ms a pair": round(1e3 * statistics.median(row["seconds"] for row in rows) / pairs, 3),
-                                                  "peak MB": round(statistics.median(row["bytes"] for row in rows) / 1e6, 1)}
-            print(stage, pairs, found[stage][pairs], flush=True)
-    return found
+    for _ in range(config.rounds):
+        for pairs in sizes:
+            for stage in ("stage1", "collect", "align"):
+                rows.setdefault(stage, {}).setdefault(pairs, []).append(measured(config, stage, "dual", pairs))
+                print(stage, pairs, rows[stage][pairs][-1], flush=True)
+    return {stage: {pairs: {"ms a pair": round(1e3 * statistics.median(row["seconds"] for row in some) / pairs, 3),
+                            "peak MB": round(statistics.median(row["bytes"] for row in some) / 1e6, 1)} for pairs, some in sized.items()}
+            for stage, sized in rows.items()}
 
 
 def growth(found):

@@ -58,6 +58,7 @@ def test_tables_of_the_study_and_of_the_disk_are_the_committed_ones():
 def test_tables_of_cost_are_the_committed_ones():
     results = ROOT / "tests" / "results"
     assert bench_pipeline.markdown(json.loads((results / "bench_pipeline_cpu.json").read_text())["found"]) in README
+    assert bench_pipeline.growth(json.loads((results / "scaling.json").read_text())["found"]) in README
     assert few_tokens.markdown(json.loads((results / "few_tokens.json").read_text())["seeds"]) in README
 
 
