@@ -32,7 +32,8 @@ def test_hidden_states_are_the_models_own(model):
         own = model.base_model(input_ids=batch.ids, attention_mask=batch.attention.long(), output_hidden_states=True).hidden_states
         states = M.hidden_states(model.base_model, [0, 1, 2], batch.ids)
     for layer, state in enumerate(states):     # hidden_states[l] is the input of block l, its last entry is after the norm
-        assert torch.equal(state[batch.attention], own[layer + 1][batch.attention])
+        # within rounding: the model's own run has a mask for the padding at the right, ours has none
+        torch.testing.assert_close(state[batch.attention], own[layer + 1][batch.attention], rtol=1e-4, atol=1e-5)
 
 
 def test_cut_model_equals_the_whole_at_the_targets(model, tmp_path):
