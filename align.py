@@ -105,10 +105,11 @@ def find_directions(collection, folder, record, layers, rank, device):
 
 
 def targets(collection, groups, trunk, adapter):
-    """For each group of collected responses (Batch, base, plus, minus), read one step ahead; b, h+ and h- are lists of L tensors [T, D]."""
+    """For each group of collected responses (Batch, base, plus, minus), on a GPU read one step ahead; b, h+ and h- are lists of L tensors [T, D]."""
     def read(group):
         return collection.batch(group, trunk.device), *collection.states(group, trunk.device)
-    for batch, base, plus, minus in data.one_ahead(read, groups, trunk.device):
+    on_gpu = trunk.device.type == "cuda"      # on a CPU the reading would take the cores from the work
+    for batch, base, plus, minus in data.one_ahead(read, groups, trunk.device) if on_gpu else map(read, groups):
         if base is None:                      # not stored: the states of the model with the adapter off
             with torch.no_grad(), only([adapter]):
                 base = [h[batch.response] for h in hidden_states(trunk, collection.layers, batch.ids)]

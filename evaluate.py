@@ -109,8 +109,9 @@ def main(config):
                 wins.setdefault(name, {})[f"{scorer}_{how}"] = win_rate(mine, base)
 
     with new_stage(out / "evaluate", "evaluate", {"settings": vars(config)}) as new:
-        write_json(new / "report.json", {"models": report, "win_rate_over_base": wins, "settings": {**vars(config), "split_seed": settings["split_seed"], "pairs": len(pairs)},
-                                         "versions": versions()})
+        write_json(new / "report.json", {
+            "models": report, "win_rate_over_base": wins, "versions": versions(),
+            "settings": {**vars(config), "split_seed": settings["split_seed"], "pairs": len(pairs)}})
         (new / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
     print(f"\n{table(report)}\n")
     for name, rates in wins.items():

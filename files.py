@@ -139,10 +139,10 @@ def new_stage(folder, kind, record, going_on=None):
     if not same:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    try:
-        if going_on is not None and not same:
+        if going_on is not None:
             with written_whole(partial / "going_on") as aside:
                 aside.write_text(mark)
+    try:
         yield partial
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         names = [name for name in names if name not in ("going_on", RECORD) and not name.endswith(".partial")]
