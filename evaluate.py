@@ -68,8 +68,10 @@ def main(config):
     latest = records[names[-1]]
     settings = latest["settings"]
     inherit(config, {"judge": None, **settings}, ("model", "data", "dtype", "max_length", "seed", "judge"), out / MODELS[names[-1]][0])
-    if len({record["settings"]["split_seed"] for record in records.values()}) > 1:
-        raise UserError(f"{' and '.join(str(out / MODELS[name][0]) for name in records)} have splits of different seeds: use another --out for each")
+    if len({(record["settings"]["split_seed"], record["settings"]["template"]) for record in records.values()}) > 1:
+        raise UserError(f"{' and '.join(str(out / MODELS[name][0]) for name in records)} have splits of different seeds or other templates: "
+                        "use another --out for each")
+    told = records.get("scit_plus", latest)["settings"]     # SCIT's models alone are told p+ or p-
     device, dtype = pick_device(config.device), getattr(torch, config.dtype)
     scorers = {"judge": load_judge(config.judge)} if config.judge else {}
     if config.reward_model:
@@ -97,8 +99,8 @@ def main(config):
                     adapter.remove()
         return
 
-    pairs = data.prepare(config.data, (config.split,), tokenizer, config.max_length, settings["split_seed"], None, settings["positive"],
-                         settings["negative"], settings["template"])[config.split][:config.limit]
+    pairs = data.prepare(config.data, (config.split,), tokenizer, config.max_length, settings["split_seed"], None, told["positive"],
+                         told["negative"], settings["template"])[config.split][:config.limit]
     report, samples = score_models(model, {name: (factors.get(name), MODELS[name][2]) for name in names}, tokenizer, pairs, scorers,
                                    config.max_new_tokens, config.batch_size, config.seed, config.tokens_per_pass)
     wins = {}                                 # over the base, prompt by prompt

@@ -31,7 +31,7 @@ from transformers import HfArgumentParser
 VERSION = 5                                   # of the files: a stage refuses another one
 RECORD = "stage.json"
 IRRELEVANT = ("out", "device", "alpha", "strength", "checkpoint_minutes", "restart", "merge", "judge", "reward_model", "max_new_tokens",
-              "profile", "tokens_per_pass")   # to what training gives, beyond rounding
+              "profile", "tokens_per_pass", "gradient_checkpointing")        # to what training gives, beyond rounding
 
 
 class UserError(Exception):
@@ -48,7 +48,7 @@ class Stopped(Exception):
 
 def setting(default, help, least=None):
     """A field of a stage's Config: its default, its one line of help, the least value allowed."""
-    return dataclasses.field(default=default, metadata={"help": help, "least": least})
+    return dataclasses.field(default=default, metadata={"help": help.replace("%", "%%"), "least": least})
 
 
 class Parser(HfArgumentParser):
@@ -89,13 +89,14 @@ def run(main, config_class):
     except UserError as error:
         end(2, "error:", error)
     except torch.OutOfMemoryError:
-        end(1, "error: out of GPU memory: lower --tokens-per-pass or --batch-size, or set --gradient-checkpointing True")
+        more = ", or set --gradient-checkpointing True" if hasattr(config_class, "gradient_checkpointing") else ""
+        end(1, f"error: out of GPU memory: lower --tokens-per-pass or --batch-size{more}")
     except (OSError, SafetensorError) as error:          # safetensors says so of a full disk
         end(1, "error:", error)
     except KeyboardInterrupt:
         end(130, "stopped")
     except Stopped as stop:
-        again = re.sub(r" --restart[ =]\S+", "", shlex.join(["python", *sys.argv]))
+        again = re.sub(r" --restart( (?!-)\S+|=\S+)?(?= |$)", "", shlex.join(["python", *sys.argv]))
         end(128 + stop.args[0], "stopped; to go on:", again)
 
 
@@ -165,7 +166,7 @@ def new_stage(folder, kind, record, going_on=None):
 
 def relevant(settings):
     """The settings that a result depends on, as text."""
-    return json.dumps({name: value for name, value in settings.items() if name not in IRRELEVANT}, sort_keys=True, default=str)
+    return json.dumps({"version": VERSION, **{name: value for name, value in settings.items() if name not in IRRELEVANT}}, sort_keys=True, default=str)
 
 
 def seal(record):
@@ -266,4 +267,4 @@ def choose_method(out, method, needed, commands):
 
 def next_command(script, out, method=None):
     """The line that tells what to run next."""
-    return f"next: python {script}" + (f" --out {out}" if out != "out" else "") + (f" --method {method}" if method else "")
+    return f"next: python {script}" + (f" --out {shlex.quote(str(out))}" if out != "out" else "") + (f" --method {method}" if method else "")

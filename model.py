@@ -82,15 +82,17 @@ def load_model(name, dtype, device, blocks=None, checkpointing=False):
         logging.set_verbosity_error()
     try:
         if blocks is None:
-            model = read_model("weights", name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype))
-            check_decoder(name, model.eval())
+            model, loaded = read_model("weights", name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True))
+            check_decoder(name, model.eval().to(device))
         else:
             config = read_model("config", name, lambda: AutoConfig.from_pretrained(name))
             config.get_text_config().num_hidden_layers = blocks
-            model = read_model("weights", name, lambda: AutoModel.from_pretrained(name, dtype=dtype, config=config))
+            model, loaded = read_model("weights", name, lambda: AutoModel.from_pretrained(name, dtype=dtype, config=config, output_loading_info=True))
             drop_final_norm(model)
     finally:
         logging.set_verbosity(verbosity)
+    if loaded["missing_keys"]:                # they would be random numbers
+        raise UserError(f"--model {name} lacks {', '.join(sorted(loaded['missing_keys'])[:3])}: not a whole causal language model")
     if checkpointing:                         # within the hooks on a block; transformers' own switch does nothing in evaluation mode
         for block in find_blocks(model.base_model)[1]:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -103,7 +105,7 @@ def check_decoder(name, model):
     if model.base_model is model:
         raise UserError(f"--model {name}: {type(model).__name__} has no trunk under the name {model.base_model_prefix!r}")
     find_blocks(model.base_model)
-    first = model(input_ids=torch.tensor([[2, 3], [2, 4]]), use_cache=False).logits[:, 0].float()
+    first = model(input_ids=torch.tensor([[2, 3], [2, 4]], device=model.device), use_cache=False).logits[:, 0].float()
     if (first[0] - first[1]).norm() > 1e-2 * first.norm():
         raise UserError(f"--model {name}: {type(model).__name__} looks ahead: what it says after a token depends on later ones; need a decoder-only model")
 
@@ -133,7 +135,7 @@ def model_digest(name):
                     begin, end = entry["data_offsets"]
                     file.seek(8 + size + begin)
                     digest.update(file.read(min(4096, end - begin)))
-    for path in sorted(folder.glob("pytorch_model*.bin")):
+    for path in sorted(folder.glob("pytorch_model*.bin")) if not any(folder.glob("model*.safetensors")) else ():
         digest.update(f"{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()
 

@@ -186,7 +186,7 @@ def parse_row(row, seed, specials=()):
 
 def split_of(prompt, seed):
     """The split of a prompt: a hash, so that it depends on neither the order nor the number of rows."""
-    share = int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:6]) / 2**48
+    share = int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:6], "big") / 2**48
     for split, size in SPLITS.items():
         if share < size:
             return split

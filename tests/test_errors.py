@@ -10,6 +10,7 @@ import dual
 import evaluate
 import files
 import scit
+import toy
 from conftest import call, go, make_model
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--device", "cpu"]
@@ -26,6 +27,11 @@ def done(tiny, tmp_path_factory):
         go(collect, "--out", out, "--method", method, "--layers", "1", "--device", "cpu")
         go(align, "--out", out, "--method", method, *QUICK)
     return out
+
+
+@pytest.mark.parametrize("stage", [scit, dual, collect, align, evaluate, toy])
+def test_help_is_printed(stage):
+    assert "--seed" in files.Parser(stage.Config, allow_abbrev=False).format_help()
 
 
 def listing(folder):

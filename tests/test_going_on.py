@@ -3,6 +3,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -179,9 +180,9 @@ def test_a_sweep_is_not_narrowed_by_an_old_checkpoint(tiny, tmp_path, monkeypatc
     own = checkpoint.Checkpoint.after
     monkeypatch.setattr(checkpoint.Checkpoint, "after", lambda self, step: (self.note(signal.SIGTERM, None) if step == 4 else None, own(self, step)))
     with pytest.raises(SystemExit):
-        go(stage, *args, "--restart", "True")
+        go(stage, "--restart", *args)
     err = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "to go on: python " in err and "--restart" not in err
+    assert err.endswith(shlex.join(map(str, args))) and "to go on: python " in err and "--restart" not in err
     monkeypatch.setattr(checkpoint.Checkpoint, "after", own)
     with pytest.raises(SystemExit) as stop:
         go(stage, *args, "--lr", "5e-4")

@@ -128,3 +128,11 @@ def test_unknown_targets_and_models_are_refused(model):
         M.find_linears(model.base_model, "no_such_proj")
     with pytest.raises(UserError, match="no such folder"):
         M.load_model("./no/such/model", torch.float32, "cpu")
+
+
+def test_weights_without_a_head_are_refused(tmp_path):
+    """A trunk saved by itself: the head would be random numbers."""
+    make_model("gpt_neox").base_model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="lacks .*not a whole causal language model"):
+        M.load_model(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert M.load_model(str(tmp_path), torch.float32, torch.device("cpu"), blocks=1)

@@ -6,10 +6,17 @@ import shlex
 import subprocess
 import sys
 
+import align
 import bench_pipeline
+import collect
+import dual
+import evaluate
 import few_tokens
+import files
 import found
+import scit
 import study_wrong_labels
+import toy
 from conftest import ROOT, SMALL_WORLD
 from kernels.bench_forms import forms
 
@@ -86,6 +93,15 @@ def test_files_and_functions_that_it_names_exist():
         assert (ROOT / path).is_file(), path
     for path, function in re.findall(r"`(\w+(?:/\w+)*\.py):(\w+)`", README):
         assert re.search(rf"^(def|class) {function}\b", (ROOT / path).read_text(), re.M), (path, function)
+
+
+def test_every_setting_is_one_of_the_script_it_stands_with():
+    stages = {stage.__name__: stage for stage in (scit, dual, collect, align, evaluate, toy)}
+    named = re.findall(r"\b(scit|dual|collect|align|evaluate|toy)\.py((?: (?!&|#)[^\s`]+)*)", README)
+    assert sum("--" in args for _, args in named) >= 15
+    for name, args in named:
+        known = files.Parser(stages[name].Config, allow_abbrev=False)._option_string_actions
+        assert set(re.findall(r"--[a-z][a-z-]*", args)) <= set(known), (name, args)
 
 
 def test_every_setting_it_names_exists():

@@ -8,7 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import data
+import dual
 import evaluate
+import scit
 import score
 from conftest import SIZES, go, make_model
 from files import UserError
@@ -101,6 +103,24 @@ def test_answers_are_the_models_own_whatever_its_generation_config_adds(tokenize
                         "num_beams": 2, "suppress_tokens": list(range(2, 400)), "min_new_tokens": 15}.items():
         setattr(config, name, value)
     assert [score.generate(model, tokenizer, [[5, 6, 7]] * 3, sample, 20, 3, 0) for sample in (False, True)] == want
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_answers_of_a_padded_batch_are_those_of_each_prompt_alone(kind, tokenizer):
+    model, prompts = make_model(kind), [[5, 6, 7], [9] * 30 + [11, 12], [40, 41, 42, 43, 44, 45, 46]]
+    alone = [score.generate(model, tokenizer, [prompt], False, 12, 1, 0)[0] for prompt in prompts]
+    assert score.generate(model, tokenizer, prompts, False, 12, 3, 0) == alone and len(set(map(tuple, alone))) == 3
+
+
+def test_models_of_scit_get_their_own_instructions(tiny, tmp_path, monkeypatch):
+    """Those of its own run, whatever a run of DUAL beside it was given."""
+    source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", "--device", "cpu"]
+    go(scit, *source, "--positive", "Be nice.", "--negative", "Be rude.")
+    go(dual, *source)
+    own, seen = data.prepare, []
+    monkeypatch.setattr(data, "prepare", lambda *args: seen.append(args[6:8]) or own(*args))
+    go(evaluate, "--out", tmp_path, "--limit", "2", "--max-new-tokens", "2", "--device", "cpu")
+    assert seen == [("Be nice.", "Be rude.")]
 
 
 def test_long_texts_lose_their_beginning(reward_model):
