@@ -138,7 +138,7 @@ def prepare(paths, splits, tokenizer, max_length, seed, limit=None, positive=POS
                 too_long += len(encoded) - len(fits)
         counts.append(f"{too_long} of {split} over {max_length} tokens")
         if not found[split]:
-            raise UserError(f"{named}: no {split} pair is left of {len(pairs)} ({'; '.join(counts)}): raise --max-length or add rows")
+            raise UserError(f"{named}: no {split} pair is left of {len(pairs)} ({'; '.join(counts)}): raise --max-length or add {split} rows")
         found[split] = found[split][:limit]
     print(", ".join(f"{len(found[split])} {split} pairs" for split in splits) + f" (left out: {', '.join(counts)})")
     return found

@@ -2,7 +2,7 @@
 
 A file holds one row a pair, as JSON lines or one JSON list, gzipped or not. All rows of a file have one of these forms:
     transcripts     {"chosen": "\\n\\nHuman: q\\n\\nAssistant: r_h", "rejected": "\\n\\nHuman: q\\n\\nAssistant: r_l"}       HH-RLHF
-    prompt          {"prompt" (or "question"): q, "chosen": r_h, "rejected": r_l}   strings, or lists of {"role", "content"}   TRL
+    prompt          {"prompt" (or "question", "input"): q, "chosen": r_h, "rejected": r_l}   strings, or lists of {"role", "content"}   TRL
     no prompt       {"chosen": q + r_h, "rejected": q + r_l}             the same; the prompt is what both begin with
     conversations   {"conversations": [{"from", "value"}, ...], "chosen": {"from", "value"}, "rejected": {...}}       ShareGPT
     instruction     {"instruction": q, "input": more of q or "", "chosen": r_h, "rejected": r_l}                     Alpaca
@@ -92,7 +92,7 @@ def parse_turns(turns, field):
     found = []
     for turn in turns if isinstance(turns, list) else [turns]:
         role, text = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(turn, dict) else (None, None)
-        if role not in ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise ValueError(f"field {field!r} holds {str(turn)[:60]!r}, no turn of role {', '.join(ROLES)} with a text")
         found.append((ROLES[role], tidy(text)))
     return tuple(found)
@@ -110,7 +110,7 @@ def form_of(row):
     for name in ("chosen", "rejected"):
         if name not in row:
             raise ValueError(f"field {name!r} is missing")
-    for form in ("conversations", "instruction", "prompt", "question"):
+    for form in ("conversations", "instruction", "prompt", "question", "input"):
         if form in row:
             return form
     return "transcripts" if isinstance(row["chosen"], str) and parse_transcript(row["chosen"]) else "no prompt"
@@ -128,7 +128,7 @@ def parse_replies(row, form):
             raise ValueError("field 'history' is not a list of pairs of strings")
         history = [(role, tidy(text)) for pair in history for role, text in zip(("user", "assistant"), pair)]
         prompt = (*history, ("user", tidy("\n".join(parts))))
-    elif form in ("prompt", "question") and isinstance(row[form], str):
+    elif form in ("prompt", "question", "input") and isinstance(row[form], str):
         asked = tidy(row[form])
         prompt = parse_transcript(asked) or (("user", asked),)
         prompt = prompt[:-1] if prompt[-1] == ("assistant", "") else prompt          # a transcript that ends with "Assistant:"

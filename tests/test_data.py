@@ -96,8 +96,9 @@ def test_transcripts_inside_ordinary_text_stay_text():
     assert pair.prompt == (("user", "Read this.\n\nHuman: A\n\nAssistant: B"),) and pair.chosen == log
 
 
-def test_system_question_and_history_columns():
-    pair, _ = parse_row({"system": "Be brief.", "question": "What colour is the sky?", "chosen": "The sky is blue.", "rejected": "The sky is black."}, 0)
+@pytest.mark.parametrize("field", ["question", "input"])
+def test_system_question_and_history_columns(field):
+    pair, _ = parse_row({"system": "Be brief.", field: "What colour is the sky?", "chosen": "The sky is blue.", "rejected": "The sky is black."}, 0)
     assert pair.prompt == (("system", "Be brief."), ("user", "What colour is the sky?")) and pair.chosen == "The sky is blue."
     pair, _ = parse_row({"instruction": "And?", "input": "", "history": [["Hi.", "Hello."]], "chosen": "Good.", "rejected": "Bad."}, 0)
     assert pair.prompt == ASKED
@@ -254,6 +255,7 @@ def test_useless_rows_are_skipped_and_counted(tmp_path):
     ({"chosen": "a"}, "'rejected' is missing"), ({**TRL, "chosen": 1}, "field 'chosen' holds '1'"), ([1], "not an object"), ({**TRL, "split": "dev"}, "'dev'"),
     ({**TRL, "prompt": ["x"]}, "field 'prompt' holds"), ({**TRL, "chosen": [{"role": "assistant", "content": "x"}]}, "different kinds"), (HH, "'transcripts', that of the rows before 'prompt'"),
     ({**TRL, "prompt": " "}, "does not end with a user's turn"), ({**TRL, "prompt": [{"role": "tool", "content": "x"}]}, "no turn of role"),
+    ({**TRL, "prompt": [{"role": ["user"], "content": "x"}]}, "no turn of role"),
     ({"prompt": "q", "chosen": [{"role": "user", "content": "x"}], "rejected": [{"role": "user", "content": "y"}]}, "does not end with the assistant's reply")])
 def test_bad_rows_are_named_by_line(tmp_path, row, words):
     path = write(tmp_path / "rows.jsonl", [TRL, row])
