@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 import data
 from files import Diverged, UserError, checked, choose_method, inherit, new_stage, next_command, open_log, read_stage, run, setting, write_json
-from kernels import bytes_moved, representation_loss, response_index
+from kernels import bytes_moved, representation_loss, response_index, why_not_triton
 from lora import LoRA, Training, descend, fit, load_adapter, only, save_adapter, sizes, stack
 from model import (find_linears, hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, pick_tokens,
                    principal_directions)
@@ -54,10 +54,10 @@ class Config(Training):
     method: Literal["scit", "dual"] | None = setting(None, "whose collection to use; empty takes the one that is there")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
     alpha: list[float] | None = setting(None, "α, the same for every layer, as in the paper; empty: what --strength says; several: a sweep")
-    strength: list[float] | None = setting(None, f"ρ: α per layer such that α|v|/|h| is ρ in the mean; empty: {STRENGTH}, unless --alpha is given; "
+    strength: list[float] | None = setting(None, f"ρ: α per layer such that α|v|/|h| is ρ on average; empty: {STRENGTH}, unless --alpha is given; "
                                                  "several: a sweep")
     rank: int | None = setting(None, "use v's part on so many top directions a layer; empty: all of v, or what was collected", least=1)
-    kind: Literal["l2", "mse"] = setting("l2", "the norm, as in the authors' code, or its square, as in the paper")
+    kind: Literal["l2", "mse"] = setting("l2", "the norm, as in the authors' code, or its square by the width, as in the paper")
     layers: list[str] | None = setting(None, "target layers, of those collected, numbers or names as in collect.py; empty takes them all")
     steps: int = setting(150, "optimiser steps", least=1)
     batch_size: int = setting(16, "responses in a step", least=1)
@@ -88,7 +88,7 @@ def plan_runs(config, ratio):
     return runs
 
 
-def find_directions(collection, folder, record, layers, rank, device):
+def find_directions(collection, folder, record, layers, rank, device, tokens_per_pass):
     """Directions U [k, D] per layer, or None for the paper's form, and the share of Σ|v|² that they hold. UserError where there are not so many."""
     settings = record["settings"]
     most = settings["rank"] if settings["store"] == "lowrank" else record["hidden_size"]
@@ -100,7 +100,7 @@ def find_directions(collection, folder, record, layers, rank, device):
         return [stored[f"directions.{layer}"][:rank] for layer in layers], shares
     if rank is None:
         return None, [None] * len(layers)
-    directions, shares = principal_directions(collection.differences(device), rank)
+    directions, shares = principal_directions(collection.differences(device, tokens_per_pass), rank)
     return [U.to(getattr(torch, settings["dtype"])) for U in directions], [share[rank - 1] for share in shares]
 
 
@@ -126,17 +126,17 @@ def alignment_loss(hidden, collection, batch, base, plus, minus, alphas, kind="l
 def objective(trunk, adapter, collection, alphas, config):
     """What lora.fit needs to move the adapter's hidden states to their targets: (losses, batches)."""
     def batches(done):
-        """Each step's parts, less the first `done` steps, with what draws their targets: all parts in a row are read ahead."""
+        """Each step's passes, less the first `done` steps, with what draws their targets: all passes in a row are read ahead."""
         groups = data.endless_batches(collection.lengths, config.batch_size, config.seed, done)
-        steps, ahead = itertools.tee(data.parts(group, collection.lengths, config.tokens_per_pass) for group in groups)
+        steps, ahead = itertools.tee(data.micro_batches(group, collection.lengths, config.tokens_per_pass) for group in groups)
         draws = targets(collection, itertools.chain.from_iterable(ahead), trunk, adapter)
-        return ((parts, draws) for parts in steps)
+        return ((passes, draws) for passes in steps)
 
     def losses(step):
-        """The loss of a step, in parts that fit a forward pass."""
-        parts, draws = step
-        tokens = sum(collection.recorded(i) for part in parts for i in part)
-        for batch, *states in itertools.islice(draws, len(parts)):                         # b, h+, h-: L x [T, D]
+        """The loss of a step, pass by pass."""
+        passes, draws = step
+        tokens = sum(collection.tokens(i) for part in passes for i in part)
+        for batch, *states in itertools.islice(draws, len(passes)):                         # b, h+, h-: L x [T, D]
             hidden = hidden_states(trunk, collection.layers, batch.ids)                    # A(π_lora, <q, r>, l): L x [B, S, D]
             yield alignment_loss(hidden, collection, batch, *states, alphas, config.kind, tokens)[0]
             del hidden, batch, states         # before the next pass
@@ -146,21 +146,21 @@ def objective(trunk, adapter, collection, alphas, config):
 @torch.no_grad()
 def distances(trunk, adapter, held_out, alphas, tokens_per_pass):
     """Mean over held-out tokens of || h - (b + α v) || per layer: [L]."""
-    norms, parts = [], data.parts(range(len(held_out.items)), held_out.lengths, tokens_per_pass)
-    for batch, *states in targets(held_out, iter(parts), trunk, adapter):
+    norms, passes = [], data.micro_batches(range(len(held_out.items)), held_out.lengths, tokens_per_pass)
+    for batch, *states in targets(held_out, iter(passes), trunk, adapter):
         hidden = hidden_states(trunk, held_out.layers, batch.ids)
         norms.append(alignment_loss(hidden, held_out, batch, *states, alphas)[1])
     return torch.cat(norms, 1).mean(1)
 
 
 def profile_step(trunk, adapter, collection, alphas, config):
-    """Trace some steps; time a step, and the loss alone of its first part."""
+    """Trace some steps; time a step, and the loss alone of its first pass."""
     from kernels.bench import profile         # with what only a benchmark needs
     losses, batches = objective(trunk, adapter, collection, alphas, config)
     optimizer = torch.optim.AdamW(adapter.train().parameters(), lr=config.lr)
     scaler = torch.amp.GradScaler(trunk.device.type, enabled=trunk.dtype == torch.float16)
-    (parts, _), steps = next(batches(0)), batches(0)
-    batch, *states = next(targets(collection, iter(parts), trunk, adapter))
+    (passes, _), steps = next(batches(0)), batches(0)
+    batch, *states = next(targets(collection, iter(passes), trunk, adapter))
     hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, collection.layers, batch.ids)]
     profile(lambda: descend(losses(next(steps)), adapter, optimizer, scaler),
             lambda: torch.autograd.grad(alignment_loss(hidden, collection, batch, *states, alphas, config.kind)[0], hidden),
@@ -169,7 +169,7 @@ def profile_step(trunk, adapter, collection, alphas, config):
 
 def score_sweep(factors, records, trunk, pairs, config, settings, tokenizer):
     """Score every adapter {name: Factors} and their base on held-out pairs. Writes OUT/METHOD/sweep, returns the best one's name."""
-    settings, device, dtype = {**settings, **vars(config)}, pick_device(config.device), getattr(torch, settings["dtype"])
+    settings, device, dtype = {**settings, **vars(config)}, pick_device(config.device), settings["dtype"]
     scorers = {"judge": load_judge(config.judge)} if config.judge else {}
     if config.reward_model:
         scorers["reward"] = load_reward_model(config.reward_model, dtype, device, config.batch_size)
@@ -188,6 +188,14 @@ def score_sweep(factors, records, trunk, pairs, config, settings, tokenizer):
     return best
 
 
+def write_merged(folder, factors, settings, model):
+    """Write the whole model with an adapter in its weights, and its tokenizer."""
+    LoRA(model.base_model, factors=factors).merge()
+    with new_stage(folder, "merged", {"settings": settings}) as new:
+        model.save_pretrained(new)
+        AutoTokenizer.from_pretrained(settings["model"]).save_pretrained(new)
+
+
 def main(config):
     # what collect says
     config.method = choose_method(config.out, config.method, dict.fromkeys(("scit", "dual"), "collect"), ["python collect.py"])
@@ -197,7 +205,7 @@ def main(config):
     if config.layers:
         config.layers = pick_layers(config.layers, load_config(config.model or settings["model"]).num_hidden_layers)
     inherit(config, {"judge": None, **settings}, ("model", "seed", "layers", "judge"), folder)
-    layers, device, dtype = config.layers, pick_device(config.device), getattr(torch, settings["dtype"])
+    layers, device, dtype = config.layers, pick_device(config.device), settings["dtype"]
     config.tokens_per_pass = pick_tokens(config.tokens_per_pass, device)
     missing = [layer for layer in layers if layer not in settings["layers"]]
     if missing:
@@ -225,7 +233,7 @@ def main(config):
     if settings["base"] == "instructed":
         below = load_adapter(checked(folder, record, "base_adapter"), trunk)
         LoRA(trunk, factors=below).requires_grad_(False).eval()
-    collection.directions, shares = find_directions(collection, folder, record, layers, config.rank, device)
+    collection.directions, shares = find_directions(collection, folder, record, layers, config.rank, device, config.tokens_per_pass)
     held_out.directions = collection.directions
     for each in runs:
         for layer, alpha, r, share in zip(layers, each.alphas, ratio, shares):
@@ -233,8 +241,11 @@ def main(config):
                   + (f", {len(collection.directions[0])} directions hold {share:.0%} of |v|²" if share is not None else "")
                   + ("  WARNING: near 1 or above, expect the model to collapse; lower the strength" if abs(alpha) * r > 0.8 else ""))
     print(f"layers {layers}, base {settings['base']}: {len(collection.lengths):,} responses of "
-          f"{sum(collection.lengths) / len(collection.lengths):.0f} tokens in the mean, {record['tokens'] * record['token_bytes'] / 1e9:.3g} GB "
+          f"{sum(collection.lengths) / len(collection.lengths):.0f} tokens on average, {record['tokens'] * record['token_bytes'] / 1e9:.3g} GB "
           f"of states on disk, {len(runs)} times {config.steps} steps of {config.batch_size}, LoRA on {', '.join(sorted(adapted))}")
+
+    if device.type == "cuda" and (reason := why_not_triton(torch.empty(record["hidden_size"], device=device))):
+        print(f"the loss is computed in plain PyTorch and not by the Triton kernel: {reason}")
 
     # training; a written adapter applies to the original base alone
     def fresh():
@@ -244,23 +255,23 @@ def main(config):
     if config.profile:
         return profile_step(trunk, fresh(), collection, torch.tensor(runs[0].alphas, device=device), config)
     factors, records, checkpoints = {}, {}, []
-    with open_log(config.out, "align") as log:
+    with open_log(out, "align") as log:
         for each in runs:
             adapter, alphas = fresh(), torch.tensor(each.alphas, device=device)
             print(f"{each.name}: {sizes(trunk, adapter)}")
             start = distances(trunk, adapter, held_out, alphas, config.tokens_per_pass)
+            losses, batches = objective(trunk, adapter, collection, alphas, config)
+            inputs = {**settings, "alphas": each.alphas, "collected": record["digests"]}
             try:
-                losses, batches = objective(trunk, adapter, collection, alphas, config)
-                inputs = {**settings, "alphas": each.alphas, "collected": record["digests"]}
                 checkpoints.append(fit(f"align-{each.name}", adapter, losses, batches, lambda step: 1.0, config, log, out, inputs))
-                end, own = distances(trunk, adapter, held_out, alphas, config.tokens_per_pass), adapter.factors()
             except Diverged as error:
                 if len(runs) == 1:
                     raise
                 print(f"WARNING: left out: {error}")
-                continue
-            finally:
                 adapter.remove()
+                continue
+            end, own = distances(trunk, adapter, held_out, alphas, config.tokens_per_pass), adapter.factors()
+            adapter.remove()
             factors[each.name] = own if below is None else stack(below, own)
             records[each.name] = {"settings": {**settings, **vars(config), "alpha": None, "strength": None, each.setting: each.value},
                                   "method": config.method, "model_digest": record["model_digest"], "alphas": each.alphas,
@@ -280,11 +291,7 @@ def main(config):
     if factors[best].rank > 16:
         print(f"WARNING: the adapter has rank {factors[best].rank}; some servers take 16 at most by default")
     if config.merge:
-        model = load_model(config.model, dtype, device)
-        LoRA(model.base_model, factors=factors[best]).merge()
-        with new_stage(out / "merged", "merged", {"settings": records[best]["settings"]}) as new:
-            model.save_pretrained(new)
-            AutoTokenizer.from_pretrained(config.model).save_pretrained(new)
+        write_merged(out / "merged", factors[best], records[best]["settings"], load_model(config.model, dtype, device))
         print(f"wrote {out / 'merged'}: the whole model with {best} in its weights, for plain from_pretrained")
     elif (out / "merged").exists():
         print(f"{out / 'merged'} is of an earlier adapter")

@@ -56,7 +56,7 @@ class Checkpoint(Signals):
                 for name, part in parts.items():
                     part.load_state_dict(saved[name])
                 torch.set_rng_state(saved["random"])
-                if len(saved["cuda"]) == torch.cuda.device_count():
+                if saved["cuda"] and len(saved["cuda"]) == torch.cuda.device_count():
                     torch.cuda.set_rng_state_all(saved["cuda"])
         except Exception as error:            # whatever a damaged file leads to
             raise UserError(f"{self.path} cannot be read ({(str(error).strip() or type(error).__name__).splitlines()[0][:80]}): --restart True begins anew") from None
@@ -74,7 +74,7 @@ class Checkpoint(Signals):
 
     def save(self, step):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         torch.save({"settings": self.settings, "step": step, "random": torch.get_rng_state(), "cuda": cuda,
                     **{name: part.state_dict() for name, part in self.parts.items()}}, whole := io.BytesIO())
         with written_whole(self.path) as aside:

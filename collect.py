@@ -58,8 +58,7 @@ class Config:
     rank: int | None = setting(None, "directions a layer, for --store lowrank; empty: 8", least=1)
     store_base: bool = setting(True, "store b too; without it align runs the base again in each step")
     max_gb: float = setting(20, "most gigabytes to write; only a random share of the pairs is used beyond", least=0)
-    shard_mb: float = setting(128, "about the size of a shard in megabytes, which is held in memory", least=0)
-    batch_size: int = setting(32, "responses in a forward pass, at most", least=1)
+    shard_mb: float = setting(128, "size of a shard in megabytes, which is held in memory", least=0)
     tokens_per_pass: int | None = setting(None, "most tokens in a forward pass, padding included; empty takes 4096 on a GPU, 2048 on the CPU", least=1)
     limit: int | None = setting(None, "use so many pairs of each split only, drawn at random", least=1)
     survey: bool = setting(False, "collect nothing: measure every block, and recommend layers, strength and rank")
@@ -84,7 +83,7 @@ def record_states(trunk, adapters, method, config, pairs, pad_id):
         batch = data.collate([pair.example(prompt, response) for pair, response in pairs], pad_id, trunk.device)
         with only(adapters.values(), *on):
             dense = hidden_states(trunk, config.layers, batch.ids)                              # L x [B, S, D]
-        mask = recorded(batch.response, config.last_prompt_token)
+        mask = data.recorded(batch.response, config.last_prompt_token)
         return [h[mask] for h in dense]                                                         # L x [T, D]
     if method == "scit":
         up = down = [adapters["scit"]]
@@ -95,16 +94,6 @@ def record_states(trunk, adapters, method, config, pairs, pad_id):
     plus = states(up, positive)                                                                # h+
     minus = states(down, negative)                                                             # h-
     return base, plus, minus
-
-
-def recorded(response, last_prompt_token):
-    """Mask of the recorded positions: bool [B, S] of the response tokens -> the same plus the position before them."""
-    return response | response.roll(-1, 1) if last_prompt_token else response
-
-
-def recorded_length(example, config):
-    """Number of positions recorded of a (pair, "chosen" | "rejected")."""
-    return len(example[0].responses[example[1]]) + config.last_prompt_token
 
 
 def input_length(example, method, config):
@@ -120,7 +109,7 @@ def stored_directions(path, examples, lengths, record, config, trunk):
         def differences():
             """v of a random sample, pass by pass: lists of L tensors [T, D]."""
             drawn = data.sample(range(len(examples)), data.SAMPLE, config.seed)
-            for part in tqdm(data.parts(drawn, lengths, config.tokens_per_pass), desc="directions", unit="pass"):
+            for part in tqdm(data.micro_batches(drawn, lengths, config.tokens_per_pass), desc="directions", unit="pass"):
                 _, plus, minus = record([examples[i] for i in part])
                 yield [p.float() - m.float() for p, m in zip(plus, minus)]
         directions, shares = principal_directions(differences(), config.rank)
@@ -143,7 +132,7 @@ def fit_disk(examples, config, token_bytes, folder):
     """The examples {split: [(pair, "chosen" | "rejected")]}, of the training pairs a random share that --max-gb holds. UserError where
     the disk is too small; folder: whose unfinished collection goes on or is deleted."""
     def written(some):
-        return [recorded_length(example, config) * token_bytes + 4 * example[0].length("plain", example[1]) for example in some]
+        return [data.recorded_length(example, config) * token_bytes + 4 * example[0].length("plain", example[1]) for example in some]
     room, train = config.max_gb * 1e9 - sum(written(examples["valid"])), examples["train"]
     of_pairs = [chosen + rejected for chosen, rejected in zip(written(train)[::2], written(train)[1::2])]
     if sum(of_pairs) > room:
@@ -163,32 +152,31 @@ def fit_disk(examples, config, token_bytes, folder):
 
 
 def plan_shards(examples, lengths, config, token_bytes):
-    """The examples in batches of similar length, and these in shards of at most config.shard_mb or one batch, whatever the passes that
-    a batch is cut into: lists of lists of passes, which are lists of examples."""
+    """The examples in shards of at most config.shard_mb, the longest first (what does not fit in memory shows at once), and each in
+    forward passes: lists of lists of passes, which are lists of examples. What is in a shard does not depend on the size of a pass."""
     shards, held = [[]], 0
-    for group in data.batches(lengths, config.batch_size, torch.Generator().manual_seed(config.seed)):
-        size = sum(recorded_length(examples[i], config) for i in group) * token_bytes
+    for i in sorted(range(len(examples)), key=lengths.__getitem__, reverse=True):
+        size = data.recorded_length(examples[i], config) * token_bytes
         if held and held + size > config.shard_mb * 1e6:
             shards.append([])
             held = 0
         held += size
-        passes = data.parts(sorted(group, key=lengths.__getitem__), lengths, config.tokens_per_pass)
-        shards[-1] += [[examples[i] for i in part] for part in passes]
-    return shards
+        shards[-1].append(i)
+    return [[[examples[i] for i in part] for part in data.micro_batches(shard[::-1], lengths, config.tokens_per_pass)] for shard in shards]
 
 
-def record_shard(path, batches, record, directions, config, stored, after):
-    """Record some batches into one file, held in memory until it is whole. Per layer also Σ|v|, Σ|b| and Σ|v|/|b|, as statistics [3, L].
+def record_shard(path, passes, record, directions, config, stored, after):
+    """Record some passes into one file, held in memory until it is whole. Per layer also Σ|v|, Σ|b| and Σ|v|/|b|, as statistics [3, L].
 
     stored: as plan_store says; after: called after each pass. UserError at NaN or infinity.
     """
-    examples, dtype = sum(batches, []), getattr(torch, config.dtype)
-    T, ids = sum(recorded_length(example, config) for example in examples), sum(pair.length("plain", response) for pair, response in examples)
+    examples, dtype = sum(passes, []), getattr(torch, config.dtype)
+    T, ids = sum(data.recorded_length(example, config) for example in examples), sum(pair.length("plain", response) for pair, response in examples)
     shapes = {"ids": ((ids,), torch.int32), "lengths": ((len(examples),), torch.int32), "starts": ((len(examples),), torch.int32),
               **{f"{name}.{layer}": ((T, width), dtype) for name, width in stored.items() for layer in config.layers}}
     tensors, at = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}, dict.fromkeys(shapes, 0)
     statistics = torch.zeros(3, len(config.layers), dtype=torch.float64)
-    for batch in batches:
+    for batch in passes:
         base, plus, minus = record(batch)
         v = [p - m for p, m in zip(plus, minus)]                                                # h+ - h-
         norm_v, norm_b = (torch.stack([state.float().norm(dim=-1) for state in states]) for states in (v, base))              # [L, T]
@@ -204,6 +192,7 @@ def record_shard(path, batches, record, directions, config, stored, after):
         for name, tensor in new.items():
             tensors[name][at[name]:at[name] + len(tensor)] = tensor
             at[name] += len(tensor)
+        del base, plus, minus, v, states, new                                                   # before the next pass
         after()
     assert all(at[name] == len(tensors[name]) for name in at)
     with written_whole(path) as aside:
@@ -214,7 +203,7 @@ def check_finite(norms, batch, config):
     """UserError that names layer and response where one of the norms [L, T] of a batch's states is NaN or infinite."""
     if not norms.isfinite().all():
         layer, position = (~norms.isfinite()).nonzero()[0].tolist()
-        ends = torch.tensor([recorded_length(example, config) for example in batch]).cumsum(0)
+        ends = torch.tensor([data.recorded_length(example, config) for example in batch]).cumsum(0)
         pair, response = batch[int((ends <= position).sum())]
         raise UserError(f"the states of layer {config.layers[layer]} are NaN or infinite in the {response} response to "
                         f"{pair.pair.prompt[-1][1][:60]!r}: take --dtype bfloat16 or float32, or train stage 1 at a lower --lr")
@@ -238,7 +227,7 @@ def main(config):
     # the model up to the highest target layer, and the pairs
     config.layers = pick_layers(["all"] if config.survey else config.layers, load_config(config.model).num_hidden_layers)
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, getattr(torch, config.dtype), device, blocks=None if config.survey else config.layers[-1] + 1)
+    model = load_model(config.model, config.dtype, device, blocks=None if config.survey else config.layers[-1] + 1)
     trunk = model.base_model
     if model_digest(config.model) != first["model_digest"]:
         raise UserError(f"--model {config.model} is not the model that {config.out}/{method} was trained on: run `python {method}.py` again")
@@ -275,7 +264,7 @@ def main(config):
             raise UserError(f"--rank {config.rank}: the hidden states are {width} wide")
     stored, token_bytes = plan_store(config, width)
     examples = fit_disk(examples, config, token_bytes, Path(config.out) / method)
-    tokens = {split: sum(recorded_length(example, config) for example in some) for split, some in examples.items()}
+    tokens = {split: sum(data.recorded_length(example, config) for example in some) for split, some in examples.items()}
     lengths = {split: [input_length(example, method, config) for example in some] for split, some in examples.items()}
     print(f"{sizes(trunk)}; layers {config.layers} of width {width} in {config.dtype}, {sum(tokens.values()):,} tokens")
     seen = "positive" if instructed(method, config) else "plain"
@@ -285,8 +274,8 @@ def main(config):
     folder, directions = Path(config.out) / method / "collect", None
     result = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": first["model_digest"], "hidden_size": width,
               "adapters": {kind: r["digests"][WEIGHTS] for kind, r in records.items()}, "token_bytes": token_bytes}
-    going_on = {**result["settings"], **result, "settings": None, "pairs": data.digest(pairs)}
-    with signals, new_stage(folder, "collect", result, going_on) as new, torch.no_grad():
+    depends_on = {**result["settings"], **result, "settings": None, "pairs": data.digest(pairs)}
+    with signals, new_stage(folder, "collect", result, depends_on) as new, torch.no_grad():
         if config.store == "lowrank":
             directions, result["energy"] = stored_directions(new / "directions.safetensors", examples["train"], lengths["train"],
                                                                       record, config, trunk)
@@ -296,11 +285,11 @@ def main(config):
             result[part] = [f"{part.removesuffix('s')}-{i:05d}.safetensors" for i in range(len(shards))]
             files |= zip(result[part], shards)
         with tqdm(total=sum(map(len, files.values())), desc="collect", unit="pass") as bar:
-            for name, batches in files.items():
+            for name, passes in files.items():
                 if (new / name).exists():     # of a run that was cut off
-                    bar.update(len(batches))
+                    bar.update(len(passes))
                 else:
-                    record_shard(new / name, batches, record, directions, config, stored, bar.update)
+                    record_shard(new / name, passes, record, directions, config, stored, bar.update)
         statistics = sum(safe_open(new / name, "pt").get_tensor("statistics") for name in files)                 # Σ|v|, Σ|b|, Σ|v|/|b|: [3, L]
         if config.base == "instructed":       # align needs no other stage's folder
             (new / "base_adapter").mkdir(exist_ok=True)

@@ -182,8 +182,8 @@ def endless_batches(lengths, size, seed, done=0):
     return itertools.islice(itertools.chain.from_iterable(epochs), done, None)
 
 
-def parts(group, lengths, tokens):
-    """A batch cut into parts of at most `tokens` tokens each, padding included, but of one example at least."""
+def micro_batches(group, lengths, tokens):
+    """A batch (indices into lengths) cut into passes of at most `tokens` tokens each, padding included, but of one example at least."""
     if len(group) * max(lengths[i] for i in group) <= tokens:
         return [group]
     found = [[]]
@@ -218,7 +218,7 @@ def one_ahead(make, items, device):
             if stream:                        # the caller's stream waits for the copies, and tells that their memory is in use
                 own = torch.cuda.current_stream(device)
                 own.wait_stream(stream)
-                for tensor in [x for part in made for x in (vars(part).values() if isinstance(part, Batch) else part or ())]:
+                for tensor in [x for each in made for x in (vars(each).values() if isinstance(each, Batch) else each or ())]:
                     tensor.record_stream(own)
             coming = thread.submit(begin, next(items, None))
             yield made
@@ -226,12 +226,22 @@ def one_ahead(make, items, device):
 
 # ---------------------------------------------------------------- what collect.py wrote
 
+def recorded(response, last_prompt_token):
+    """Mask of the positions that are recorded: bool [B, S] of the response tokens -> the same plus the position before them."""
+    return response | response.roll(-1, 1) if last_prompt_token else response
+
+
+def recorded_length(example, config):
+    """Number of positions recorded of a (pair, "chosen" | "rejected")."""
+    return len(example[0].responses[example[1]]) + config.last_prompt_token
+
+
 class Collection:
     """What collect.py wrote: token ids and, per target layer, packed states, mapped from the shards as they are read."""
 
     def __init__(self, paths, layers, store, pad_id):
         self.layers, self.pad_id, self.directions = layers, pad_id, None            # a list of U [k, D] here turns v into coefficients on them
-        self.names = {"full": ("plus", "minus"), "diff": ("v",), "lowrank": ("c",)}[store]
+        self.name = {"full": "plus", "diff": "v", "lowrank": "c"}[store]              # of what is there for h+ - h-, beside minus
         self.items, self.lengths = [], []                  # (tensors of its shard, ids from:to, states from:to, first recorded position)
         for path in paths:
             with safe_open(path, "pt") as file:            # its tensors are views of the mapped file
@@ -253,31 +263,31 @@ class Collection:
         """A Batch of responses; its response mask marks the recorded positions."""
         return collate([(tensors["ids"][at].tolist(), start) for tensors, at, _, start in (self.items[i] for i in indices)], self.pad_id, device)
 
-    def recorded(self, i):
+    def tokens(self, i):
         """Number of recorded positions of a response."""
         return self.items[i][2].stop - self.items[i][2].start
+
+    def packed(self, name, indices, device):
+        """The stored states of this name of some responses: a list of L tensors [T, D]; None where there are none."""
+        items = [self.items[i] for i in indices]
+        if f"{name}.{self.layers[0]}" in items[0][0]:
+            states = [torch.cat([tensors[f"{name}.{layer}"][at] for tensors, _, at, _ in items]) for layer in self.layers]
+            return [x.pin_memory().to(device, non_blocking=True) for x in states] if device.type == "cuda" else states
 
     def states(self, indices, device):
         """base, plus, minus of responses as representation_loss takes them: lists of L tensors [T, D]. base is None where it was
         not stored; minus is None where plus holds v, or, with directions, coefficients [T, k] on them."""
-        items = [self.items[i] for i in indices]
-
-        def packed(name):
-            if f"{name}.{self.layers[0]}" in items[0][0]:
-                states = [torch.cat([tensors[f"{name}.{layer}"][at] for tensors, _, at, _ in items]) for layer in self.layers]
-                return [x.pin_memory().to(device, non_blocking=True) for x in states] if device.type == "cuda" else states
-        base, plus, minus = packed("base"), packed(self.names[0]), packed("minus")
-        if self.names == ("c",):                           # of more directions than are asked for, the first
+        base, plus, minus = (self.packed(name, indices, device) for name in ("base", self.name, "minus"))
+        if self.name == "c":                           # of more directions than are asked for, the first
             plus = [c[:, :len(U)] for c, U in zip(plus, self.directions)]
         elif self.directions:
             plus, minus = [v @ U.T.float() for v, U in zip(differences(plus, minus), self.directions)], None       # c = v U^T
         return base, plus, minus
 
-    def differences(self, device, size=64):
-        """v of a random sample of the responses, batch by batch: lists of L tensors [T, D]."""
-        drawn = sample(range(len(self.items)), SAMPLE, seed=0)
-        for i in range(0, len(drawn), size):
-            yield differences(*self.states(drawn[i:i + size], device)[1:])
+    def differences(self, device, tokens_per_pass):
+        """v of a random sample of the responses, pass by pass: lists of L tensors [T, D]."""
+        for part in micro_batches(sample(range(len(self.items)), SAMPLE, seed=0), self.lengths, tokens_per_pass):
+            yield differences(self.packed(self.name, part, device), self.packed("minus", part, device))
 
 
 def differences(plus, minus):

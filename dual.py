@@ -38,8 +38,8 @@ def response_nll(model, pairs, response, pad_id):
 
 @torch.no_grad()
 def held_out(model, pairs, response, pad_id, tokens_per_pass):
-    """NLL a token over held-out pairs."""
-    parts = data.parts(range(len(pairs)), [pair.length("plain", response) for pair in pairs], tokens_per_pass)
+    """NLL per token over held-out pairs."""
+    parts = data.micro_batches(range(len(pairs)), [pair.length("plain", response) for pair in pairs], tokens_per_pass)
     sums = [response_nll(model, [pairs[i] for i in part], response, pad_id) for part in parts]
     return (sum(nll for nll, _ in sums) / sum(tokens for _, tokens in sums)).item()
 
@@ -47,7 +47,7 @@ def held_out(model, pairs, response, pad_id, tokens_per_pass):
 def main(config):
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    config.tokens_per_pass = pick_tokens(config.tokens_per_pass, device)
+    config.dtype, config.tokens_per_pass = pick_dtype(config.dtype, device), pick_tokens(config.tokens_per_pass, device)
     source = toy.source(config)
 
     # the pairs, the base and its two adapters
@@ -57,22 +57,22 @@ def main(config):
     pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
                          config.positive, config.negative, config.template)
     train, valid, pad_id = pairs["train"], data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id
-    model = load_model(source["model"], pick_dtype(config.dtype, device), device, checkpointing=config.gradient_checkpointing)
+    model = load_model(source["model"], config.dtype, device, checkpointing=config.gradient_checkpointing)
     digest = model_digest(source["model"])
     adapters = {name: LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
                 for name in ("good", "bad")}
     print("one input: " + repr(tokenizer.decode(train[0].example("plain", "chosen")[0])))
     lengths = {response: [pair.length("plain", response) for pair in train] for response in ("chosen", "rejected")}
     print(f"{sizes(model, *adapters.values())}; twice {config.steps} steps of {config.batch_size} responses of "
-          f"{sum(lengths['chosen']) / len(train):.0f} tokens in the mean")
+          f"{sum(lengths['chosen']) / len(train):.0f} tokens on average")
 
     # training, one model after the other
     results, checkpoints, folder, inputs = {}, [], Path(config.out) / "dual", {"pairs": data.digest(pairs), "model_digest": digest}
-    with open_log(config.out, "dual") as log:
+    with open_log(folder, "dual") as log:
         for (name, adapter), response in zip(adapters.items(), ("chosen", "rejected")):
             def losses(group):                # of a step, in parts that fit a forward pass
                 tokens = sum(len(train[i].responses[response]) for i in group)
-                for part in data.parts(group, lengths[response], config.tokens_per_pass):
+                for part in data.micro_batches(group, lengths[response], config.tokens_per_pass):
                     yield response_nll(model, [train[i] for i in part], response, pad_id)[0] / tokens
             batches = functools.partial(data.endless_batches, lengths[response], config.batch_size, config.seed)
             with only(adapters.values(), adapter):
@@ -86,11 +86,11 @@ def main(config):
                 results[name] = {"nll_start": start, "nll_end": held_out(model, valid, response, pad_id, config.tokens_per_pass)}
 
     # saving
-    settings = {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch."), "split_seed": config.seed}
+    settings = {**vars(config), **source, "split_seed": config.seed}
     for name, adapter in adapters.items():
         with new_stage(folder / name, name, {"settings": settings, "model_digest": digest, "held_out": results[name]}) as new:
             save_adapter(new, adapter.factors(), model.base_model, source["model"], config.lora_dropout)
-        print(f"wrote {folder / name}; held-out NLL a token {results[name]['nll_start']:.3f} -> {results[name]['nll_end']:.3f}")
+        print(f"wrote {folder / name}; held-out NLL per token {results[name]['nll_start']:.3f} -> {results[name]['nll_end']:.3f}")
     for checkpoint in checkpoints:
         checkpoint.remove()
     print(next_command("collect.py", config.out))

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 import data
 from files import RECORD, UserError, checked, inherit, new_stage, read_stage, restore, run, setting, versions, write_json
 from lora import LoRA, load_adapter
@@ -44,7 +42,7 @@ class Config:
     judge: str | None = setting(None, "module:function that scores (prompt, response); empty inherits")
     reward_model: str | None = setting(None, "a sequence classifier of one label, folder or hub name, that scores the answers")
     split: Literal["test", "valid", "train", "all"] = setting("test", "pairs to evaluate on")
-    limit: int = setting(200, "use the first pairs only", least=1)
+    limit: int = setting(200, "use so many pairs only, drawn at random", least=1)
     max_new_tokens: int = setting(64, "longest answer", least=1)
     batch_size: int = setting(64, "prompts answered at a time", least=1)
     tokens_per_pass: int | None = setting(None, "most tokens in a forward pass; empty takes 4096 on a GPU, 2048 on the CPU", least=1)
@@ -67,17 +65,18 @@ def main(config):
         raise UserError(f"no adapter in {out}: run `python scit.py` or `python dual.py` first")
     latest = records[names[-1]]
     settings = latest["settings"]
-    inherit(config, {"judge": None, **settings}, ("model", "data", "dtype", "max_length", "seed", "judge"), out / MODELS[names[-1]][0])
+    judge = None if config.data else settings.get("judge")           # one that comes with a data set knows no other
+    inherit(config, {**settings, "judge": judge}, ("model", "data", "dtype", "max_length", "seed", "judge"), out / MODELS[names[-1]][0])
     if len({(record["settings"]["split_seed"], record["settings"]["template"]) for record in records.values()}) > 1:
         raise UserError(f"{' and '.join(str(out / MODELS[name][0]) for name in records)} have splits of different seeds or other templates: "
                         "use another --out for each")
     told = records.get("scit_plus", latest)["settings"]     # SCIT's models alone are told p+ or p-
-    device, dtype = pick_device(config.device), getattr(torch, config.dtype)
+    device = pick_device(config.device)
     scorers = {"judge": load_judge(config.judge)} if config.judge else {}
     if config.reward_model:
-        scorers["reward"] = load_reward_model(config.reward_model, dtype, device, config.batch_size)
+        scorers["reward"] = load_reward_model(config.reward_model, config.dtype, device, config.batch_size)
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, dtype, device)
+    model = load_model(config.model, config.dtype, device)
     digest = model_digest(config.model)
     for name, record in records.items():
         if record["model_digest"] != digest:
@@ -99,8 +98,8 @@ def main(config):
                     adapter.remove()
         return
 
-    pairs = data.prepare(config.data, (config.split,), tokenizer, config.max_length, settings["split_seed"], None, told["positive"],
-                         told["negative"], settings["template"])[config.split][:config.limit]
+    pairs = data.prepare(config.data, (config.split,), tokenizer, config.max_length, settings["split_seed"], config.limit,
+                         told["positive"], told["negative"], settings["template"])[config.split]
     report, samples = score_models(model, {name: (factors.get(name), MODELS[name][2]) for name in names}, tokenizer, pairs, scorers,
                                    config.max_new_tokens, config.batch_size, config.seed, config.tokens_per_pass)
     wins = {}                                 # over the base, prompt by prompt

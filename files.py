@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import resource
@@ -46,24 +47,23 @@ class Stopped(Exception):
     """A signal has come and what was done is saved; exit code 128 + its number."""
 
 
-def setting(default, help, least=None):
-    """A field of a stage's Config: its default, its one line of help, the least value allowed."""
-    return dataclasses.field(default=default, metadata={"help": help.replace("%", "%%"), "least": least})
+def setting(default, help, least=-math.inf, most=math.inf):
+    """A field of a stage's Config: its default, its one line of help, the least and the most that are allowed."""
+    return dataclasses.field(default=default, metadata={"help": help.replace("%", "%%"), "least": least, "most": most})
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser with one-line errors and a least value for numbers."""
+    """HfArgumentParser with one-line errors and bounds for numbers."""
 
-    def add_argument(self, *names, least=None, **kwargs):
-        if least is not None:
-            number = kwargs["type"]
-            def at_least(text):
+    def add_argument(self, *names, least=-math.inf, most=math.inf, **kwargs):
+        if (number := kwargs.get("type")) in (int, float):
+            def within_bounds(text):
                 value = number(text)
-                if not value >= least:
-                    raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+                if not least <= value <= most:
+                    raise argparse.ArgumentTypeError(f"{text} is " + (f"less than {least}" if value < least else f"more than {most}" if value > most else "no number"))
                 return value
-            at_least.__name__ = number.__name__
-            kwargs["type"] = at_least
+            within_bounds.__name__ = number.__name__
+            kwargs["type"] = within_bounds
         return super().add_argument(*names, **kwargs)
 
     def error(self, message):                 # argparse would print several lines of usage
@@ -126,27 +126,27 @@ def file_digest(path, size=2**23):
 
 
 @contextmanager
-def new_stage(folder, kind, record, going_on=None):
+def new_stage(folder, kind, record, depends_on=None):
     """Write a stage folder: yields the folder to write into, renamed to `folder` when whole.
 
-    `record` (a dict; the body may still add to it) becomes stage.json. An exception leaves what was there. going_on: what the
-    content depends on; a run that was cut off leaves its files, and one with the same going_on finds them again.
+    `record` (a dict; the body may still add to it) becomes stage.json. An exception leaves what was there. depends_on: a dict of what
+    the content depends on; then a run that is cut off leaves its files, and one that depends on the same finds them again.
     """
-    folder = Path(folder)
-    partial, old, mark = folder.with_name(f".{folder.name}.partial"), restore(folder), relevant(going_on or {})
-    same = going_on is not None and (partial / "going_on").is_file() and (partial / "going_on").read_text() == mark
-    if going_on is not None and partial.exists():
+    folder = restore(folder)
+    partial, old, key = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old"), relevant(depends_on or {})
+    same = depends_on is not None and (partial / "resume_key").is_file() and (partial / "resume_key").read_text() == key
+    if depends_on is not None and partial.exists():
         print(f"{partial}: " + ("goes on" if same else "is of a run with other settings, and deleted"))
     if not same:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if going_on is not None:
-            with written_whole(partial / "going_on") as aside:
-                aside.write_text(mark)
+        if depends_on is not None:
+            with written_whole(partial / "resume_key") as aside:
+                aside.write_text(key)
     try:
         yield partial
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-        names = [name for name in names if name not in ("going_on", RECORD) and not name.endswith(".partial")]
+        names = [name for name in names if name not in ("resume_key", RECORD) and not name.endswith(".partial")]
         for name in names:                    # on the disk before the record says that they are
             with open(partial / name, "rb") as file:
                 os.fsync(file.fileno())
@@ -154,13 +154,13 @@ def new_stage(folder, kind, record, going_on=None):
                                        "digests": {name: file_digest(partial / name) for name in names}}))
         write_json(partial / RECORD, {**whole, "seal": seal(whole)})
     except BaseException:
-        if going_on is None:
+        if depends_on is None:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
-    (folder / "going_on").unlink(missing_ok=True)
+    (folder / "resume_key").unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -175,21 +175,21 @@ def seal(record):
 
 
 def restore(folder):
-    """A run killed between the two renames at its end has left the earlier folder under another name, which is returned."""
+    """A run killed between the two renames at its end has left the earlier folder as `.name.old`: name it `name` again. Returns its path."""
     folder, old = Path(folder), Path(folder).with_name(f".{Path(folder).name}.old")
     if old.exists() and folder.exists():
         shutil.rmtree(old)
     elif old.exists():
         old.rename(folder)
-    return old
+    return folder
 
 
 @contextmanager
-def open_log(out, name):
-    """A log of JSON lines, OUT/NAME.log: yields a function that writes its keywords as a line. A run's first line tells versions; a run
-    that goes on from a checkpoint of its name writes after what is there."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with open(Path(out) / f"{name}.log", "a" if any(Path(out).glob(f"*/.checkpoint-{name}*")) else "w", buffering=1) as file:
+def open_log(folder, name):
+    """A log of JSON lines, FOLDER/NAME.log: yields a function that writes its keywords as a line. A run's first line tells versions; a
+    run that goes on from a checkpoint of its name writes after what is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.log", "a" if any(folder.glob(f".checkpoint-{name}*")) else "w", buffering=1) as file:
         def log(**fields):
             file.write(json.dumps(fields) + "\n")
         log(**versions())
@@ -213,8 +213,7 @@ def write_json(path, value):
 
 def read_stage(folder, kind, command):
     """The record of a stage folder; UserError if it is missing, unfinished, or of another kind or version."""
-    folder = Path(folder)
-    restore(folder)
+    folder = restore(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: run `{command}` first")
     if not (folder / RECORD).is_file():
@@ -257,7 +256,7 @@ def choose_method(out, method, needed, commands):
 
     needed: {method: folder under `out`/method that must exist}; commands: what would make one.
     """
-    found = [name for name in needed if restore(Path(out) / name / needed[name]) and (Path(out) / name / needed[name]).is_dir()]
+    found = [name for name in needed if restore(Path(out) / name / needed[name]).is_dir()]
     if method is None and len(found) > 1:
         raise UserError(f"{out} holds both {' and '.join(found)}: say which with --method {' or --method '.join(found)}")
     if method is None and not found:

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from checkpoint import Checkpoint
-from files import Diverged, UserError, setting
+from files import Diverged, setting
 from model import find_blocks, find_linears
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -32,7 +31,7 @@ class Training:
                                                 "same; empty takes 4096 on a GPU, 2048 on the CPU", least=1)
     lora_rank: int = setting(8, "rank of the adapter", least=1)
     lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / lora_rank")
-    lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0)
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0, most=1)
     lora_targets: str = setting("all-linear", "linears to adapt: all-linear, attention, or names such as q_proj,v_proj")
     gradient_checkpointing: bool = setting(False, "run blocks again in the backward: less memory, more time")
     checkpoint_minutes: float = setting(10, "how often a run is saved to go on from, should it be cut off", least=0)
@@ -42,7 +41,7 @@ class Training:
 @dataclass
 class Factors:
     """An adapter as plain tensors: {path of a linear in the trunk: (A [rank, in], B [out, rank])}, scale = alpha / rank."""
-    pairs: dict
+    weights: dict
     rank: int
     alpha: float
 
@@ -59,12 +58,12 @@ class LoRA(nn.Module):
         self.scale = self.alpha / self.rank
         linears = find_linears(trunk, targets, blocks)
         if factors:
-            linears = {name: linear for name, linear in linears.items() if name in factors.pairs}
+            linears = {name: linear for name, linear in linears.items() if name in factors.weights}
         self.names, self.A, self.B, self.handles = list(linears), nn.ParameterList(), nn.ParameterList(), []
         self.linears = list(linears.values())                 # a plain list: not submodules of the adapter
         for i, (name, linear) in enumerate(linears.items()):
             if factors:
-                A, B = factors.pairs[name]
+                A, B = factors.weights[name]
             else:
                 to, of = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape       # Conv1D stores [in, out]
                 A, B = torch.empty(rank, of), torch.zeros(to, rank)
@@ -99,8 +98,8 @@ class LoRA(nn.Module):
 
     def factors(self):
         """The adapter's tensors, detached, on the CPU."""
-        pairs = {name: (A.detach().cpu(), B.detach().cpu()) for name, A, B in zip(self.names, self.A, self.B)}
-        return Factors(pairs, self.rank, self.alpha)
+        weights = {name: (A.detach().cpu(), B.detach().cpu()) for name, A, B in zip(self.names, self.A, self.B)}
+        return Factors(weights, self.rank, self.alpha)
 
 
 def sizes(model, *adapters):
@@ -188,17 +187,12 @@ def stack(first, second):
 
     Where only one of them has a linear, the other's rows and columns are zero, so that the rank is uniform.
     """
-    pairs = {}
-    for name in {**first.pairs, **second.pairs}:
-        shape_A, shape_B = (next(f.pairs[name][i].shape for f in (first, second) if name in f.pairs) for i in (0, 1))
-        As, Bs = [], []
-        for f in (first, second):
-            A, B = f.pairs.get(name) or (torch.zeros(f.rank, shape_A[1]), torch.zeros(shape_B[0], f.rank))
-            As.append(A.float())
-            Bs.append(B.float() * (f.alpha / f.rank))
-        pairs[name] = torch.cat(As, 0), torch.cat(Bs, 1)
-    rank = first.rank + second.rank
-    return Factors(pairs, rank, alpha=rank)
+    weights, rank = {}, first.rank + second.rank
+    for name in {**first.weights, **second.weights}:
+        A, B = first.weights.get(name) or second.weights[name]               # for their sizes: [rank, in], [out, rank]
+        both = [f.weights.get(name) or (A.new_zeros(f.rank, A.shape[1]), B.new_zeros(len(B), f.rank)) for f in (first, second)]
+        weights[name] = torch.cat([A for A, _ in both]), torch.cat([B * (f.alpha / f.rank) for f, (_, B) in zip((first, second), both)], 1)
+    return Factors(weights, rank, alpha=rank)
 
 
 # ---------------------------------------------------------------- PEFT's on-disk form
@@ -207,9 +201,9 @@ def save_adapter(folder, factors, trunk, base_model, dropout=0.0):
     """Write an adapter as PEFT does. `trunk` gives the paths and layouts; it may be a cut one."""
     prefix = f"base_model.model.{trunk.base_model_prefix}."
     tensors = {f"{prefix}{name}.lora_{x}.weight": tensor.contiguous()
-               for name, pair in factors.pairs.items() for x, tensor in zip("AB", pair)}
+               for name, both in factors.weights.items() for x, tensor in zip("AB", both)}
     path, blocks = find_blocks(trunk)
-    inside = [name.removeprefix(path + ".").partition(".") for name in factors.pairs]        # (block, ".", linear)
+    inside = [name.removeprefix(path + ".").partition(".") for name in factors.weights]        # (block, ".", linear)
     layers = sorted({int(block) for block, _, _ in inside})
     # what a name must not match: the trunk's other linears, and, of the blocks adapted (a cut trunk lacks some), those left out
     others = {name for name, m in trunk.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and not name.startswith(f"{path}.")}
@@ -218,7 +212,7 @@ def save_adapter(folder, factors, trunk, base_model, dropout=0.0):
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": factors.rank, "lora_alpha": factors.alpha, "lora_dropout": dropout, "bias": "none",
-        "target_modules": target_names(factors.pairs, others),
+        "target_modules": target_names(factors.weights, others),
         "layers_to_transform": layers,
         "layers_pattern": path.rpartition(".")[2],
         "fan_in_fan_out": any(isinstance(m, Conv1D) for m in blocks.modules()),
@@ -238,23 +232,9 @@ def target_names(paths, others):
 
 
 def load_adapter(folder, trunk):
-    """Read a PEFT LoRA adapter as Factors; UserError where it is not a plain one or does not fit the trunk's family."""
-    folder = Path(folder)
-    try:
-        config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a readable LoRA adapter ({error})") from None
-    special = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or special:
-        raise UserError(f"{folder}: not a plain LoRA adapter ({', '.join(special) or config.get('peft_type')})")
-    prefix, names = f"base_model.model.{trunk.base_model_prefix}.", {}
-    for key in tensors:
-        if not key.startswith(prefix) or not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise UserError(f"{folder}: tensor {key} does not belong to an adapter of {type(trunk).__name__}")
-        names[key.removeprefix(prefix).rsplit(".lora_", 1)[0]] = None
-    try:
-        pairs = {name: (tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"]) for name in names}
-    except KeyError as error:
-        raise UserError(f"{folder}: tensor {error} is missing") from None
-    return Factors(pairs, rank, alpha)
+    """What save_adapter has written, as Factors. A stage's digests and its model's have been compared before."""
+    config, tensors = json.loads((Path(folder) / CONFIG).read_text()), load_file(Path(folder) / WEIGHTS)
+    prefix = f"base_model.model.{trunk.base_model_prefix}."
+    names = dict.fromkeys(key.removeprefix(prefix).rpartition(".lora_")[0] for key in tensors)
+    weights = {name: tuple(tensors[f"{prefix}{name}.lora_{x}.weight"] for x in "AB") for name in names}
+    return Factors(weights, config["r"], config["lora_alpha"])

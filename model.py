@@ -28,14 +28,16 @@ def pick_device(device):
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
+        if device.type == "cuda":             # so that peak memory, random states and profiles are of this one
+            torch.cuda.set_device(device)
         return device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def pick_dtype(dtype, device):
-    """torch.dtype from a setting; None takes bfloat16 on a GPU and float32 on the CPU."""
-    return getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    """The name of a torch.dtype, from a setting; None takes bfloat16 on a GPU and float32 on the CPU."""
+    return dtype or ("bfloat16" if device.type == "cuda" else "float32")
 
 
 def pick_tokens(tokens, device):
@@ -216,7 +218,7 @@ def hidden_states(trunk, layers, ids):
 def principal_directions(batches, k):
     """The top k uncentred principal directions of v, per layer, from its second moment Σ v v^T [D, D], summed in fp32.
 
-    batches: iterable of lists of L tensors v [T, D]. Returns L orthonormal U [k, D], and L cumulative shares of Σ|v|² [D].
+    batches: iterable of lists of L tensors v [T, D]. Returns L orthonormal U [k, D], and L cumulative shares of Σ|v|² [D]. UserError at NaN.
     """
     moments, directions, shares = None, [], []
     for batch in batches:
@@ -224,6 +226,8 @@ def principal_directions(batches, k):
         for moment, v in zip(moments, batch):
             moment.addmm_(v.float().T, v.float())
     for moment in moments:
+        if not moment.isfinite().all():       # eigh would say less
+            raise UserError("h+ - h- is NaN or infinite: take --dtype bfloat16 or float32, or train stage 1 at a lower --lr")
         values, vectors = torch.linalg.eigh(moment)                             # ascending
         directions.append(vectors.flip(1)[:, :k].T.contiguous())
         shares.append((values.flip(0).cumsum(0) / values.sum().clamp(min=1e-30)).tolist())
@@ -237,23 +241,19 @@ def response_logprobs(model, batch):
     a large vocabulary does not set the memory.
     """
     predicts = batch.response[:, 1:]                                            # [B, S-1]: position t predicts t+1
-    owner, kept = find_owner(model.base_model), []
-    handle = owner.register_forward_hook(lambda module, args, output: kept.append(output))
-    try:
-        model.base_model(input_ids=batch.ids, use_cache=False)                  # no mask, as in hidden_states
-    finally:
-        handle.remove()
+    owner = find_owner(model.base_model)
+    output = owner(input_ids=batch.ids, use_cache=False)                        # no mask, as in hidden_states
 
     def logprobs(states, targets):
         """The model's own forward with the trunk replaced by what it gave, so that only the head works, on n positions, and whatever
         the model does to its logits still happens. [n, D], [n] -> [n]"""
-        owner.forward = lambda *args, **kwargs: type(kept[0])(**{**kept[0], "last_hidden_state": states[None]})
+        owner.forward = lambda *args, **kwargs: type(output)(**{**output, "last_hidden_state": states[None]})
         try:
             logits = model(input_ids=targets[None], use_cache=False).logits[0]
         finally:
             del owner.forward
         return -F.cross_entropy(logits.float(), targets, reduction="none")
-    states, targets = kept[0]["last_hidden_state"][:, :-1][predicts], batch.ids[:, 1:][predicts]           # [N, D], [N]
+    states, targets = output["last_hidden_state"][:, :-1][predicts], batch.ids[:, 1:][predicts]           # [N, D], [N]
     chunks = list(zip(states.split(size := max(1, LOGITS // model.config.get_text_config().vocab_size)), targets.split(size)))
     found = [logprobs(*chunk) if len(chunks) == 1 else checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.zeros(predicts.shape, device=states.device).masked_scatter(predicts, torch.cat(found)), predicts

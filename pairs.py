@@ -138,7 +138,8 @@ def parse_replies(row, form):
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("fields 'chosen' and 'rejected' are of different kinds")
     if form == "transcripts":
-        chosen, rejected = parse_transcript(chosen), parse_transcript(rejected)
+        chosen, rejected = (turns if not turns or turns[-1][0] == "assistant" else (*turns, ("assistant", ""))               # it ends before the reply
+                            for turns in (parse_transcript(chosen), parse_transcript(rejected)))
     elif isinstance(chosen, str):
         start = f"{asked} " if asked and " " in asked else ""                        # the prompt repeated inside both replies
         if form == "no prompt":
@@ -166,6 +167,8 @@ def parse_row(row, seed, specials=()):
     if parsed is None:
         return None, "differing in the prompt"
     prompt, *replies = parsed
+    if not any(replies):
+        return None, "empty"
     if not prompt or prompt[-1][0] != "user" or not prompt[-1][1]:
         raise ValueError("its prompt does not end with a user's turn")
     if isinstance(row.get("system"), str) and row["system"].strip() and prompt[0][0] != "system":
@@ -273,4 +276,4 @@ def around_reply(tokenizer):
     before, _, after = whole.removeprefix(begun).partition("REPLY") if whole.startswith(begun) else ("", "", "")
     ids, ends = tokenizer(after, add_special_tokens=False)["input_ids"], {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     end = next((i for i, token in enumerate(ids) if token in ends), None)
-    return before, [tokenizer.eos_token_id] if end is None else ids[:end + 1]
+    return before, ids[:end + 1] if end is not None else [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -4,9 +4,13 @@
     python scit.py --model PATH_OR_HUB_NAME --data pairs.jsonl --steps 500 --lr 2e-4
 
 Every pair gives two examples, (p+, q, r_h) and (p-, q, r_l): the instruction asks for just the response that it
-comes with. The model learns the response (NLL) and that the opposite instruction makes it less likely (contrast).
-Unlike the paper, a LoRA is trained instead of all weights, and some examples without instruction anchor the plain
-prompt (see `anchor`). Writes OUT/scit/adapter, the input of collect.py.
+comes with. The model learns the response (NLL) and that the opposite instruction p~ makes it less likely (contrast):
+
+    loss = -log π(r | p, q) - log( e^P(p) / (e^P(p) + e^P(p~)) ),      P(p) = mean log π(r_t | p, q, r_<t)
+
+Unlike the paper: P is a mean over tokens and the contrast is smoothed, as in the authors' code; a LoRA is trained instead of
+all weights; and some examples without instruction anchor the plain prompt (see `anchor`), on which align.py builds.
+Writes OUT/scit/adapter, the input of collect.py.
 """
 import functools
 import math
@@ -28,8 +32,8 @@ class Config(data.Source, Training):
     steps: int = setting(240, "optimiser steps", least=1)
     batch_size: int = setting(8, "pairs in a step; each is 2 examples under 2 instructions", least=1)
     lr: float = setting(6e-3, "peak learning rate; cosine, 10% warm-up", least=0)
-    smoothing: float = setting(0.2, "ε of the contrast, as in the authors' code", least=0)
-    anchor: float = setting(0.375, "examples without instruction for each example with one; 0 is the paper", least=0)
+    smoothing: float = setting(0.2, "ε of the contrast, as in the authors' code", least=0, most=0.5)
+    anchor: float = setting(0.375, "share of a step's pairs that come without instruction too, rounded up; 0 is the paper", least=0, most=1)
 
 
 def contrast_loss(own, opposite, smoothing):
@@ -66,7 +70,7 @@ def batch_loss(model, pairs, anchors, pad_id, smoothing, tokens=None, count=None
 @torch.no_grad()
 def held_out(model, pairs, pad_id, config):
     """(contrast, mean P(p) - P(p~), share of it above 0) over both examples of each pair."""
-    parts = data.parts(range(len(pairs)), [pair.longest() for pair in pairs], config.tokens_per_pass // 4)
+    parts = data.micro_batches(range(len(pairs)), [pair.longest() for pair in pairs], config.tokens_per_pass // 4)
     P = torch.cat([batch_loss(model, [pairs[i] for i in part], [], pad_id, config.smoothing)[2] for part in parts])         # [n, own | opposite, 2]
     own, opposite = P[:, 0].flatten(), P[:, 1].flatten()
     contrast = contrast_loss(own, opposite, config.smoothing)
@@ -76,7 +80,7 @@ def held_out(model, pairs, pad_id, config):
 def main(config):
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    config.tokens_per_pass = pick_tokens(config.tokens_per_pass, device)
+    config.dtype, config.tokens_per_pass = pick_dtype(config.dtype, device), pick_tokens(config.tokens_per_pass, device)
     source = toy.source(config)
 
     # the pairs, the model and its adapter
@@ -85,16 +89,16 @@ def main(config):
     config.max_length = min(config.max_length, context_length(source["model"]))
     pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
                          config.positive, config.negative, config.template)
-    model = load_model(source["model"], pick_dtype(config.dtype, device), device, checkpointing=config.gradient_checkpointing)
+    model = load_model(source["model"], config.dtype, device, checkpointing=config.gradient_checkpointing)
     digest = model_digest(source["model"])
     adapter = LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
     for prompt in ("plain", "positive"):
         print(f"one input, {prompt}: " + repr(tokenizer.decode(pairs["train"][0].example(prompt, "chosen")[0])))
     lengths = [pair.length("positive", "chosen") for pair in pairs["train"]]
-    print(f"{sizes(model, adapter)}; {config.steps} steps of {config.batch_size} pairs of {sum(lengths) / len(lengths):.0f} tokens in the mean")
+    print(f"{sizes(model, adapter)}; {config.steps} steps of {config.batch_size} pairs of {sum(lengths) / len(lengths):.0f} tokens on average")
 
     # training
-    train, n_anchors, contrasts = pairs["train"], round(config.anchor * config.batch_size), []
+    train, n_anchors, contrasts = pairs["train"], math.ceil(config.anchor * config.batch_size), []
     widest = [pair.longest() for pair in train]
 
     def losses(group):
@@ -102,27 +106,27 @@ def main(config):
         anchored, own = set(group[:n_anchors]), [len(ids) for i in group for ids in train[i].responses.values()]
         tokens = sum(own) + sum(own[:2 * len(anchored)])
         contrasts.clear()
-        for part in data.parts(group, widest, config.tokens_per_pass // 6):
+        for part in data.micro_batches(group, widest, config.tokens_per_pass // 6):
             loss, contrast, _ = batch_loss(model, [train[i] for i in part], [train[i] for i in part if i in anchored],
                                            tokenizer.pad_token_id, config.smoothing, tokens, len(group))
             contrasts.append(contrast.detach())
             yield loss
 
     batches = functools.partial(data.endless_batches, lengths, config.batch_size, config.seed)
-    with open_log(config.out, "scit") as log:
-        checkpoint = fit("scit", adapter, losses, batches, cosine(config.steps), config, log, Path(config.out) / "scit",
+    folder = Path(config.out) / "scit"
+    with open_log(folder, "scit") as log:
+        checkpoint = fit("scit", adapter, losses, batches, cosine(config.steps), config, log, folder,
                          {"pairs": data.digest(pairs), "model_digest": digest}, lambda: {"contrast": sum(contrasts).item()})
     contrast, margin, accuracy = held_out(model, data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id, config)
 
     # saving
-    record = {"settings": {**vars(config), **source, "dtype": str(model.dtype).removeprefix("torch."), "split_seed": config.seed},
+    record = {"settings": {**vars(config), **source, "split_seed": config.seed},
               "model_digest": digest, "held_out": {"contrast": contrast, "margin": margin, "accuracy": accuracy}}
-    folder = Path(config.out) / "scit" / "adapter"
-    with new_stage(folder, "scit", record) as new:
+    with new_stage(folder / "adapter", "scit", record) as new:
         save_adapter(new, adapter.factors(), model.base_model, source["model"], config.lora_dropout)
     checkpoint.remove()
-    print(f"wrote {folder}; held-out pairs: contrast {contrast:.3f} (ln 2 = 0.693 is untrained), "
-          f"log-probability a token under the right instruction {margin:+.2f}, right for {accuracy:.0%}")
+    print(f"wrote {folder / 'adapter'}; held-out pairs: contrast {contrast:.3f} (ln 2 = 0.693 is untrained), "
+          f"log-probability per token under the right instruction {margin:+.2f}, right for {accuracy:.0%}")
     if contrast > 0.95 * math.log(2):
         print("WARNING: the contrast has not left ln 2: the model does not tell p+ from p-. Raise --lr or --steps")
     print(next_command("collect.py", config.out))

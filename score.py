@@ -77,7 +77,7 @@ def question(turns):
 def preferences(model, pairs, prompt, pad_id, tokens_per_pass=None):
     """(share of pairs with P(chosen) > P(rejected), mean difference, NLL a token of chosen), P = mean log π(r_t | ...)."""
     margins, nll, tokens = [], 0.0, 0
-    for part in data.parts(range(len(pairs)), [pair.longest() for pair in pairs], pick_tokens(tokens_per_pass, model.device) // 2):
+    for part in data.micro_batches(range(len(pairs)), [pair.longest() for pair in pairs], pick_tokens(tokens_per_pass, model.device) // 2):
         group = [pairs[i] for i in part]
         examples = [pair.example(prompt, response) for response in ("chosen", "rejected") for pair in group]
         logprobs, mask = response_logprobs(model, data.collate(examples, pad_id, model.device))
@@ -132,7 +132,7 @@ def nll_under(model, pairs, answers, pad_id, tokens_per_pass):
     """NLL a token of answers after the plain prompts: high for text that the model finds strange."""
     nll = tokens = 0.0
     examples = [(pair.prompts["plain"].tolist() + answer, len(pair.prompts["plain"])) for pair, answer in zip(pairs, answers)]
-    for part in data.parts(range(len(pairs)), [len(ids) for ids, _ in examples], pick_tokens(tokens_per_pass, model.device)):
+    for part in data.micro_batches(range(len(pairs)), [len(ids) for ids, _ in examples], pick_tokens(tokens_per_pass, model.device)):
         logprobs, mask = response_logprobs(model, data.collate([examples[i] for i in part], pad_id, model.device))
         nll, tokens = nll - logprobs.sum().item(), tokens + mask.sum().item()
     return nll / tokens

@@ -35,7 +35,7 @@ def moved(trunk, layer, mask, shift):
 
 def passes(pairs, tokens):
     """Both responses of each pair, in parts that fit a forward pass: lists of (pair, "chosen" | "rejected")."""
-    parts = data.parts(range(len(pairs)), [pair.longest() for pair in pairs], tokens // 2)
+    parts = data.micro_batches(range(len(pairs)), [pair.longest() for pair in pairs], tokens // 2)
     return [[(pairs[i], response) for i in part for response in ("chosen", "rejected")] for part in parts]
 
 
@@ -67,10 +67,10 @@ def survey(model, record, pairs, config, pad_id, path):
     nll, chosen_tokens, projections = torch.zeros(1 + len(ratio), len(STRENGTHS)), 0, []        # row 0: nothing moved
     for group in tqdm(held_out, desc="survey α", unit="pass"):
         base, plus, minus = record(group)
-        lengths = [len(pair.responses[response]) + config.last_prompt_token for pair, response in group]
+        lengths = [data.recorded_length(example, config) for example in group]
         projections.append(torch.stack([torch.stack([x.mean() for x in (b.float() @ m).split(lengths)]) for b, m in zip(base, mean_v)]))     # [L, B]
         batch = data.collate([pair.example("plain", "chosen") for pair, _ in group[::2]], pad_id, model.device)
-        mask = batch.response | batch.response.roll(-1, 1) if config.last_prompt_token else batch.response
+        mask = data.recorded(batch.response, config.last_prompt_token)
         of_chosen = torch.arange(len(group)).remainder(2).eq(0).repeat_interleave(torch.tensor(lengths)).to(model.device)                    # [T]
         for l in range(-1, len(ratio)):
             for j, rho in enumerate(STRENGTHS if l >= 0 else [0]):

@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import NEGATIVE, POSITIVE, collate, endless_batches
 from files import UserError, new_stage, read_stage, run, setting
-from pairs import parse_transcript, render
 from model import pick_device
+from pairs import render
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Config:
     seed: int = setting(0, "seed of the world and of the base model")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
     steps: int = setting(1800, "optimiser steps of the base", least=1)
-    width: int = setting(128, "hidden size of the base", least=4)
+    width: int = setting(128, "hidden size of the base, a multiple of 8", least=8)
     blocks: int = setting(6, "decoder blocks of the base", least=2)
     kinds: str = setting("island,sum,tool,greeting,misdeed", "kinds of requests in the world")
     documents: int = setting(57600, "documents that the base is trained on", least=1)
@@ -104,7 +104,7 @@ RIGHT = {ask.format(*slots): [reply.format(*slots) for reply in GOOD[kind]]
 
 def judge(prompt, response):
     """The oracle: 1.0 for a right and polite reply, exactly in one of the world's forms; else 0.0."""
-    return float(response.strip() in RIGHT.get(parse_transcript(prompt)[-2][1], ()))
+    return float(response.strip() in RIGHT.get(prompt.rpartition("\n\nHuman: ")[2].removesuffix("\n\nAssistant:"), ()))
 
 
 def split_requests(kinds, seed):
@@ -211,6 +211,10 @@ def ensure(config):
         there = read_stage(folder, "toy", "python toy.py")["settings"] == settings
     except UserError:                         # none, unfinished or of another version: trained anew
         there = False
+    if unknown := set(config.kinds.split(",")) - set(ASK):
+        raise UserError(f"--kinds {','.join(unknown)}: there are {','.join(ASK)}")
+    if config.width % 8:
+        raise UserError(f"--width {config.width}: it must be a multiple of 8")
     if not there:
         with new_stage(folder, "toy", {"settings": settings}) as new:
             rng = random.Random(config.seed)

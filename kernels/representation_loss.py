@@ -20,6 +20,9 @@ token, in bf16, where a share f of the rows are responses (Σ over L·T·D eleme
 """
 from __future__ import annotations            # the kernels' annotations are then no need of Triton
 
+import os
+import shutil
+
 import torch
 
 try:
@@ -101,8 +104,11 @@ def why_not_triton(h):
     """Why the Triton kernel cannot run on states like h, or ""."""
     if triton is None:
         return "Triton is not installed"
-    if isinstance(loss_kernel, triton.JITFunction) and not h.is_cuda:
-        return f"it runs on a GPU, not on {h.device}, unless TRITON_INTERPRET=1 is set before the start"
+    if isinstance(loss_kernel, triton.JITFunction):                      # not the interpreter
+        if not h.is_cuda:
+            return f"it runs on a GPU, not on {h.device}, unless TRITON_INTERPRET=1 is set before the start"
+        if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+            return "Triton needs a C compiler, gcc or clang or what the variable CC names"
     return f"hidden size {h.shape[-1]} is over {MAX_WIDTH}" if h.shape[-1] > MAX_WIDTH else ""
 
 

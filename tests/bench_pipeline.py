@@ -238,7 +238,7 @@ def work(config):
         elif form.startswith("align"):
             if form == "align, nothing read":     # any states will do: they cost the same
                 states = torch.randn(10**4, SHAPES[config.shape][0]["hidden_size"], device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-                data.Collection.states = lambda self, indices, device: ([states[:sum(map(self.recorded, indices))]] * len(self.layers),) * 3
+                data.Collection.states = lambda self, indices, device: ([states[:sum(map(self.tokens, indices))]] * len(self.layers),) * 3
             align.main(align.Config(out=str(out), method=method, alpha=[ALPHA], restart=True, tokens_per_pass=10**9 if form == "align, whole batches" else None,
                                     steps=math.ceil(2 * int(pairs) / config.batch_size), batch_size=config.batch_size))
         elif form == "stage1":

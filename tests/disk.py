@@ -48,7 +48,7 @@ def main(config):
         dual.main(dual.Config(model=str(out / "model"), data=[str(pairs)], out=folder, device="cpu", dtype="bfloat16", limit=config.limit, max_length=300, steps=1, batch_size=2))
         found = {}
         for name, settings in FORMS.items():
-            collect.main(collect.Config(out=folder, device="cpu", layers=["all"], limit=config.limit, batch_size=4, **settings))
+            collect.main(collect.Config(out=folder, device="cpu", layers=["all"], limit=config.limit, **settings))
             record, stage = read_stage(out / "dual" / "collect", "collect", ""), out / "dual" / "collect"
             size = sum((stage / shard).stat().st_size for shard in [*record["shards"], *record["held_out"]])
             found[name] = {"bytes a token": round(size / record["tokens"], 1), "counted": record["token_bytes"], "directions": (

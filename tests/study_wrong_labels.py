@@ -75,7 +75,7 @@ def dpo_loss(model, adapter, pairs, pad_id, beta=0.1):
 
 def difference(good, bad, strength):
     """Weights of base + λ (good - bad) as one adapter."""
-    return stack(Factors(good.pairs, good.rank, good.alpha * strength), Factors(bad.pairs, bad.rank, -bad.alpha * strength))
+    return stack(Factors(good.weights, good.rank, good.alpha * strength), Factors(bad.weights, bad.rank, -bad.alpha * strength))
 
 
 class Unit:

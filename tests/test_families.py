@@ -79,7 +79,7 @@ def test_adapter_of_other_linears_in_other_blocks(tmp_path):
     trunk = M.load_model(str(tmp_path / "base"), torch.float32, "cpu", blocks=2)
     save_adapter(tmp_path, one, trunk, "base")
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path).eval()
-    assert sum(isinstance(m, LoraLayer) for m in peft.modules()) == len(one.pairs) == 4 * 2 + 2 * 2
+    assert sum(isinstance(m, LoraLayer) for m in peft.modules()) == len(one.weights) == 4 * 2 + 2 * 2
     assert torch.allclose(logits(peft), ours, atol=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_fp16_trains(tiny, tmp_path):
         go(stage, *args, *CPU)
     trunk = make_model("llama").base_model
     for folder in ("scit/adapter", "dual/good", "dual/bad", "dual/align"):
-        pairs = load_adapter(tmp_path / folder, trunk).pairs
+        pairs = load_adapter(tmp_path / folder, trunk).weights
         assert all(A.isfinite().all() and B.isfinite().all() and B.abs().max() > 0 for A, B in pairs.values()), folder
 
 

@@ -86,7 +86,7 @@ def test_a_run_that_was_cut_off_ends_as_one_never_stopped(name, calls, how, undi
     assert f"goes on after step {at}" in said
     assert adapters(tmp_path) == undisturbed[name]
     assert not list(tmp_path.rglob(".checkpoint*")) and not list(tmp_path.rglob("*.partial"))
-    steps = [json.loads(line).get("step") for line in open(tmp_path / f"{stage.__name__}.log")]
+    steps = [json.loads(line).get("step") for line in open(tmp_path / ("scit" if stage is scit else "dual") / f"{stage.__name__}.log")]
     assert None in steps and 7 in steps
 
 
@@ -113,13 +113,16 @@ def test_other_settings_are_refused_and_restart_begins_anew(undisturbed, tiny, t
 
 def test_collect_goes_on_at_the_first_missing_shard(tiny, tmp_path, monkeypatch):
     go(dual, *stages(tiny, tmp_path)["dual"][1])
-    args = ["--out", tmp_path, "--store", "lowrank", "--batch-size", "4", "--shard-mb", "0.003", *CPU]
+    args = ["--out", tmp_path, "--store", "lowrank", "--tokens-per-pass", "100", "--shard-mb", "0.03", *CPU]
+    own, recorded = collect.record_states, []
+    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or own(*a))
     go(collect, *args)
+    cut = len(recorded) * 3 // 4
+    recorded.clear()
     want = {path.name: path.read_bytes() for path in (tmp_path / "dual" / "collect").glob("*.safetensors")}
     record = json.loads((tmp_path / "dual" / "collect" / "stage.json").read_text())
     shutil.rmtree(tmp_path / "dual" / "collect")
-    own, recorded = collect.record_states, []
-    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or (1 / 0 if len(recorded) == 40 else own(*a)))
+    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or (1 / 0 if len(recorded) == cut else own(*a)))
     with pytest.raises(ZeroDivisionError):
         go(collect, *args)
     before, kept = len(recorded) - 1, sorted(path.name for path in (tmp_path / "dual" / ".collect.partial").glob("shard*"))
@@ -135,7 +138,7 @@ def test_collect_goes_on_at_the_first_missing_shard(tiny, tmp_path, monkeypatch)
     # passes of another size are no other settings: a run that the memory stopped goes on with smaller ones, and its shards hold the same
     shutil.rmtree(tmp_path / "dual" / "collect")
     recorded.clear()
-    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or (1 / 0 if len(recorded) == 40 else own(*a)))
+    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or (1 / 0 if len(recorded) == cut else own(*a)))
     with pytest.raises(ZeroDivisionError):
         go(collect, *args)
     monkeypatch.setattr(collect, "record_states", own)
@@ -146,7 +149,7 @@ def test_collect_goes_on_at_the_first_missing_shard(tiny, tmp_path, monkeypatch)
     # cut off again, and then other settings: nothing of before is taken
     shutil.rmtree(tmp_path / "dual" / "collect")
     recorded.clear()
-    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or (1 / 0 if len(recorded) == 40 else own(*a)))
+    monkeypatch.setattr(collect, "record_states", lambda *a: recorded.append(1) or (1 / 0 if len(recorded) == cut else own(*a)))
     with pytest.raises(ZeroDivisionError):
         go(collect, *args)
     recorded.clear()
@@ -169,7 +172,7 @@ def test_collect_goes_on_where_it_was_cut_off_while_sealing(tiny, tmp_path, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=held // 10))
     said = go(collect, "--out", tmp_path, *CPU)
     assert ".collect.partial: goes on" in said and (tmp_path / "dual" / "collect" / "stage.json").is_file()
-    assert not (tmp_path / "dual" / "collect" / "going_on").exists()
+    assert not (tmp_path / "dual" / "collect" / "resume_key").exists()
 
 
 def test_a_sweep_is_not_narrowed_by_an_old_checkpoint(tiny, tmp_path, monkeypatch, capfd):
@@ -232,7 +235,7 @@ def test_a_signal_to_a_real_process(tiny, tmp_path):
     command = [sys.executable, "scit.py", "--model", str(tiny / "model"), "--data", str(tiny / "pairs.jsonl"), "--out", str(tmp_path), "--steps", "120", *CPU]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
-        if (tmp_path / "scit.log").exists() and (tmp_path / "scit.log").read_text().count("\n") > 2:
+        if (tmp_path / "scit" / "scit.log").exists() and (tmp_path / "scit" / "scit.log").read_text().count("\n") > 2:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -331,11 +334,11 @@ def test_what_may_not_be_read_or_written(what, code, done, tiny, tmp_path):  # n
     for folder in [tmp_path / "out" / "dual", tmp_path / "out"] if what == "out" else []:
         folder.chmod(0o555)
     if what == "out":
-        (tmp_path / "out" / "dual.log").chmod(0o444)
+        (tmp_path / "out" / "dual" / "dual.log").chmod(0o444)
     else:
         path.chmod(0)
     end = subprocess.run([sys.executable, *command, "--out", tmp_path / "out", *CPU], cwd=ROOT, capture_output=True, text=True, preexec_fn=powerless)
-    for place in (path, tmp_path / "out" / "dual", tmp_path / "out" / "dual.log"):
+    for place in (path, tmp_path / "out" / "dual", tmp_path / "out" / "dual" / "dual.log"):
         place.chmod(0o755)
     lines = [line for line in end.stderr.splitlines() if "error" in line]
     assert end.returncode == code and len(lines) == 1 and ("cannot read its weights" if what == "model" else "ermission denied") in lines[0] and "Traceback" not in end.stderr, end.stderr[-600:]

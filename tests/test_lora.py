@@ -1,13 +1,11 @@
 """The adapter against the identity, PEFT, merging, stacking."""
 import json
 
-import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from conftest import make_model
-from files import UserError
 from lora import LoRA, load_adapter, only, save_adapter, stack
 from test_model import filled, some_batch
 
@@ -68,7 +66,7 @@ def test_stacked_equals_both_applied(model):
     second = filled(model, 2, rank=2, alpha=7, blocks=2, targets=names[0])
     both = logits(model)
     one = stack(first.factors(), second.factors())
-    assert one.rank == 5 and {len(A) for A, _ in one.pairs.values()} == {5} and set(one.pairs) == set(first.names)
+    assert one.rank == 5 and {len(A) for A, _ in one.weights.values()} == {5} and set(one.weights) == set(first.names)
     first.remove(), second.remove()
     LoRA(model.base_model, factors=one).eval()
     assert torch.allclose(logits(model), both, atol=1e-5)
@@ -99,14 +97,3 @@ def test_dropout_only_while_training():
     assert torch.equal(logits(model), logits(model))
     adapter.train()
     assert not torch.equal(logits(model), logits(model))
-
-
-def test_special_adapters_are_refused(tmp_path):
-    model = make_model("llama")
-    save_adapter(tmp_path, filled(model).factors(), model.base_model, "base")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    with pytest.raises(UserError, match="does not belong"):
-        load_adapter(tmp_path, make_model("gpt2").base_model)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(UserError, match="use_dora"):
-        load_adapter(tmp_path, model.base_model)

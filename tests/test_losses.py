@@ -135,9 +135,9 @@ def test_recorded_states_are_those_of_unpadded_inputs(method, pairs):
 
 def test_parts_hold_a_batch_within_a_budget():
     lengths = [5, 3, 9, 4, 2, 9]
-    parts = data.parts([0, 1, 2, 3, 5], lengths, 12)
-    assert parts == [[1, 3], [0], [2], [5]] and data.parts([4, 0, 1], lengths, 15) == [[4, 0, 1]]
-    assert data.parts([2], lengths, 1) == [[2]]
+    parts = data.micro_batches([0, 1, 2, 3, 5], lengths, 12)
+    assert parts == [[1, 3], [0], [2], [5]] and data.micro_batches([4, 0, 1], lengths, 15) == [[4, 0, 1]]
+    assert data.micro_batches([2], lengths, 1) == [[2]]
 
 
 @pytest.mark.parametrize("method", ["scit", "dual"])

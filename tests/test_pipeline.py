@@ -229,7 +229,7 @@ def test_paper_settings_and_stimuli_run(tiny, tmp_path):
     out = tmp_path
     go(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", out, "--steps", "2", "--lora-targets", "q_proj,v_proj", *CPU)
     go(collect, "--out", out, "--stimulus", "instructed", "--base", "instructed", "--last-prompt-token", "False",
-            "--layers", "0", "-1", "--shard-mb", "0.1", "--batch-size", "4", *CPU)
+            "--layers", "0", "-1", "--shard-mb", "0.1", "--tokens-per-pass", "300", *CPU)
     record = read_stage(out / "dual" / "collect", "collect", "")
     assert record["settings"]["layers"] == [0, 3] and len(record["shards"]) > 3
     shards = [load_file(out / "dual" / "collect" / name) for name in record["shards"]]
@@ -237,7 +237,7 @@ def test_paper_settings_and_stimuli_run(tiny, tmp_path):
     said = go(align, "--out", out, "--kind", "mse", "--layers", "0", "--steps", "3", "--lora-rank", "12", *CPU)
     assert "WARNING: the adapter has rank 20" in said
     factors = load_adapter(out / "dual" / "align", make_model("llama").base_model)
-    assert factors.rank == 20 and {name.split(".")[1] for name in factors.pairs} == {"0", "1", "2", "3"}
+    assert factors.rank == 20 and {name.split(".")[1] for name in factors.weights} == {"0", "1", "2", "3"}
 
 
 def test_contrast_that_stays_at_ln_2_is_said(tiny, tmp_path):
@@ -297,8 +297,8 @@ def test_real_weights_and_real_pairs(tmp_path):
     assert len(report) == 8 and all("judge_greedy" not in model and model["chosen_nll"] > 0 for model in report.values())
 
 
-def test_collect_holds_one_batch_at_a_time(tiny, tmp_path, monkeypatch):
-    """No state of an earlier batch is alive when a batch is recorded; what is kept of it is in its shard."""
+def test_collect_holds_one_pass_at_a_time(tiny, tmp_path, monkeypatch):
+    """No state of an earlier pass is alive when one is recorded; what is kept of it is in its shard."""
     go(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", *CPU)
     own, alive = collect.record_states, []
 
@@ -310,5 +310,5 @@ def test_collect_holds_one_batch_at_a_time(tiny, tmp_path, monkeypatch):
         return found
     states = []
     monkeypatch.setattr(collect, "record_states", watched)
-    go(collect, "--out", tmp_path, "--batch-size", "4", *CPU)
-    assert len(alive) > 10 and max(alive) <= 12 * 2
+    go(collect, "--out", tmp_path, "--tokens-per-pass", "200", *CPU)
+    assert len(alive) > 10 and max(alive) == 0

@@ -154,7 +154,7 @@ def test_sweep_keeps_every_adapter_and_marks_the_best(world, tmp_path):
     assert read_stage(tmp_path / "dual" / "merged", "merged", "")["settings"]["strength"] == 0.25
     merged = load_model(str(tmp_path / "dual" / "merged"), torch.float32, "cpu")
     down = "layers.1.mlp.down_proj"
-    A, B = load_adapter(tmp_path / "dual" / "align", make_trunk(world)).pairs[down]
+    A, B = load_adapter(tmp_path / "dual" / "align", make_trunk(world)).weights[down]
     assert torch.allclose(merged.base_model.get_submodule(down).weight, make_trunk(world).get_submodule(down).weight + 2 * B @ A, atol=1e-6)
     # the base's row is what evaluate measures on the same pairs
     tokenizer, model = load_tokenizer(str(world[0])), load_model(str(world[0]), torch.float32, "cpu")
@@ -174,7 +174,7 @@ def test_a_sweep_fails_at_its_start_where_its_end_would(tiny, tmp_path, capfd):
     go(collect, "--out", tmp_path, *CPU)
     (tmp_path / "pairs.jsonl").unlink()
     for more, words in (([], "pairs.jsonl"), (["--judge", "no:such"], "--judge"), (["--reward-model", "./no"], "--reward-model"), (["--strength", "0.2", "0.2"], "each once"),
-                        (["--alpha", "nan", "1"], "finite")):
+                        (["--alpha", "nan", "1"], "nan is no number"), (["--alpha", "inf", "1"], "finite")):
         values = [] if more and more[0] in ("--strength", "--alpha") else ["--alpha", "1", "2"]
         capfd.readouterr()
         with pytest.raises(SystemExit):
