@@ -229,5 +229,9 @@ def ensure(config):
     return {"model": str(folder / "model"), "data": [str(folder / "pairs.jsonl")], "judge": "toy:judge"}
 
 
+def main(config):
+    print("--model {model} --data {data[0]} --judge {judge}".format(**ensure(config)))
+
+
 if __name__ == "__main__":
-    run(lambda config: print("--model {model} --data {data[0]} --judge {judge}".format(**ensure(config))), Config)
+    run(main, Config)

@@ -36,6 +36,13 @@ def test_prompt_chosen_rejected_row():
     assert whole.prompt == parse_row(HH, 0)[0].prompt
 
 
+def test_a_transcript_that_ends_before_the_reply_is_counted(tmp_path):
+    start = "\n\nHuman: Hi.\n\nAssistant: Hello."
+    rows = [{**HH, "rejected": f"{start}\n\nHuman: And?"}, {**HH, "rejected": f"{start}\n\nHuman:"}, {"chosen": f"{start}\n\nHuman:", "rejected": f"{start}\n\nHuman:"}, HH]
+    pairs, skipped, form = load_pairs(write(tmp_path / "rows.jsonl", rows), 0)
+    assert form == "transcripts" and len(pairs) == 1 and skipped == {"empty": 2, "differing in the prompt": 1}
+
+
 U, A = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
 ASKED = (("user", "Hi."), ("assistant", "Hello."), ("user", "And?"))
 FORMS = {                                     # the same pair in every form

@@ -3,6 +3,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import align
 import collect
@@ -12,6 +13,7 @@ import files
 import scit
 import toy
 from conftest import call, go, make_model
+from model import principal_directions
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--device", "cpu"]
 
@@ -73,6 +75,7 @@ def test_as_a_user_sees_it(tmp_path):
 @pytest.mark.parametrize("args, words", [
     (["--stepz", "3"], ("--stepz", "did you mean --steps?")),
     (["--steps", "many"], ("--steps", "many")), (["--steps", "0"], ("--steps", "less than 1")), (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "nan is no number"), (["--anchor", "1.5"], ("--anchor", "more than 1")), (["--lora-dropout", "2"], "more than 1"),
     (["--dtype", "int8"], "--dtype"), (["--device", "tpu"], "--device tpu"),
     (["--model", "somewhere"], "--data go together"),
     (["--model", "./nowhere", "--data", "x"], ("--model ./nowhere", "no such folder"))])
@@ -168,6 +171,16 @@ def test_not_enough_disk(refused, done, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     refused(collect, "--out", done, "--method", "dual", words=("GB are free", "--max-gb"), folder=done)
     refused(collect, "--out", done, "--method", "dual", "--max-gb", "1e-9", words="--max-gb", folder=done)
+
+
+def test_worlds_that_cannot_be(refused, tmp_path):
+    refused(toy, "--out", tmp_path, "--kinds", "tool,boat", words=("--kinds boat", "island,sum"))
+    refused(toy, "--out", tmp_path, "--width", "12", words=("--width 12", "multiple of 8"))
+
+
+def test_nan_in_the_directions_is_said():
+    with pytest.raises(files.UserError, match="NaN or infinite"):
+        principal_directions([[torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])]], 1)
 
 
 @pytest.mark.parametrize("judge", ["nonsense", "toy:nothing", "no_such_module:f"])

@@ -1,12 +1,14 @@
 """The adapter against the identity, PEFT, merging, stacking."""
 import json
+import math
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from conftest import make_model
-from lora import LoRA, load_adapter, only, save_adapter, stack
+from lora import LoRA, cosine, descend, load_adapter, only, save_adapter, stack
 from test_model import filled, some_batch
 
 BATCH = some_batch()
@@ -83,6 +85,17 @@ def test_training_leaves_the_base_untouched_and_moves_the_adapter(model):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(B.abs().max() > 0 for B in adapter.B)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_warm_up_cosine_and_clipping_by_hand():
+    factor = cosine(20)                       # 2 steps of warm-up
+    assert factor(0) == 0.5 and factor(1) == pytest.approx(0.5 * (1 + math.cos(math.pi / 20))) and factor(10) == pytest.approx(0.5) and factor(20) == 0
+    for size, moved in ((1e4, 1.0), (1e-2, 1e-2)):               # a step of length 1 at most; a smaller gradient as it is
+        adapter, scaler = torch.nn.Linear(1, 1, bias=False), torch.amp.GradScaler("cpu", enabled=False)
+        before = adapter.weight.item()
+        total = descend([size / 2 * adapter.weight.sum(), size / 2 * adapter.weight.sum()], adapter, torch.optim.SGD(adapter.parameters(), lr=1.0), scaler)
+        assert before - adapter.weight.item() == pytest.approx(moved, rel=1e-4) and total.item() == pytest.approx(size * before, rel=1e-5)
+        assert adapter.weight.grad is None
 
 
 def test_bf16_base_trains_in_fp32():

@@ -157,6 +157,16 @@ def test_parts_of_a_step_train_the_same_adapter(method, tiny, tmp_path):
             assert (one[name] - many[name]).abs().max() <= 2e-3 * one[name].abs().max(), name
 
 
+def test_a_share_of_the_pairs_is_anchored_and_of_a_single_one_it(tiny, tmp_path, monkeypatch):
+    own, seen = scit.batch_loss, []
+    monkeypatch.setattr(scit, "batch_loss", lambda *args: seen.append((len(args[1]), len(args[2]))) or own(*args))
+    for size, share, anchors in ((1, 0.375, 1), (8, 0.375, 3), (4, 1, 4), (4, 0, 0)):
+        seen.clear()
+        go(scit, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", "--batch-size", size, "--anchor", share,
+           "--tokens-per-pass", 10**6, "--device", "cpu")
+        assert seen[0] == (size, anchors)
+
+
 def test_reading_ahead_keeps_the_order_and_ends(monkeypatch):
     made = []
 

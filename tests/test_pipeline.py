@@ -1,4 +1,5 @@
 """Whole runs by command line, on a smaller world and on the real tiny model: their numbers, not that they run."""
+import functools
 import gc
 import json
 import re
@@ -15,6 +16,7 @@ import data
 import dual
 import evaluate
 import scit
+import toy
 from conftest import SHARED, go, make_model, succeed
 from files import read_stage
 from lora import LoRA, load_adapter
@@ -234,6 +236,8 @@ def test_paper_settings_and_stimuli_run(tiny, tmp_path):
     assert record["settings"]["layers"] == [0, 3] and len(record["shards"]) > 3
     shards = [load_file(out / "dual" / "collect" / name) for name in record["shards"]]
     assert all(int((s["lengths"] - s["starts"]).sum()) == len(s["base.3"]) == len(s["minus.0"]) for s in shards)
+    held = [sum(s[f"{name}.{layer}"].nbytes for name in ("base", "plus", "minus") for layer in (0, 3)) for s in shards]
+    assert all(size <= 1e5 or len(s["lengths"]) == 1 for size, s in zip(held, shards)) and max(held) > 8e4
     said = go(align, "--out", out, "--kind", "mse", "--layers", "0", "--steps", "3", "--lora-rank", "12", *CPU)
     assert "WARNING: the adapter has rank 20" in said
     factors = load_adapter(out / "dual" / "align", make_model("llama").base_model)
@@ -267,6 +271,22 @@ def test_another_seed_later_moves_no_pair_to_another_split(tiny, tmp_path, monke
     with pytest.raises(SystemExit):
         go(evaluate, "--out", tmp_path, *CPU)
     assert "have splits of different seeds" in capfd.readouterr().err
+
+
+def test_the_embedded_default_needs_no_argument_but_its_judge_no_other_data(tiny, tmp_path, monkeypatch):
+    """All stages of an untrained toy with their own defaults; answers to other pairs are not judged by the toy's oracle."""
+    monkeypatch.setattr(toy, "Config", functools.partial(toy.Config, steps=2, documents=320, pairs=40, width=32))
+    out = ["--out", tmp_path, *CPU]
+    go(scit, *out, "--steps", "2"), go(collect, *out), go(align, *out, "--steps", "2")
+    settings = read_stage(tmp_path / "scit" / "align", "align", "")["settings"]
+    assert (settings["strength"], settings["layers"], settings["judge"], settings["dtype"]) == (0.25, [0, 1, 2, 3, 4, 5], "toy:judge", "float32")
+    for more, judged in (([], True), (["--data", tiny / "pairs.jsonl"], False)):
+        go(evaluate, *out, "--limit", "3", "--max-new-tokens", "2", *more)
+        report = json.loads((tmp_path / "evaluate" / "report.json").read_text())
+        assert ("judge_greedy" in report["models"]["base"]) == judged and report["settings"]["pairs"] == 3
+    request = next(iter(toy.RIGHT))
+    for opening in ("", "You are polite."):
+        assert toy.judge(f"{opening}\n\nHuman: {request}\n\nAssistant:", toy.RIGHT[request][0]) == 1 and toy.judge(f"{opening}\n\nHuman: {request}\n\nAssistant:", "No.") == 0
 
 
 def test_max_gb_takes_whole_pairs(tiny, tmp_path):
