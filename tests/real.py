@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,8 +27,8 @@ SHAPES = {"1b": dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers
 
 @dataclass
 class Config:
-    model: str = setting("../shared/models/stories260K", "model folder")
-    data: str = setting("../shared/data/hh_harmless_test.jsonl.gz", "preference pairs")
+    model: str = field(metadata={"help": "model folder"})
+    data: str = field(metadata={"help": "preference pairs"})
     shape: str = setting("", "take random weights of this shape: " + ", ".join(SHAPES))
     device: str = setting("cpu", "cpu or cuda")
     work: str = setting("/tmp/rahf-real", "folder of the stages")
