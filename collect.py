@@ -147,7 +147,7 @@ def fit_disk(examples, config, token_bytes, folder):
     free += sum(path.stat().st_size for path in (folder / ".collect.partial").glob("*.safetensors"))
     if total > free:
         raise UserError(f"{config.out}: {total / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: lower --max-gb or use --store diff or lowrank")
-    print(f"{total / 1e9:.3g} GB to write, {token_bytes:,} bytes of states a token")
+    print(f"{total / 1e9:.3g} GB to write, {token_bytes:,} bytes of states per token")
     return examples
 
 

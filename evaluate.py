@@ -84,14 +84,11 @@ def main(config):
 
     factors = {name: load_adapter(checked(out / MODELS[name][0], record), model.base_model) for name, record in records.items()}
 
-    def attach(name):
-        return LoRA(model.base_model, factors=factors[name]).eval() if name in factors else None
-
     if config.prompt is not None:
         pair = data.encode(tokenizer, [Pair((("user", config.prompt),), "", "", "test")], template=settings["template"])[0]
         for name in names:
             if name == "base" or name.endswith("aligned"):
-                adapter = attach(name)
+                adapter = LoRA(model.base_model, factors=factors[name]).eval() if name in factors else None
                 answer = generate(model, tokenizer, [pair.prompts["plain"].tolist()], False, config.max_new_tokens, 1, config.seed, pair.end)[0]
                 print(f"{name:>12}: {text_of(tokenizer, answer)}")
                 if adapter:

@@ -75,7 +75,7 @@ def question(turns):
 
 @torch.no_grad()
 def preferences(model, pairs, prompt, pad_id, tokens_per_pass=None):
-    """(share of pairs with P(chosen) > P(rejected), mean difference, NLL a token of chosen), P = mean log π(r_t | ...)."""
+    """(share of pairs with P(chosen) > P(rejected), mean difference, NLL per token of chosen), P = mean log π(r_t | ...)."""
     margins, nll, tokens = [], 0.0, 0
     for part in data.micro_batches(range(len(pairs)), [pair.longest() for pair in pairs], pick_tokens(tokens_per_pass, model.device) // 2):
         group = [pairs[i] for i in part]
@@ -129,7 +129,7 @@ def repeated_ngrams(answers, n=4):
 
 @torch.no_grad()
 def nll_under(model, pairs, answers, pad_id, tokens_per_pass):
-    """NLL a token of answers after the plain prompts: high for text that the model finds strange."""
+    """NLL per token of answers after the plain prompts: high for text that the model finds strange."""
     nll = tokens = 0.0
     examples = [(pair.prompts["plain"].tolist() + answer, len(pair.prompts["plain"])) for pair, answer in zip(pairs, answers)]
     for part in data.micro_batches(range(len(pairs)), [len(ids) for ids, _ in examples], pick_tokens(tokens_per_pass, model.device)):
@@ -186,7 +186,7 @@ def collapsed(report, base):
     """What speaks for a collapse, as words, of a model's figures beside those of its base; "" where nothing does."""
     signs = []
     if report["own_nll_under_base"] > 3 * base["own_nll_under_base"]:
-        signs.append(f"the base finds its answers strange (NLL {report['own_nll_under_base']:.2f} a token, its own {base['own_nll_under_base']:.2f})")
+        signs.append(f"the base finds its answers strange (NLL {report['own_nll_under_base']:.2f} per token, its own {base['own_nll_under_base']:.2f})")
     if report["repeated_ngrams"] > base["repeated_ngrams"] + 0.1:
         signs.append(f"it repeats itself ({report['repeated_ngrams']:.0%} of the 4-grams)")
     return " and ".join(signs)
@@ -201,7 +201,7 @@ def win_rate(scores, base, z=1.96):
 
 def choose(reports):
     """The best of several models beside their base, {"base" | name: figures}, and why. Those with signs of collapse are out; then
-    counts the reward or the judge (greedy and sampled), or, without any, the NLL a token of the held-out chosen replies."""
+    counts the reward or the judge (greedy and sampled), or, without any, the NLL per token of the held-out chosen replies."""
     names = [name for name in reports if name != "base"]
     sound = [name for name in names if not collapsed(reports[name], reports["base"])]
     scorer = next((scorer for scorer in ("reward", "judge") if f"{scorer}_greedy" in reports["base"]), None)

@@ -83,7 +83,7 @@ def survey(model, record, pairs, config, pad_id, path):
     auc = (0.5 + 0.5 * torch.sign(chosen[:, :, None] - rejected[:, None])).mean((1, 2)).tolist()     # Mann-Whitney: ties count as half
     blocks = [{"layer": l, "ratio": ratio[l].item(), "auc": auc[l], "shares": shares[l], "nll": nll[l + 1]} for l in range(len(ratio))]
 
-    print(f"NLL a token of held-out chosen responses: {nll[0][0]:.3f}; with the states of one block moved by a share ρ of their length:")
+    print(f"NLL per token of held-out chosen responses: {nll[0][0]:.3f}; with the states of one block moved by a share ρ of their length:")
     print(f"{'block':>5} {'|v|/|h|':>8} {'AUC':>6} {'1 direction':>12}" + "".join(f"{f'ρ {rho:g}':>8}" for rho in STRENGTHS))
     for block in blocks:
         print(f"{block['layer']:>5} {block['ratio']:>8.3f} {block['auc']:>6.3f} {block['shares'][0]:>12.1%}" + "".join(f"{x:>8.3f}" for x in block["nll"]))
