@@ -164,7 +164,7 @@ def profile_step(trunk, adapter, collection, alphas, config):
     hidden = [h.detach().requires_grad_() for h in hidden_states(trunk, collection.layers, batch.ids)]
     profile(lambda: descend(losses(next(steps)), adapter, optimizer, scaler),
             lambda: torch.autograd.grad(alignment_loss(hidden, collection, batch, *states, alphas, config.kind)[0], hidden),
-            bytes_moved(hidden, *states, collection.directions), Path(config.out) / "align_trace.json")
+            bytes_moved(hidden, *states, collection.directions), Path(config.out) / config.method / "align_trace.json")
 
 
 def score_sweep(factors, records, trunk, pairs, config, settings, tokenizer):

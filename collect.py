@@ -152,8 +152,9 @@ def fit_disk(examples, config, token_bytes, folder):
 
 
 def plan_shards(examples, lengths, config, token_bytes):
-    """The examples in shards of at most config.shard_mb, the longest first (what does not fit in memory shows at once), and each in
-    forward passes: lists of lists of passes, which are lists of examples. What is in a shard does not depend on the size of a pass."""
+    """The examples in shards of at most config.shard_mb of states, or one response, the longest first (what does not fit in memory shows
+    early), and each in forward passes: lists of lists of passes, which are lists of examples. What is in a shard, and where, does not
+    depend on the size of a pass: a run that goes on may take another."""
     shards, held = [[]], 0
     for i in sorted(range(len(examples)), key=lengths.__getitem__, reverse=True):
         size = data.recorded_length(examples[i], config) * token_bytes
@@ -162,7 +163,8 @@ def plan_shards(examples, lengths, config, token_bytes):
             held = 0
         held += size
         shards[-1].append(i)
-    return [[[examples[i] for i in part] for part in data.micro_batches(shard[::-1], lengths, config.tokens_per_pass)] for shard in shards]
+    return [[[examples[i] for i in part[::-1]] for part in data.micro_batches(shard[::-1], lengths, config.tokens_per_pass)[::-1]]
+            for shard in shards]
 
 
 def record_shard(path, passes, record, directions, config, stored, after):

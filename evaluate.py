@@ -39,7 +39,7 @@ class Config:
     out: str = setting("out", "folder of all stages")
     device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
     prompt: str | None = setting(None, "only answer this, by base and aligned models")
-    judge: str | None = setting(None, "module:function that scores (prompt, response); empty inherits")
+    judge: str | None = setting(None, "module:function that scores (prompt, response); empty inherits, unless --data is given")
     reward_model: str | None = setting(None, "a sequence classifier of one label, folder or hub name, that scores the answers")
     split: Literal["test", "valid", "train", "all"] = setting("test", "pairs to evaluate on")
     limit: int = setting(200, "use so many pairs only, drawn at random", least=1)

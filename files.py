@@ -34,6 +34,9 @@ RECORD = "stage.json"
 IRRELEVANT = ("out", "device", "alpha", "strength", "checkpoint_minutes", "restart", "merge", "judge", "reward_model", "max_new_tokens",
               "profile", "tokens_per_pass", "gradient_checkpointing")        # to what training gives, beyond rounding
 
+REMEDIES = {"tokens_per_pass": "lower --tokens-per-pass", "batch_size": "lower --batch-size",
+            "gradient_checkpointing": "set --gradient-checkpointing True"}       # where a GPU's memory is full
+
 
 class UserError(Exception):
     """Bad input. Printed as one line that names the file, row or setting and the remedy; exit code 2."""
@@ -89,8 +92,8 @@ def run(main, config_class):
     except UserError as error:
         end(2, "error:", error)
     except torch.OutOfMemoryError:
-        more = ", or set --gradient-checkpointing True" if hasattr(config_class, "gradient_checkpointing") else ""
-        end(1, f"error: out of GPU memory: lower --tokens-per-pass or --batch-size{more}")
+        remedies = [words for name, words in REMEDIES.items() if hasattr(config_class, name)]
+        end(1, f"error: out of GPU memory: {', or '.join(remedies) or 'take --device cpu'}")
     except (OSError, SafetensorError) as error:          # safetensors says so of a full disk
         end(1, "error:", error)
     except KeyboardInterrupt:

@@ -28,7 +28,7 @@ def pick_device(device):
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-        if device.type == "cuda":             # so that peak memory, random states and profiles are of this one
+        if device.index is not None and device.type == "cuda":      # so that peak memory and profiles are of this one
             torch.cuda.set_device(device)
         return device
     except (RuntimeError, AssertionError) as error:

@@ -98,12 +98,13 @@ def main(config):
     print(f"{sizes(model, adapter)}; {config.steps} steps of {config.batch_size} pairs of {sum(lengths) / len(lengths):.0f} tokens on average")
 
     # training
-    train, n_anchors, contrasts = pairs["train"], math.ceil(config.anchor * config.batch_size), []
+    train, contrasts = pairs["train"], []
     widest = [pair.longest() for pair in train]
 
     def losses(group):
         """The loss of a step, in parts that fit a forward pass; of a pair up to 6 inputs."""
-        anchored, own = set(group[:n_anchors]), [len(ids) for i in group for ids in train[i].responses.values()]
+        anchored = set(group[:math.ceil(round(config.anchor * len(group), 6))])
+        own = [len(ids) for i in group for ids in train[i].responses.values()]
         tokens = sum(own) + sum(own[:2 * len(anchored)])
         contrasts.clear()
         for part in data.micro_batches(group, widest, config.tokens_per_pass // 6):

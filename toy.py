@@ -212,7 +212,7 @@ def ensure(config):
     except UserError:                         # none, unfinished or of another version: trained anew
         there = False
     if unknown := set(config.kinds.split(",")) - set(ASK):
-        raise UserError(f"--kinds {','.join(unknown)}: there are {','.join(ASK)}")
+        raise UserError(f"--kinds {','.join(sorted(unknown))}: there are {','.join(ASK)}")
     if config.width % 8:
         raise UserError(f"--width {config.width}: it must be a multiple of 8")
     if not there:

@@ -32,6 +32,7 @@ try:
 except ImportError:                           # there is none for macOS and Windows: the torch backend serves
     triton, jit = None, lambda **options: lambda function: function
 
+COMPILER = shutil.which(os.environ["CC"]) if "CC" in os.environ else shutil.which("gcc") or shutil.which("clang")         # of Triton's launchers
 MAX_WIDTH = 16384                             # of a row in one program's registers
 
 
@@ -107,8 +108,8 @@ def why_not_triton(h):
     if isinstance(loss_kernel, triton.JITFunction):                      # not the interpreter
         if not h.is_cuda:
             return f"it runs on a GPU, not on {h.device}, unless TRITON_INTERPRET=1 is set before the start"
-        if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
-            return "Triton needs a C compiler, gcc or clang or what the variable CC names"
+        if not COMPILER:
+            return "Triton needs a C compiler: gcc, clang or what the variable CC names"
     return f"hidden size {h.shape[-1]} is over {MAX_WIDTH}" if h.shape[-1] > MAX_WIDTH else ""
 
 

@@ -182,7 +182,7 @@ def authors_stage1(out, method, config, device):
             group = pairs[i:i + step]
             if method == "scit":
                 examples = [x for pair in group for x in scit.instructed(pair)]
-                examples += [pair.example("plain", r) for pair in group[:round(settings.anchor * step)] for r in ("chosen", "rejected")]
+                examples += [pair.example("plain", r) for pair in group[:math.ceil(settings.anchor * step)] for r in ("chosen", "rejected")]
                 lp, mask = logprobs(examples)
                 P = token_mean(lp, mask)[:4 * len(group)].view(-1, 2, 2)
                 learned = torch.tensor([j >= 4 * len(group) or j % 4 < 2 for j in range(len(examples))], device=device)

@@ -39,7 +39,7 @@ def make_random(config, dtype):
     """A folder with a random Llama of config.shape and the tokenizer of config.model."""
     folder, tokenizer = Path(config.work) / "model", AutoTokenizer.from_pretrained(config.model)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPES[config.shape], max_position_embeddings=2048, bos_token_id=tokenizer.bos_token_id,
+    LlamaForCausalLM(LlamaConfig(**{**SHAPES[config.shape], "vocab_size": max(SHAPES[config.shape]["vocab_size"], len(tokenizer))}, max_position_embeddings=2048, bos_token_id=tokenizer.bos_token_id,
                                  eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

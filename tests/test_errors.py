@@ -13,7 +13,7 @@ import files
 import scit
 import toy
 from conftest import call, go, make_model
-from model import principal_directions
+from model import pick_device, principal_directions
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--device", "cpu"]
 
@@ -176,6 +176,24 @@ def test_not_enough_disk(refused, done, monkeypatch):
 def test_worlds_that_cannot_be(refused, tmp_path):
     refused(toy, "--out", tmp_path, "--kinds", "tool,boat", words=("--kinds boat", "island,sum"))
     refused(toy, "--out", tmp_path, "--width", "12", words=("--width 12", "multiple of 8"))
+
+
+@pytest.mark.parametrize("stage, words", [(scit, "lower --tokens-per-pass, or lower --batch-size, or set --gradient-checkpointing True"), (toy, "take --device cpu"),
+                                          (collect, "lower --tokens-per-pass"), (evaluate, "lower --tokens-per-pass, or lower --batch-size")])
+def test_a_full_gpu_names_settings_that_there_are(stage, words, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(stage, "main", lambda config: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(SystemExit) as stop:
+        go(stage, "--out", tmp_path)
+    assert stop.value.code == 1 and capfd.readouterr().err == f"{stage.__name__}.py: error: out of GPU memory: {words}\n"
+
+
+@pytest.mark.parametrize("name, chosen", [(None, []), ("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_a_gpu_is_taken_by_its_number(name, chosen, monkeypatch):
+    own, taken = torch.empty, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda size, device: own(size))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(device))
+    assert pick_device(name) == torch.device(name or "cuda") and taken == chosen
 
 
 def test_nan_in_the_directions_is_said():

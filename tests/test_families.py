@@ -110,8 +110,8 @@ def test_fp16_trains(tiny, tmp_path):
         go(stage, *args, *CPU)
     trunk = make_model("llama").base_model
     for folder in ("scit/adapter", "dual/good", "dual/bad", "dual/align"):
-        pairs = load_adapter(tmp_path / folder, trunk).weights
-        assert all(A.isfinite().all() and B.isfinite().all() and B.abs().max() > 0 for A, B in pairs.values()), folder
+        weights = load_adapter(tmp_path / folder, trunk).weights
+        assert all(A.isfinite().all() and B.isfinite().all() and B.abs().max() > 0 for A, B in weights.values()), folder
 
 
 @pytest.mark.parametrize("kind, words", [("t5", "T5Config"), ("bert", "looks ahead"), ("bart", "no plain stack of decoder blocks.*decoder.layers (12)"),

@@ -133,11 +133,22 @@ def test_recorded_states_are_those_of_unpadded_inputs(method, pairs):
     assert at == len(base[0])
 
 
-def test_parts_hold_a_batch_within_a_budget():
+def test_micro_batches_hold_a_batch_within_a_budget():
     lengths = [5, 3, 9, 4, 2, 9]
     parts = data.micro_batches([0, 1, 2, 3, 5], lengths, 12)
     assert parts == [[1, 3], [0], [2], [5]] and data.micro_batches([4, 0, 1], lengths, 15) == [[4, 0, 1]]
     assert data.micro_batches([2], lengths, 1) == [[2]]
+
+
+def test_shards_hold_the_same_whatever_a_pass_holds_and_begin_with_the_longest(pairs):
+    examples = [(pair, response) for pair in pairs for response in ("chosen", "rejected")]
+    lengths = [pair.length("plain", response) for pair, response in examples]
+    plans = [collect.plan_shards(examples, lengths, collect.Config(shard_mb=0.01, tokens_per_pass=tokens), 100) for tokens in (10**6, 60)]
+    one, many = ([sum(shard, []) for shard in plan] for plan in plans)
+    assert one == many and len(one) > 3 and max(map(len, plans[0])) == 1 < max(map(len, plans[1]))
+    ordered = [pair.length("plain", response) for shard in one for pair, response in shard]
+    assert ordered == sorted(lengths, reverse=True)
+    assert all(sum(data.recorded_length(example, collect.Config()) * 100 for example in shard) <= 10_000 for shard in one)
 
 
 @pytest.mark.parametrize("method", ["scit", "dual"])

@@ -191,7 +191,7 @@ def test_profile_traces_steps_and_trains_nothing(runs, tmp_path):
     said = go(align, "--out", tmp_path, "--profile", "True", *CPU)
     step, part, share, moved, rate = map(float, re.search(r"a step (\S+) ms; loss and gradient (\S+) ms of it \((\S+)%\), (\S+) MB at (\S+) GB/s", said).groups())
     assert 0 < part < step and share == pytest.approx(100 * part / step, rel=0.02, abs=0.06) and rate == pytest.approx(moved / part, rel=0.02)
-    events = json.loads((tmp_path / "align_trace.json").read_text())["traceEvents"]
+    events = json.loads((tmp_path / "dual" / "align_trace.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "step" and event.get("cat") == "user_annotation" for event in events) == 5
     assert not (tmp_path / "dual" / "align").exists()
 
