@@ -1,309 +1,440 @@
-"""Stage 2: record the hidden states under the preferred and the dispreferred stimulus (paper section 3.2).
+"""Stage 2: record the hidden states of the two stimuli, h+ and h- (paper section 3.2).
 
     python collect.py                                    after scit.py or dual.py
     python collect.py --layers 10 12 14 16 18 --max-gb 200
-    python collect.py --store lowrank --rank 8 --store-base no       some numbers a token instead of vectors
-    python collect.py --survey                           which layers and which strength? collects nothing
 
 For each response r, chosen and rejected, and each target layer l, at the same token positions:
 
-    SCIT:  h+ = A(π_scit, <p+, q, r>, l)     h- = A(π_scit, <p-, q, r>, l)
-    DUAL:  h+ = A(π_good, <q, r>, l)         h- = A(π_bad, <q, r>, l)          (--stimulus instructed: with p+ and p-)
-    base:  b  = A(π_base, <q, r>, l)         what align.py will move by α (h+ - h-)
+    SCIT:  h+ = A(π_scit, <p+, q, r>, l)    h- = A(π_scit, <p-, q, r>, l)
+    DUAL:  h+ = A(π_good, <q, r>, l)        h- = A(π_bad, <q, r>, l)
+    base:  b  = A(π_base, <q, r>, l)        what align.py will move by α (h+ - h-)
 
-A target layer l is the output of decoder block l, counted from 0. Recorded are the response's positions and the
-last prompt token, whose state predicts the response's first token. Nothing above the highest target is loaded
-or run. Writes OUT/METHOD/collect, all that align.py needs besides the base model
-(and, for the table of a sweep, the pairs).
-
-Beyond the paper, `--store lowrank` keeps of v = h+ - h- its coefficients c = v U^T alone, where the rows of U [k, D] are
-the top k uncentred principal directions of v at that layer, found in a pass over a sample before.
-
-`--survey` measures every block and recommends layers, strength and rank, see survey.py.
+A(π, x, l) is the output of decoder block l, counted from 0. The states are recorded at the
+response's tokens and at the last prompt token, whose state predicts the response's first token.
+Nothing above the highest target layer is loaded or run. Writes OUT/METHOD/collect, which is all
+that align.py needs besides the base model.
 """
-import itertools
+
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-import data
-from checkpoint import Signals
-from files import UserError, checked, choose_method, inherit, new_stage, next_command, read_stage, run, setting, written_whole
-from lora import CONFIG, WEIGHTS, LoRA, load_adapter, only, sizes
-from model import (hidden_states, load_config, load_model, load_tokenizer, model_digest, pick_device, pick_layers, pick_tokens,
-                   principal_directions)
-from survey import HELD_OUT, survey
+from common.checkpoint import Signals
+from common.collection import recorded_length, recorded_mask
+from common.config import UserError, run, setting
+from common.data import collate, digest_pairs, prepare_pairs, sample, split_into_passes
+from common.hf import (
+    choose_device,
+    choose_layers,
+    choose_tokens_per_pass,
+    hidden_states,
+    load_config,
+    load_tokenizer,
+    load_trunk,
+)
+from common.stage1 import open_stage1
+from common.stages import atomic_write, inherit, next_command, write_stage
+from common.training import memory_summary
+from lora import CONFIG, WEIGHTS, enable_only
 
-ADAPTERS = {"scit": {"scit": "adapter"}, "dual": {"good": "good", "bad": "bad"}}     # method: {kind: folder}
+# at most this many validation pairs are recorded, for the distances that align.py reports
+VALIDATION_PAIRS = 64
+
+RESPONSES = ("chosen", "rejected")
+DEFAULT_BASE = {"scit": "instructed", "dual": "original"}
 
 
 @dataclass
-class Config:
-    out: str = setting("out", "folder of all stages")
-    method: Literal["scit", "dual"] | None = setting(None, "whose stage 1 to use; empty takes the one that is there")
-    device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    layers: list[str] | None = setting(None, "target layers: numbers from 0, negative from the top, or middle, last, all; empty: all of fewer "
-                                             "than 12, else middle")
+class RecordingSettings:
+    """What is run under which stimulus. tools/survey.py has these settings too."""
+
     base: Literal["instructed", "original"] | None = setting(
-        None, "base of target and LoRA: the SCIT or good model, or the original; empty: instructed for SCIT, original for DUAL")
-    stimulus: Literal["plain", "instructed"] = setting("plain", "DUAL: <q, r> to both models, or p+ to good and p- to bad (the paper)")
-    last_prompt_token: bool = setting(True, "record the last prompt token too; the authors leave it out")
-    store: Literal["full", "diff", "lowrank"] = setting("full", "plus and minus, their difference v, or its coefficients on a few directions")
-    rank: int | None = setting(None, "directions a layer, for --store lowrank; empty: 8", least=1)
-    store_base: bool = setting(True, "store b too; without it align runs the base again in each step")
-    max_gb: float = setting(20, "most gigabytes to write; only a random share of the pairs is used beyond", least=0)
-    shard_mb: float = setting(128, "size of a shard in megabytes, which is held in memory", least=0)
-    tokens_per_pass: int | None = setting(None, "most tokens in a forward pass, padding included; empty takes 4096 on a GPU, 2048 on the CPU", least=1)
-    limit: int | None = setting(None, "use so many pairs of each split only, drawn at random", least=1)
-    survey: bool = setting(False, "collect nothing: measure every block, and recommend layers, strength and rank")
-    model: str | None = setting(None, "model folder or hub name; empty inherits from stage 1")
-    data: list[str] | None = setting(None, "preference pairs, as in stage 1; empty inherits")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the model and the states; empty inherits")
-    max_length: int | None = setting(None, "longest input in tokens; empty inherits", least=2)
-    seed: int | None = setting(None, "seed of the order; empty inherits; the split stays that of stage 1")
+        None,
+        "the model that b is of: instructed (the SCIT or good model) or original; "
+        "empty takes instructed for SCIT, original for DUAL",
+    )
+    stimulus: Literal["plain", "instructed"] | None = setting(
+        None,
+        "DUAL: <q, r> to both models, or p+ to the good and p- to the bad (the paper); "
+        "empty takes plain for DUAL; SCIT is always instructed",
+    )
+    last_prompt_token: bool = setting(
+        True, "record the last prompt token too; the authors leave it out"
+    )
+    method: Literal["scit", "dual"] | None = setting(
+        None, "which stage 1 to use; empty takes the one that is there"
+    )
+    model: str | None = setting(
+        None, "model folder or hub name; empty takes stage 1's", group="data"
+    )
+    data: list[str] | None = setting(
+        None, "preference pairs, as in stage 1; empty takes stage 1's", group="data"
+    )
+    max_length: int | None = setting(
+        None, "longest input in tokens; empty takes stage 1's", minimum=2, group="data"
+    )
+    limit: int | None = setting(
+        None,
+        "use this many pairs of each split, drawn at random; empty takes all",
+        minimum=1,
+        group="data",
+    )
+    tokens_per_pass: int | None = setting(
+        None,
+        "most tokens in one forward pass, padding included; "
+        "empty takes 4096 on a GPU, 2048 on the CPU",
+        minimum=1,
+        group="run",
+    )
+    out: str = setting("out", "folder that all stages write to", group="run")
+    seed: int | None = setting(
+        None, "seed of the order; empty takes stage 1's; the split is always stage 1's", group="run"
+    )
+    device: str | None = setting(
+        None, "cpu, cuda or cuda:1; empty takes the GPU where there is one", group="run"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = setting(
+        None, "dtype of model and states; empty takes stage 1's", group="run"
+    )
 
 
-def instructed(method, config):
-    """Whether h+ and h- are of inputs with p+ and p-."""
-    return method == "scit" or config.stimulus == "instructed"
+@dataclass
+class Config(RecordingSettings):
+    """The settings of this stage."""
+
+    layers: list[str] | None = setting(
+        None,
+        "target layers: numbers from 0, negative from the top, or middle, last, all; "
+        "empty takes all of fewer than 12 blocks, else middle",
+    )
+    store: Literal["full", "diff"] = setting(
+        "full", "what is written: h+ and h-, or only their difference v", group="run"
+    )
+    store_base: bool = setting(
+        True, "write b too; without it align runs the base model again in each step", group="run"
+    )
+    max_gb: float = setting(20, "most gigabytes to write", minimum=0, group="run")
+    shard_mb: float = setting(
+        128, "size of a shard in megabytes, which is held in memory", minimum=0, group="run"
+    )
 
 
-def record_states(trunk, adapters, method, config, pairs, pad_id):
-    """The states of a batch of (pair, "chosen" | "rejected"), packed without padding, in the model's own dtype.
+def record_states(trunk, adapters, config, examples, pad_id):
+    """b, h+ and h- of some examples, packed without padding, in the model's dtype.
 
-    Returns (base, plus, minus): lists of L tensors [T, D], T the recorded positions of the batch, example by example.
+    examples: list of (EncodedPair, "chosen" | "rejected"). Returns (base, plus, minus): lists of
+    L tensors [T, D], T the recorded positions of all examples, one example after the other.
     """
-    def states(on, prompt):
-        batch = data.collate([pair.example(prompt, response) for pair, response in pairs], pad_id, trunk.device)
-        with only(adapters.values(), *on):
-            dense = hidden_states(trunk, config.layers, batch.ids)                              # L x [B, S, D]
-        mask = data.recorded(batch.response, config.last_prompt_token)
-        return [h[mask] for h in dense]                                                         # L x [T, D]
-    if method == "scit":
-        up = down = [adapters["scit"]]
+
+    def states(prompt, *enabled):
+        inputs = [pair.example(prompt, response) for pair, response in examples]
+        batch = collate(inputs, pad_id, trunk.device)
+        with enable_only(adapters.values(), *enabled):
+            dense = hidden_states(trunk, config.layers, batch.ids)  # L x [B, S, D]
+        mask = recorded_mask(batch.response, config.last_prompt_token)
+        return [h[mask] for h in dense]  # L x [T, D]
+
+    if config.method == "scit":
+        positive_model = negative_model = adapters["scit"]
     else:
-        up, down = [adapters["good"]], [adapters["bad"]]
-    positive, negative = ("positive", "negative") if instructed(method, config) else ("plain", "plain")
-    base = states(up if config.base == "instructed" else [], "plain")                           # b
-    plus = states(up, positive)                                                                # h+
-    minus = states(down, negative)                                                             # h-
+        positive_model, negative_model = adapters["good"], adapters["bad"]
+    positive, negative = "plain", "plain"
+    if config.stimulus == "instructed":
+        positive, negative = "positive", "negative"
+
+    base = states("plain", *([positive_model] if config.base == "instructed" else []))  # b
+    plus = states(positive, positive_model)  # h+
+    minus = states(negative, negative_model)  # h-
     return base, plus, minus
 
 
-def input_length(example, method, config):
-    """Tokens of the longest input that is run for a (pair, "chosen" | "rejected")."""
-    pair, response = example
-    return max(pair.length(prompt, response) for prompt in (pair.prompts if instructed(method, config) else ["plain"]))
+def record_shard(path, passes, record, config):
+    """Record the examples of some passes into one file, held in memory until it is complete.
 
-
-def stored_directions(path, examples, lengths, record, config, trunk):
-    """The top directions U [k, D] of v per layer, in fp32, and the shares of Σ|v|² that they hold: read from path, where they are not
-    there found in a sample and written."""
-    if not path.exists():
-        def differences():
-            """v of a random sample, pass by pass: lists of L tensors [T, D]."""
-            drawn = data.sample(range(len(examples)), data.SAMPLE, config.seed)
-            for part in tqdm(data.micro_batches(drawn, lengths, config.tokens_per_pass), desc="directions", unit="pass"):
-                _, plus, minus = record([examples[i] for i in part])
-                yield [p.float() - m.float() for p, m in zip(plus, minus)]
-        directions, shares = principal_directions(differences(), config.rank)
-        found = {f"directions.{layer}": U.to(trunk.dtype).cpu() for layer, U in zip(config.layers, directions)}
-        found["energy"] = torch.tensor([share[config.rank - 1] for share in shares], dtype=torch.float64)
-        with written_whole(path) as aside:
-            save_file(found, aside)
-    found = load_file(path, device=str(trunk.device))
-    return [found[f"directions.{layer}"].float() for layer in config.layers], found["energy"].tolist()
-
-
-def plan_store(config, width):
-    """What is kept of the states: {"plus" | "minus" | "v" | "c" | "base": numbers a token and layer}, and their bytes a token."""
-    stored = {"full": {"plus": width, "minus": width}, "diff": {"v": width}, "lowrank": {"c": config.rank}}[config.store]
-    stored |= {"base": width} if config.store_base else {}
-    return stored, len(config.layers) * sum(stored.values()) * getattr(torch, config.dtype).itemsize
-
-
-def fit_disk(examples, config, token_bytes, folder):
-    """The examples {split: [(pair, "chosen" | "rejected")]}, of the training pairs a random share that --max-gb holds. UserError where
-    the disk is too small; folder: whose unfinished collection goes on or is deleted."""
-    def written(some):
-        return [data.recorded_length(example, config) * token_bytes + 4 * example[0].length("plain", example[1]) for example in some]
-    room, train = config.max_gb * 1e9 - sum(written(examples["valid"])), examples["train"]
-    of_pairs = [chosen + rejected for chosen, rejected in zip(written(train)[::2], written(train)[1::2])]
-    if sum(of_pairs) > room:
-        order = data.sample(range(len(of_pairs)), len(of_pairs), config.seed)
-        kept = [i for i, end in zip(order, itertools.accumulate(of_pairs[i] for i in order)) if end <= room]
-        if not kept:
-            raise UserError(f"--max-gb {config.max_gb:g} holds no pair: the held-out ones take {config.max_gb - room / 1e9:.3g} GB, the others "
-                            f"{sum(of_pairs) / 1e9:.3g}")
-        examples = {**examples, "train": [train[2 * i + j] for i in kept for j in (0, 1)]}
-        print(f"--max-gb {config.max_gb:g} holds {len(kept):,} training pairs, {len(kept) / len(order):.1%} of them")
-    total, free = sum(map(sum, map(written, examples.values()))), shutil.disk_usage(config.out).free
-    free += sum(path.stat().st_size for path in (folder / ".collect.partial").glob("*.safetensors"))
-    if total > free:
-        raise UserError(f"{config.out}: {total / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: lower --max-gb or use --store diff or lowrank")
-    print(f"{total / 1e9:.3g} GB to write, {token_bytes:,} bytes of states per token")
-    return examples
-
-
-def plan_shards(examples, lengths, config, token_bytes):
-    """The examples in shards of at most config.shard_mb of states, or one response, the longest first (what does not fit in memory shows
-    early), and each in forward passes: lists of lists of passes, which are lists of examples. What is in a shard, and where, does not
-    depend on the size of a pass: a run that goes on may take another."""
-    shards, held = [[]], 0
-    for i in sorted(range(len(examples)), key=lengths.__getitem__, reverse=True):
-        size = data.recorded_length(examples[i], config) * token_bytes
-        if held and held + size > config.shard_mb * 1e6:
-            shards.append([])
-            held = 0
-        held += size
-        shards[-1].append(i)
-    return [[[examples[i] for i in part[::-1]] for part in data.micro_batches(shard[::-1], lengths, config.tokens_per_pass)[::-1]]
-            for shard in shards]
-
-
-def record_shard(path, passes, record, directions, config, stored, after):
-    """Record some passes into one file, held in memory until it is whole. Per layer also Σ|v|, Σ|b| and Σ|v|/|b|, as statistics [3, L].
-
-    stored: as plan_store says; after: called after each pass. UserError at NaN or infinity.
+    passes: lists of (EncodedPair, response); record: a function of one pass that returns base,
+    plus and minus. The file also holds Σ|v|, Σ|b| and Σ|v|/|b| per layer, as statistics [3, L].
+    UserError at NaN or infinity.
     """
-    examples, dtype = sum(passes, []), getattr(torch, config.dtype)
-    T, ids = sum(data.recorded_length(example, config) for example in examples), sum(pair.length("plain", response) for pair, response in examples)
-    shapes = {"ids": ((ids,), torch.int32), "lengths": ((len(examples),), torch.int32), "starts": ((len(examples),), torch.int32),
-              **{f"{name}.{layer}": ((T, width), dtype) for name, width in stored.items() for layer in config.layers}}
-    tensors, at = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}, dict.fromkeys(shapes, 0)
+    parts = defaultdict(list)
     statistics = torch.zeros(3, len(config.layers), dtype=torch.float64)
-    for batch in passes:
-        base, plus, minus = record(batch)
-        v = [p - m for p, m in zip(plus, minus)]                                                # h+ - h-
-        norm_v, norm_b = (torch.stack([state.float().norm(dim=-1) for state in states]) for states in (v, base))              # [L, T]
-        check_finite(norm_v + norm_b, batch, config)
+    for examples in passes:
+        base, plus, minus = record(examples)
+        v = [p - m for p, m in zip(plus, minus)]  # v = h+ - h-
+        norm_v = torch.stack([state.float().norm(dim=-1) for state in v])  # [L, T]
+        norm_b = torch.stack([state.float().norm(dim=-1) for state in base])
+        check_finite(norm_v + norm_b, examples, config)
         statistics += torch.stack([norm_v, norm_b, norm_v / norm_b]).sum(-1).cpu()
-        states = {"plus": plus, "minus": minus, "v": v, "base": base}
-        if directions:
-            states["c"] = [(x.float() @ U.T).to(x.dtype) for x, U in zip(v, directions)]        # c = v U^T: [T, k]
-        inputs = [pair.example("plain", response) for pair, response in batch]
-        new = {f"{name}.{layer}": state for name in stored for layer, state in zip(config.layers, states[name])} | {
-            "ids": torch.tensor([token for tokens, _ in inputs for token in tokens]), "lengths": torch.tensor([len(tokens) for tokens, _ in inputs]),
-            "starts": torch.tensor([start - config.last_prompt_token for _, start in inputs])}
-        for name, tensor in new.items():
-            tensors[name][at[name]:at[name] + len(tensor)] = tensor
-            at[name] += len(tensor)
-        del base, plus, minus, v, states, new                                                   # before the next pass
-        after()
-    assert all(at[name] == len(tensors[name]) for name in at)
-    with written_whole(path) as aside:
-        save_file({**tensors, "statistics": statistics}, aside)
+
+        stored = {"plus": plus, "minus": minus} if config.store == "full" else {"v": v}
+        if config.store_base:
+            stored["base"] = base
+        for name, states in stored.items():
+            for layer, state in zip(config.layers, states):
+                parts[f"{name}.{layer}"].append(state.cpu())
+        # what align needs to run <q, r> again: ids, their number, the first recorded position
+        for pair, response in examples:
+            ids, prompt_length = pair.example("plain", response)
+            parts["ids"].append(torch.tensor(ids, dtype=torch.int32))
+            parts["lengths"].append(torch.tensor([len(ids)], dtype=torch.int32))
+            first = prompt_length - config.last_prompt_token
+            parts["starts"].append(torch.tensor([first], dtype=torch.int32))
+        # free them before the next pass
+        del base, plus, minus, v, stored, states, state
+    # the parts of one tensor are freed when it is complete
+    tensors = {name: torch.cat(parts.pop(name)) for name in list(parts)}
+    with atomic_write(path) as tmp_path:
+        save_file({**tensors, "statistics": statistics}, tmp_path)
 
 
-def check_finite(norms, batch, config):
-    """UserError that names layer and response where one of the norms [L, T] of a batch's states is NaN or infinite."""
-    if not norms.isfinite().all():
-        layer, position = (~norms.isfinite()).nonzero()[0].tolist()
-        ends = torch.tensor([data.recorded_length(example, config) for example in batch]).cumsum(0)
-        pair, response = batch[int((ends <= position).sum())]
-        raise UserError(f"the states of layer {config.layers[layer]} are NaN or infinite in the {response} response to "
-                        f"{pair.pair.prompt[-1][1][:60]!r}: take --dtype bfloat16 or float32, or train stage 1 at a lower --lr")
+def check_finite(norms, examples, config):
+    """UserError naming layer and response if a norm [L, T] of a pass is NaN or infinite."""
+    if norms.isfinite().all():
+        return
+    layer, position = (~norms.isfinite()).nonzero()[0].tolist()
+    for pair, response in examples:
+        position -= recorded_length(pair, response, config.last_prompt_token)
+        if position < 0:
+            break
+    question = pair.pair.prompt[-1][1][:60]
+    raise UserError(
+        f"the states of layer {config.layers[layer]} are NaN or infinite in the {response} "
+        f"response to {question!r}: train stage 1 at a lower --lr"
+    )
+
+
+# ---------------------------------------------------------------- planning
+
+
+def examples_of(pairs):
+    """Both responses of each pair: a list of (EncodedPair, "chosen" | "rejected")."""
+    return [(pair, response) for pair in pairs for response in RESPONSES]
+
+
+def token_bytes(config, width):
+    """The bytes that one recorded token takes."""
+    stored = 2 if config.store == "full" else 1
+    itemsize = getattr(torch, config.dtype).itemsize
+    return (stored + config.store_base) * len(config.layers) * width * itemsize
+
+
+def check_disk(pairs, config, bytes_per_token, folder):
+    """Print what will be written. UserError if --max-gb or the disk is too small for it.
+
+    An unfinished collection in `folder` will be resumed or deleted: its space counts as free.
+    """
+
+    def pair_bytes(pair):
+        total = 0
+        for response in RESPONSES:
+            recorded = recorded_length(pair, response, config.last_prompt_token)
+            total += recorded * bytes_per_token + 4 * pair.length("plain", response)
+        return total
+
+    train_bytes = sum(map(pair_bytes, pairs["train"]))
+    valid_bytes = sum(map(pair_bytes, pairs["valid"]))
+    total_gb, max_bytes = (train_bytes + valid_bytes) / 1e9, config.max_gb * 1e9
+    if train_bytes + valid_bytes > max_bytes:
+        mean_bytes = train_bytes / len(pairs["train"])
+        # pairs differ in length: leave some room
+        fitting = max(0, int(0.95 * (max_bytes - valid_bytes) / mean_bytes))
+        raise UserError(
+            f"{len(pairs['train']):,} training pairs take {total_gb:.3g} GB, over --max-gb "
+            f"{config.max_gb:g}, which holds about {fitting:,} pairs: set --limit or --max-gb"
+        )
+    partial_files = (folder / ".collect.partial").glob("*.safetensors")
+    free = shutil.disk_usage(config.out).free + sum(path.stat().st_size for path in partial_files)
+    if total_gb > free / 1e9:
+        raise UserError(
+            f"{config.out}: {total_gb:.3g} GB are needed and {free / 1e9:.3g} GB are free: "
+            "set --limit or --store diff"
+        )
+    print(f"{total_gb:.3g} GB to write, {bytes_per_token:,} bytes of states per token")
+
+
+def plan_shards(examples, config, bytes_per_token):
+    """The examples in shards of at most --shard-mb of states (or one response): lists of indices.
+
+    The longest come first, so that what does not fit in memory shows early. A shard's content
+    does not depend on the size of a forward pass: a run may resume with another.
+    """
+    lengths = input_lengths(examples, config)
+    shards, size = [[]], 0
+    for i in sorted(range(len(examples)), key=lengths.__getitem__, reverse=True):
+        pair, response = examples[i]
+        recorded = recorded_length(pair, response, config.last_prompt_token)
+        if size and size + recorded * bytes_per_token > config.shard_mb * 1e6:
+            shards.append([])
+            size = 0
+        shards[-1].append(i)
+        size += recorded * bytes_per_token
+    return shards
+
+
+def plan_passes(shard, examples, config):
+    """The examples of one shard (indices) in forward passes: lists of (EncodedPair, response)."""
+    lengths = input_lengths(examples, config)
+    passes = split_into_passes(shard[::-1], lengths, config.tokens_per_pass)
+    return [[examples[i] for i in part[::-1]] for part in passes[::-1]]
+
+
+def input_lengths(examples, config):
+    """Tokens of the longest input that is run for each example."""
+    prompts = ("plain", "positive", "negative") if config.stimulus == "instructed" else ("plain",)
+    lengths = []
+    for pair, response in examples:
+        lengths.append(max(pair.length(prompt, response) for prompt in prompts))
+    return lengths
+
+
+def plan_files(examples, config, bytes_per_token):
+    """{file name: its passes} and the names by split, as they stand in the manifest."""
+    files, names = {}, {}
+    for key, split in (("validation_shards", "valid"), ("shards", "train")):
+        names[key] = []
+        for i, shard in enumerate(plan_shards(examples[split], config, bytes_per_token)):
+            name = f"{key.removesuffix('s').replace('_', '-')}-{i:05d}.safetensors"
+            files[name] = plan_passes(shard, examples[split], config)
+            names[key].append(name)
+    return files, names
+
+
+# ---------------------------------------------------------------- the stage
 
 
 def main(config):
-    # what the earlier stage says
-    method = choose_method(config.out, config.method, {"scit": "adapter", "dual": "good"}, ["python scit.py", "python dual.py"])
-    stage1 = {kind: Path(config.out) / method / folder for kind, folder in ADAPTERS[method].items()}
-    records = {kind: read_stage(folder, kind, f"python {method}.py") for kind, folder in stage1.items()}
-    first = next(iter(records.values()))
-    if any(record["settings"] != first["settings"] for record in records.values()):
-        raise UserError(f"{' and '.join(map(str, stage1.values()))} come from different runs: run `python {method}.py` again")
-    settings = first["settings"]
-    inherit(config, settings, ("model", "data", "dtype", "max_length", "seed"), f"{config.out}/{method}")
-    config.base = config.base or {"scit": "instructed", "dual": "original"}[method]
-    device = pick_device(config.device)
-    config.tokens_per_pass = pick_tokens(config.tokens_per_pass, device)
-    torch.manual_seed(config.seed)
+    # 1. what stage 1 says, and the pairs
+    stage1, tokenizer, pairs = open_inputs(config)
+    settings = stage1.manifest["settings"]
+    config.layers = choose_layers(config.layers, load_config(config.model).num_hidden_layers)
+    pairs["valid"] = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
 
-    # the model up to the highest target layer, and the pairs
-    config.layers = pick_layers(["all"] if config.survey else config.layers, load_config(config.model).num_hidden_layers)
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, device, blocks=None if config.survey else config.layers[-1] + 1)
-    trunk = model.base_model
-    if model_digest(config.model) != first["model_digest"]:
-        raise UserError(f"--model {config.model} is not the model that {config.out}/{method} was trained on: run `python {method}.py` again")
-    adapters = {}
-    for kind, folder in stage1.items():
-        adapters[kind] = LoRA(trunk, factors=load_adapter(checked(folder, records[kind]), trunk)).eval()
-    pairs = data.prepare(config.data, ("train", "valid"), tokenizer, config.max_length, settings["split_seed"], config.limit,
-                         settings["positive"], settings["negative"], settings["template"])
-    pairs["valid"] = data.sample(pairs["valid"], 64 if not config.survey else HELD_OUT, config.seed)
-    examples = {split: [(pair, response) for pair in pairs[split] for response in ("chosen", "rejected")] for split in pairs}
+    # 2. the model up to the highest target layer, and its adapters
+    device = choose_device(config.device)
+    config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
+    trunk = load_trunk(config.model, config.layers[-1] + 1, config.dtype, device)
+    stage1.check_model(config.model)
+    adapters = stage1.load_adapters(trunk)
 
-    signals = Signals()
-
-    def record(batch):
-        signals.check()
-        return record_states(trunk, adapters, method, config, batch, tokenizer.pad_token_id)
-
-    if config.survey:
-        with only(adapters.values(), *([next(iter(adapters.values()))] if config.base == "instructed" else [])):           # the model that b is of
-            layers, strengths, rank = survey(model, record, pairs, config, tokenizer.pad_token_id, Path(config.out) / method / "survey.json")
-        same = "".join(f" --{name.replace('_', '-')} {getattr(config, name)}" for name in ("base", "stimulus", "last_prompt_token")
-                       if getattr(config, name) not in (getattr(Config, name), {"scit": "instructed", "dual": "original"}[method]))
-        print(next_command("collect.py", config.out, config.method) + f" --layers {' '.join(map(str, layers))}{same}")
-        print(next_command("align.py", config.out, config.method) + f" --strength {' '.join(map(str, strengths))}" + (f" --rank {rank}" if rank else ""))
-        return
-
-    # what it will take
+    # 3. what it will take
+    folder = Path(config.out) / config.method
     width = trunk.config.get_text_config().hidden_size
-    if config.rank and config.store != "lowrank":
-        raise UserError("--rank goes with --store lowrank; align.py has a --rank of its own for other collections")
-    if config.store == "lowrank":
-        config.rank = config.rank or min(8, width)
-        if config.rank > width:
-            raise UserError(f"--rank {config.rank}: the hidden states are {width} wide")
-    stored, token_bytes = plan_store(config, width)
-    examples = fit_disk(examples, config, token_bytes, Path(config.out) / method)
-    tokens = {split: sum(data.recorded_length(example, config) for example in some) for split, some in examples.items()}
-    lengths = {split: [input_length(example, method, config) for example in some] for split, some in examples.items()}
-    print(f"{sizes(trunk)}; layers {config.layers} of width {width} in {config.dtype}, {sum(tokens.values()):,} tokens")
-    seen = "positive" if instructed(method, config) else "plain"
-    print("one input: " + repr(tokenizer.decode(examples["train"][0][0].example(seen, "chosen")[0])))
+    bytes_per_token = token_bytes(config, width)
+    check_disk(pairs, config, bytes_per_token, folder)
+    examples = {split: examples_of(pairs[split]) for split in pairs}
+    tokens = {split: count_recorded(examples[split], config) for split in examples}
+    print(
+        f"{memory_summary(trunk)}; layers {config.layers} of width {width} in {config.dtype}, "
+        f"{sum(tokens.values()):,} tokens"
+    )
+    prompt = "positive" if config.stimulus == "instructed" else "plain"
+    example, _ = pairs["train"][0].example(prompt, "chosen")
+    print(f"one input: {tokenizer.decode(example)!r}")
 
-    # recording
-    folder, directions = Path(config.out) / method / "collect", None
-    result = {"settings": {**settings, **vars(config)}, "method": method, "model_digest": first["model_digest"], "hidden_size": width,
-              "adapters": {kind: r["digests"][WEIGHTS] for kind, r in records.items()}, "token_bytes": token_bytes}
-    depends_on = {**result["settings"], **result, "settings": None, "pairs": data.digest(pairs)}
-    with signals, new_stage(folder, "collect", result, depends_on) as new, torch.no_grad():
-        if config.store == "lowrank":
-            directions, result["energy"] = stored_directions(new / "directions.safetensors", examples["train"], lengths["train"],
-                                                                      record, config, trunk)
-        files = {}                            # {name: its passes}
-        for part, split in (("held_out", "valid"), ("shards", "train")):
-            shards = plan_shards(examples[split], lengths[split], config, token_bytes)
-            result[part] = [f"{part.removesuffix('s')}-{i:05d}.safetensors" for i in range(len(shards))]
-            files |= zip(result[part], shards)
-        with tqdm(total=sum(map(len, files.values())), desc="collect", unit="pass") as bar:
-            for name, passes in files.items():
-                if (new / name).exists():     # of a run that was cut off
-                    bar.update(len(passes))
-                else:
-                    record_shard(new / name, passes, record, directions, config, stored, bar.update)
-        statistics = sum(safe_open(new / name, "pt").get_tensor("statistics") for name in files)                 # Σ|v|, Σ|b|, Σ|v|/|b|: [3, L]
-        if config.base == "instructed":       # align needs no other stage's folder
-            (new / "base_adapter").mkdir(exist_ok=True)
-            for name in (CONFIG, WEIGHTS):
-                shutil.copy(next(iter(stage1.values())) / name, new / "base_adapter" / name)
-        result["tokens"], result["tokens_train"] = sum(tokens.values()), tokens["train"]
-        result["norm_v"], result["norm_h"], result["ratio"] = (statistics / result["tokens"]).tolist()
+    # 4. record, shard by shard: an interrupted run resumes at the first missing one
+    files, names = plan_files(examples, config, bytes_per_token)
+    manifest = {
+        "settings": {**settings, **vars(config)},
+        "method": config.method,
+        "model_digest": stage1.manifest["model_digest"],
+        "adapters": {kind: m["digests"][WEIGHTS] for kind, m in stage1.manifests.items()},
+        "hidden_size": width,
+        "token_bytes": bytes_per_token,
+    }
+    depends_on = {**manifest["settings"], **manifest, "settings": None}
+    depends_on["pairs"] = digest_pairs(pairs)
+    manifest |= names
+    bar = tqdm(total=sum(map(len, files.values())), desc="collect", unit="pass")
+    with (
+        Signals() as signals,
+        write_stage(folder / "collect", "collect", manifest, depends_on) as new,
+    ):
+
+        @torch.no_grad()
+        def record(part):
+            signals.check()
+            bar.update()
+            return record_states(trunk, adapters, config, part, tokenizer.pad_token_id)
+
+        for name, passes in files.items():
+            if (new / name).exists():
+                bar.update(len(passes))
+            else:
+                record_shard(new / name, passes, record, config)
+        bar.close()
+        if config.base == "instructed":
+            # align then needs no folder of stage 1
+            copy_adapter(next(iter(stage1.folders.values())), new / "base_adapter")
+        manifest |= {"tokens": sum(tokens.values()), "tokens_train": tokens["train"]}
+        manifest |= read_statistics([new / name for name in files], manifest["tokens"])
+
+    # 5. report
     for i, layer in enumerate(config.layers):
-        print(f"  layer {layer}: |v| {result['norm_v'][i]:.3f}, |h| {result['norm_h'][i]:.3f}, mean |v|/|h| {result['ratio'][i]:.3f}"
-              + (f", {config.rank} directions hold {result['energy'][i]:.0%} of |v|²" if directions else ""))
-    print(f"wrote {folder}: {result['tokens']:,} tokens of {sum(map(len, examples.values())):,} responses in {len(files)} shards")
+        print(
+            f"  layer {layer}: |v| {manifest['norm_v'][i]:.3f}, |h| {manifest['norm_h'][i]:.3f}, "
+            f"mean |v|/|h| {manifest['ratio'][i]:.3f}"
+        )
+    print(
+        f"wrote {folder / 'collect'}: {manifest['tokens']:,} tokens of "
+        f"{sum(map(len, examples.values())):,} responses in {len(files)} shards"
+    )
     print(next_command("align.py", config.out, config.method))
+
+
+def open_inputs(config):
+    """Stage1Output, tokenizer and pairs {"train" | "valid": [EncodedPair]}; completes config."""
+    stage1 = open_stage1(config.out, config.method)
+    settings, source = stage1.manifest["settings"], f"{config.out}/{stage1.method}"
+    inherit(config, settings, ("model", "data", "dtype", "max_length", "seed"), source)
+    config.method = stage1.method
+    if config.method == "scit":
+        # its model knows right from wrong by the instruction alone
+        config.stimulus = "instructed"
+    config.stimulus = config.stimulus or "plain"
+    config.base = config.base or DEFAULT_BASE[config.method]
+    tokenizer = load_tokenizer(config.model)
+    pairs = prepare_pairs(
+        config.data,
+        ("train", "valid"),
+        tokenizer,
+        config.max_length,
+        settings["split_seed"],
+        config.limit,
+        settings["positive"],
+        settings["negative"],
+        settings["template"],
+    )
+    return stage1, tokenizer, pairs
+
+
+def count_recorded(examples, config):
+    """How many positions are recorded of some examples."""
+    return sum(
+        recorded_length(pair, response, config.last_prompt_token) for pair, response in examples
+    )
+
+
+def copy_adapter(source, target):
+    """Copy an adapter's two files."""
+    target.mkdir(exist_ok=True)
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(source / name, target / name)
+
+
+def read_statistics(paths, tokens):
+    """Means over all recorded tokens, per layer: |v|, |b| and |v|/|b|, from the shards."""
+    sums = 0
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            sums = sums + file.get_tensor("statistics")  # [3, L]
+    norm_v, norm_h, ratio = (sums / tokens).tolist()
+    return {"norm_v": norm_v, "norm_h": norm_h, "ratio": ratio}
 
 
 if __name__ == "__main__":

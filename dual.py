@@ -3,96 +3,152 @@
     python dual.py                                       the embedded default
     python dual.py --model PATH_OR_HUB_NAME --data pairs.jsonl --steps 500 --lr 2e-4
 
-Maximum likelihood on the chosen responses gives the "good" model, on the rejected ones the "bad" one:
+Maximum likelihood on the chosen responses gives the "good" model, on the rejected ones the "bad":
 
-    loss(good) = -Σ log π_good(r_h | q) / tokens          loss(bad) = -Σ log π_bad(r_l | q) / tokens
+    loss(good) = -Σ log π_good(r_h | q) / tokens        loss(bad) = -Σ log π_bad(r_l | q) / tokens
 
-Unlike the paper, they are two LoRA adapters over one base, which is in memory once. The good model is
-preferred-SFT, the usual baseline. Writes OUT/dual/good and OUT/dual/bad, the input of collect.py.
+Unlike in the paper, they are two LoRA adapters over one base model, which is in memory once. The
+good model is preferred-SFT, the usual baseline. Writes OUT/dual/good and OUT/dual/bad, the input
+of collect.py.
 """
-import functools
+
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
-import data
-import toy
-from files import Diverged, new_stage, next_command, open_log, run, setting
-from lora import LoRA, Training, cosine, fit, only, save_adapter, sizes
-from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, pick_tokens, response_logprobs
+from common.checkpoint import Checkpoint, remove_checkpoints
+from common.config import SourceSettings, TrainingDiverged, TrainingSettings, run, setting
+from common.data import collate, digest_pairs, sample, shuffled_batches, split_into_passes
+from common.hf import response_logprobs
+from common.stage1 import prepare_stage1
+from common.stages import next_command, open_log, write_stage
+from common.training import cosine_with_warmup, memory_summary, progress_bar
+from lora import LoRA, enable_only, save_adapter
+
+# at most this many validation pairs are measured
+VALIDATION_PAIRS = 64
 
 
 @dataclass
-class Config(data.Source, Training):
-    steps: int = setting(150, "optimiser steps of each model", least=1)
-    batch_size: int = setting(16, "responses in a step", least=1)
-    lr: float = setting(2e-3, "peak learning rate; cosine, 10% warm-up", least=0)
+class Config(SourceSettings, TrainingSettings):
+    """The settings of this stage. Those that it shares with others are in common/config.py."""
+
+    steps: int = setting(150, "optimizer steps of each model", minimum=1)
+    batch_size: int = setting(16, "responses in a step", minimum=1)
+    lr: float = setting(2e-3, "peak learning rate: 10% warm-up, then a cosine to 0", minimum=0)
 
 
 def response_nll(model, pairs, response, pad_id):
-    """-Σ log π(r_t | q, r_<t) over the response tokens of the batch, and their number. response: "chosen" or "rejected"."""
-    logprobs, mask = response_logprobs(model, data.collate([pair.example("plain", response) for pair in pairs], pad_id, model.device))
+    """-Σ log π(r_t | q, r_<t) over the response tokens of the pairs, and how many tokens these are.
+
+    pairs: list of EncodedPair; response: "chosen" or "rejected". Returns two scalars.
+    """
+    examples = [pair.example("plain", response) for pair in pairs]
+    logprobs, mask = response_logprobs(model, collate(examples, pad_id, model.device))
     return -logprobs.sum(), mask.sum()
 
 
 @torch.no_grad()
-def held_out(model, pairs, response, pad_id, tokens_per_pass):
-    """NLL per token over held-out pairs."""
-    parts = data.micro_batches(range(len(pairs)), [pair.length("plain", response) for pair in pairs], tokens_per_pass)
-    sums = [response_nll(model, [pairs[i] for i in part], response, pad_id) for part in parts]
-    return (sum(nll for nll, _ in sums) / sum(tokens for _, tokens in sums)).item()
+def validation_nll(model, pairs, response, pad_id, tokens_per_pass):
+    """The NLL per token of some pairs' responses."""
+    lengths = [pair.length("plain", response) for pair in pairs]
+    total = tokens = 0
+    for part in split_into_passes(range(len(pairs)), lengths, tokens_per_pass):
+        nll, count = response_nll(model, [pairs[i] for i in part], response, pad_id)
+        total, tokens = total + nll, tokens + count
+    return (total / tokens).item()
+
+
+def train(name, response, adapter, inputs, config, log):
+    """Train the adapter of one model, "good" or "bad", on the chosen or the rejected responses."""
+    model, pairs, pad_id = inputs.model, inputs.pairs["train"], inputs.tokenizer.pad_token_id
+    lengths = [pair.length("plain", response) for pair in pairs]
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(config.steps))
+    checkpoint = Checkpoint(
+        Path(config.out) / "dual" / f".checkpoint-dual-{name}",
+        config,
+        {"pairs": digest_pairs(inputs.pairs), "model_digest": inputs.model_digest},
+        adapter=adapter,
+        optimizer=optimizer,
+        schedule=schedule,
+    )
+    batches = shuffled_batches(lengths, config.batch_size, config.seed, skip=checkpoint.step)
+    bar = progress_bar(f"dual {name}", checkpoint.step, config.steps)
+    adapter.train()
+    with checkpoint:
+        for step in bar:
+            batch = next(batches)
+            tokens = sum(len(pairs[i].responses[response]) for i in batch)
+            loss = 0.0
+            for part in split_into_passes(batch, lengths, config.tokens_per_pass):
+                nll, _ = response_nll(model, [pairs[i] for i in part], response, pad_id)
+                part_loss = nll / tokens
+                part_loss.backward()
+                loss += part_loss.detach()
+            clip_grad_norm_(adapter.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            if step % 10 == 0 or step == config.steps:
+                bar.set_postfix(loss=f"{loss:.3f}")
+                line = {"adapter": name, "step": step, "loss": loss.item()}
+                print(json.dumps({**line, "lr": schedule.get_last_lr()[0]}), file=log)
+            checkpoint.after_step(step, loss)
+    adapter.eval()
 
 
 def main(config):
-    torch.manual_seed(config.seed)
-    device = pick_device(config.device)
-    config.dtype, config.tokens_per_pass = pick_dtype(config.dtype, device), pick_tokens(config.tokens_per_pass, device)
-    source = toy.source(config)
+    # 1. pairs, base model and two adapters
+    inputs = prepare_stage1(config)
+    model, tokenizer, pairs = inputs.model, inputs.tokenizer, inputs.pairs
+    adapters = {}
+    for name in ("good", "bad"):
+        adapters[name] = LoRA(
+            model.base_model,
+            config.lora_rank,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.lora_targets,
+        )
+    example, _ = pairs["train"][0].example("plain", "chosen")
+    print(f"one input: {tokenizer.decode(example)!r}")
+    lengths = [pair.length("plain", "chosen") for pair in pairs["train"]]
+    print(
+        f"{memory_summary(model, *adapters.values())}; twice {config.steps} steps of "
+        f"{config.batch_size} responses of {sum(lengths) / len(lengths):.0f} tokens on average"
+    )
 
-    # the pairs, the base and its two adapters
-    tokenizer = load_tokenizer(source["model"])
-    config.template = data.pick_template(config.template, tokenizer)
-    config.max_length = min(config.max_length, context_length(source["model"]))
-    pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
-                         config.positive, config.negative, config.template)
-    train, valid, pad_id = pairs["train"], data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id
-    model = load_model(source["model"], config.dtype, device, checkpointing=config.gradient_checkpointing)
-    digest = model_digest(source["model"])
-    adapters = {name: LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
-                for name in ("good", "bad")}
-    print("one input: " + repr(tokenizer.decode(train[0].example("plain", "chosen")[0])))
-    lengths = {response: [pair.length("plain", response) for pair in train] for response in ("chosen", "rejected")}
-    print(f"{sizes(model, *adapters.values())}; twice {config.steps} steps of {config.batch_size} responses of "
-          f"{sum(lengths['chosen']) / len(train):.0f} tokens on average")
-
-    # training, one model after the other
-    results, checkpoints, folder, inputs = {}, [], Path(config.out) / "dual", {"pairs": data.digest(pairs), "model_digest": digest}
+    # 2. train one after the other
+    folder = Path(config.out) / "dual"
+    valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
+    results = {}
     with open_log(folder, "dual") as log:
-        for (name, adapter), response in zip(adapters.items(), ("chosen", "rejected")):
-            def losses(group):                # of a step, in parts that fit a forward pass
-                tokens = sum(len(train[i].responses[response]) for i in group)
-                for part in data.micro_batches(group, lengths[response], config.tokens_per_pass):
-                    yield response_nll(model, [train[i] for i in part], response, pad_id)[0] / tokens
-            batches = functools.partial(data.endless_batches, lengths[response], config.batch_size, config.seed)
-            with only(adapters.values(), adapter):
-                start = held_out(model, valid, response, pad_id, config.tokens_per_pass)
+        for name, response in (("good", "chosen"), ("bad", "rejected")):
+            measured = (model, valid, response, tokenizer.pad_token_id, config.tokens_per_pass)
+            with enable_only(adapters.values(), adapters[name]):
+                nll_start = validation_nll(*measured)
                 try:
-                    checkpoints.append(fit(f"dual-{name}", adapter, losses, batches, cosine(config.steps), config, log, folder, inputs))
-                except Diverged:              # at another --lr nothing goes on
-                    for checkpoint in checkpoints:
-                        checkpoint.remove()
+                    train(name, response, adapters[name], inputs, config, log)
+                except TrainingDiverged:
+                    # with another --lr neither model can resume
+                    remove_checkpoints(folder, "dual")
                     raise
-                results[name] = {"nll_start": start, "nll_end": held_out(model, valid, response, pad_id, config.tokens_per_pass)}
+                results[name] = {"nll_start": nll_start, "nll_end": validation_nll(*measured)}
 
-    # saving
-    settings = {**vars(config), **source, "split_seed": config.seed}
+    # 3. save
     for name, adapter in adapters.items():
-        with new_stage(folder / name, name, {"settings": settings, "model_digest": digest, "held_out": results[name]}) as new:
-            save_adapter(new, adapter.factors(), model.base_model, source["model"], config.lora_dropout)
-        print(f"wrote {folder / name}; held-out NLL per token {results[name]['nll_start']:.3f} -> {results[name]['nll_end']:.3f}")
-    for checkpoint in checkpoints:
-        checkpoint.remove()
+        manifest = {"settings": inputs.settings, "model_digest": inputs.model_digest}
+        manifest["validation"] = results[name]
+        with write_stage(folder / name, name, manifest) as new:
+            base_model = inputs.settings["model"]
+            save_adapter(new, adapter.weights(), model.base_model, base_model, config.lora_dropout)
+        start, end = results[name]["nll_start"], results[name]["nll_end"]
+        print(f"wrote {folder / name}; validation NLL per token {start:.3f} -> {end:.3f}")
+    remove_checkpoints(folder, "dual")
     print(next_command("collect.py", config.out))
 
 

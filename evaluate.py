@@ -1,121 +1,280 @@
-"""Did it work? Base, instructed and aligned models side by side, on test pairs that no stage has trained on.
+"""Did it work? Base, instructed and aligned models side by side, on pairs that no stage trained on.
 
-    python evaluate.py                                            every model that is in OUT
+    python evaluate.py                              every model in OUT
     python evaluate.py --data test.jsonl --split all --judge my_module:my_judge
-    python evaluate.py --reward-model PATH_OR_HUB_NAME            mean reward, and how often the aligned model wins over its base
-    python evaluate.py --prompt "How do I cut a plank?"           answers of base and aligned, nothing written
+    python evaluate.py --reward-model PATH_OR_HUB_NAME
+                       mean reward, and how often the aligned model wins over its base
+    python evaluate.py --prompt "How do I cut a plank?"
+                       answers of base and aligned models; writes nothing
 
-Preference accuracy does not see a collapsed model, so every model also answers the prompts itself, greedily and at
-temperature 1. A judge, any callable (prompt, response) -> [0, 1], or a reward model scores the answers; their NLL under
-the base, their length and their repeated n-grams show a collapse without one. Writes OUT/evaluate/report.json and
-samples.jsonl, whose rows have AlpacaEval's fields.
+Preference accuracy does not notice a collapsed model, so every model also answers the prompts
+itself, greedily and at temperature 1. A judge, any callable (prompt, response) -> [0, 1], or a
+reward model scores the answers. Without one, their NLL under the base, their length and their
+repeated n-grams show a collapse. Writes OUT/evaluate/report.json and samples.jsonl, whose rows
+have AlpacaEval's fields.
 """
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import data
-from files import RECORD, UserError, checked, inherit, new_stage, read_stage, restore, run, setting, versions, write_json
-from lora import LoRA, load_adapter
-from model import load_model, load_tokenizer, model_digest, pick_device
-from pairs import Pair
-from score import generate, load_judge, load_reward_model, score_models, table, text_of, win_rate
+from common.config import UserError, run, setting
+from common.data import encode_pairs, prepare_pairs
+from common.hf import choose_device, load_model, load_tokenizer, model_digest
+from common.pairs import Pair
+from common.score import (
+    GenerationSettings,
+    attached,
+    generate,
+    load_judge,
+    load_reward_model,
+    markdown_table,
+    score_models,
+    text_of,
+    win_rate,
+)
+from common.stages import (
+    MANIFEST,
+    inherit,
+    read_stage,
+    recover_folder,
+    verified,
+    versions,
+    write_json,
+    write_stage,
+)
+from lora import load_adapter
 
-MODELS = {                                    # name: (folder of its adapter under OUT, kind, prompt that it gets)
-    "base": (None, None, "plain"),
-    "scit_plus": ("scit/adapter", "scit", "positive"),
-    "scit_minus": ("scit/adapter", "scit", "negative"),
-    "scit_plain": ("scit/adapter", "scit", "plain"),
-    "scit_aligned": ("scit/align", "align", "plain"),
-    "good": ("dual/good", "good", "plain"),
-    "bad": ("dual/bad", "bad", "plain"),
-    "dual_aligned": ("dual/align", "align", "plain"),
+
+class Model(NamedTuple):
+    """The base with one adapter: where its stage wrote it, and the prompt that it is given."""
+
+    folder: str
+    kind: str
+    script: str
+    prompt: str
+
+
+# In the order of the stages: settings are inherited from the last one present. The base itself has
+# no adapter.
+MODELS = {
+    "scit_plus": Model("scit/adapter", "scit", "scit.py", "positive"),
+    "scit_minus": Model("scit/adapter", "scit", "scit.py", "negative"),
+    "scit_plain": Model("scit/adapter", "scit", "scit.py", "plain"),
+    "scit_aligned": Model("scit/align", "align", "align.py", "plain"),
+    "good": Model("dual/good", "good", "dual.py", "plain"),
+    "bad": Model("dual/bad", "bad", "dual.py", "plain"),
+    "dual_aligned": Model("dual/align", "align", "align.py", "plain"),
 }
 
 
 @dataclass
 class Config:
-    out: str = setting("out", "folder of all stages")
-    device: str | None = setting(None, "cpu, cuda, cuda:1; empty takes the GPU where there is one")
-    prompt: str | None = setting(None, "only answer this, by base and aligned models")
-    judge: str | None = setting(None, "module:function that scores (prompt, response); empty inherits, unless --data is given")
-    reward_model: str | None = setting(None, "a sequence classifier of one label, folder or hub name, that scores the answers")
-    split: Literal["test", "valid", "train", "all"] = setting("test", "pairs to evaluate on")
-    limit: int = setting(200, "use so many pairs only, drawn at random", least=1)
-    max_new_tokens: int = setting(64, "longest answer", least=1)
-    batch_size: int = setting(64, "prompts answered at a time", least=1)
-    tokens_per_pass: int | None = setting(None, "most tokens in a forward pass; empty takes 4096 on a GPU, 2048 on the CPU", least=1)
-    model: str | None = setting(None, "model folder or hub name; empty inherits")
-    data: list[str] | None = setting(None, "preference pairs, as in stage 1; empty inherits")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of the model; empty inherits")
-    max_length: int | None = setting(None, "longest input in tokens; empty inherits", least=2)
-    seed: int | None = setting(None, "seed of the sampling; empty inherits; the split stays that of stage 1")
+    prompt: str | None = setting(
+        None, "only answer this prompt, with the base and the aligned models"
+    )
+    judge: str | None = setting(
+        None,
+        "module:function that scores (prompt, response); empty inherits, unless --data is given",
+    )
+    reward_model: str | None = setting(
+        None, "sequence classifier of one label that scores the answers: folder or hub name"
+    )
+    max_new_tokens: int = setting(64, "longest answer in tokens", minimum=1)
+    model: str | None = setting(None, "model folder or hub name; empty inherits", group="data")
+    data: list[str] | None = setting(
+        None, "preference pairs, as in stage 1; empty inherits", group="data"
+    )
+    split: Literal["test", "valid", "train", "all"] = setting(
+        "test", "pairs to evaluate on", group="data"
+    )
+    max_length: int | None = setting(
+        None, "longest input in tokens; empty inherits", minimum=2, group="data"
+    )
+    limit: int = setting(
+        200, "use this many pairs at most, drawn at random", minimum=1, group="data"
+    )
+    out: str = setting("out", "folder that all stages write to", group="run")
+    seed: int | None = setting(
+        None, "seed of the sampling, not of the data split; empty inherits", group="run"
+    )
+    device: str | None = setting(
+        None, "cpu, cuda or cuda:1; empty takes the GPU where there is one", group="run"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = setting(
+        None, "dtype of the base model; empty inherits", group="run"
+    )
+    batch_size: int = setting(64, "prompts answered at a time", minimum=1, group="run")
+    tokens_per_pass: int | None = setting(
+        None,
+        "most tokens in one forward pass; empty takes 4096 on a GPU, 2048 on the CPU",
+        minimum=1,
+        group="run",
+    )
+
+
+# ---------------------------------------------------------------- what the earlier stages wrote
+
+
+def read_manifests(out):
+    """{name: manifest} of the MODELS whose adapter is in `out`, at least one.
+
+    UserError if there is none, or if they were trained on different splits or templates.
+    """
+    manifests = {}
+    for name, model in MODELS.items():
+        folder = recover_folder(out / model.folder)
+        if (folder / MANIFEST).is_file():
+            manifests[name] = read_stage(folder, model.kind, f"python {model.script}")
+    if not manifests:
+        raise UserError(f"no adapter in {out}: run `python scit.py` or `python dual.py` first")
+
+    settings = [manifest["settings"] for manifest in manifests.values()]
+    if len({(s["split_seed"], s["template"]) for s in settings}) > 1:
+        folders = " and ".join(str(out / MODELS[name].folder) for name in manifests)
+        raise UserError(
+            f"{folders} have splits of different seeds or different templates: "
+            "use another --out for each"
+        )
+    return manifests
+
+
+def load_adapters(out, manifests, model, model_name):
+    """{name: AdapterWeights}. UserError if one is damaged or belongs to another model."""
+    digest = model_digest(model_name)
+    adapters = {}
+    for name, manifest in manifests.items():
+        folder = out / MODELS[name].folder
+        if manifest["model_digest"] != digest:
+            raise UserError(
+                f"{folder} was made for another model than {model_name}: "
+                "run its stage again or use another --out"
+            )
+        adapters[name] = load_adapter(verified(folder, manifest), model.base_model)
+    return adapters
+
+
+# ---------------------------------------------------------------- answers and win rates
+
+
+def print_answers(model, tokenizer, adapters, config, template):
+    """Print the answers of the base and the aligned models to config.prompt."""
+    pair = Pair((("user", config.prompt),), "", "", "test")
+    encoded = encode_pairs(tokenizer, [pair], template=template)[0]
+    prompt = encoded.prompts["plain"].tolist()
+    generation = GenerationSettings(config.max_new_tokens, batch_size=1, seed=config.seed)
+    aligned = [name for name in adapters if name.endswith("aligned")]
+    for name in ["base", *aligned]:
+        with attached(model, adapters.get(name)):
+            answers = generate(model, tokenizer, [prompt], generation, end_token=encoded.end_token)
+        print(f"{name:>12}: {text_of(tokenizer, answers[0])}")
+
+
+def win_rates(samples, names, scorers):
+    """How often models win over the base, prompt by prompt.
+
+    Returns {name: {"judge_greedy" | ...: (rate, low, high)}}.
+    """
+
+    def scores(name, scorer, temperature):
+        return [
+            row[scorer]
+            for row in samples
+            if row["generator"] == name and row["temperature"] == temperature
+        ]
+
+    wins = {}
+    for name in names:
+        for scorer in scorers:
+            for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+                rate = win_rate(
+                    scores(name, scorer, temperature), scores("base", scorer, temperature)
+                )
+                wins.setdefault(name, {})[f"{scorer}_{decoding}"] = rate
+    return wins
+
+
+def describe_wins(rates):
+    """The win rates of one model as text."""
+    parts = []
+    for name, (rate, low, high) in rates.items():
+        parts.append(f"{name.replace('_', ', ')} {rate:.2f} [{low:.2f}, {high:.2f}]")
+    return ", ".join(parts)
+
+
+# ---------------------------------------------------------------- main
 
 
 def main(config):
-    # the models that are there, and what their stages say
+    # 1. The adapters in OUT, and what their stages were told. A judge that comes with the
+    #    embedded default knows no other data.
     out = Path(config.out)
-    names = [name for name, (folder, _, _) in MODELS.items() if folder is None or (restore(out / folder) and (out / folder / RECORD).is_file())]
-    records = {}
-    for name in names[1:]:
-        folder, kind, _ = MODELS[name]
-        records[name] = read_stage(out / folder, kind, "python align.py" if kind == "align" else f"python {folder.partition('/')[0]}.py")
-    if not records:
-        raise UserError(f"no adapter in {out}: run `python scit.py` or `python dual.py` first")
-    latest = records[names[-1]]
-    settings = latest["settings"]
-    judge = None if config.data else settings.get("judge")           # one that comes with a data set knows no other
-    inherit(config, {**settings, "judge": judge}, ("model", "data", "dtype", "max_length", "seed", "judge"), out / MODELS[names[-1]][0])
-    if len({(record["settings"]["split_seed"], record["settings"]["template"]) for record in records.values()}) > 1:
-        raise UserError(f"{' and '.join(str(out / MODELS[name][0]) for name in records)} have splits of different seeds or other templates: "
-                        "use another --out for each")
-    told = records.get("scit_plus", latest)["settings"]     # SCIT's models alone are told p+ or p-
-    device = pick_device(config.device)
-    scorers = {"judge": load_judge(config.judge)} if config.judge else {}
+    manifests = read_manifests(out)
+    latest = list(manifests)[-1]
+    settings = manifests[latest]["settings"]
+    judge = None if config.data else settings.get("judge")
+    inherited = ("model", "data", "dtype", "max_length", "seed", "judge")
+    inherit(config, {**settings, "judge": judge}, inherited, out / MODELS[latest].folder)
+
+    # 2. Scorers, model and adapters.
+    device = choose_device(config.device)
+    scorers = {}
+    if config.judge:
+        scorers["judge"] = load_judge(config.judge)
     if config.reward_model:
-        scorers["reward"] = load_reward_model(config.reward_model, config.dtype, device, config.batch_size)
+        scorers["reward"] = load_reward_model(
+            config.reward_model, config.dtype, device, config.batch_size
+        )
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, device)
-    digest = model_digest(config.model)
-    for name, record in records.items():
-        if record["model_digest"] != digest:
-            raise UserError(f"{out / MODELS[name][0]} was made for another model than {config.model}: run its stage again or use another --out")
-
-    factors = {name: load_adapter(checked(out / MODELS[name][0], record), model.base_model) for name, record in records.items()}
-
+    adapters = load_adapters(out, manifests, model, config.model)
     if config.prompt is not None:
-        pair = data.encode(tokenizer, [Pair((("user", config.prompt),), "", "", "test")], template=settings["template"])[0]
-        for name in names:
-            if name == "base" or name.endswith("aligned"):
-                adapter = LoRA(model.base_model, factors=factors[name]).eval() if name in factors else None
-                answer = generate(model, tokenizer, [pair.prompts["plain"].tolist()], False, config.max_new_tokens, 1, config.seed, pair.end)[0]
-                print(f"{name:>12}: {text_of(tokenizer, answer)}")
-                if adapter:
-                    adapter.remove()
+        print_answers(model, tokenizer, adapters, config, settings["template"])
         return
 
-    pairs = data.prepare(config.data, (config.split,), tokenizer, config.max_length, settings["split_seed"], config.limit,
-                         told["positive"], told["negative"], settings["template"])[config.split]
-    report, samples = score_models(model, {name: (factors.get(name), MODELS[name][2]) for name in names}, tokenizer, pairs, scorers,
-                                   config.max_new_tokens, config.batch_size, config.seed, config.tokens_per_pass)
-    wins = {}                                 # over the base, prompt by prompt
-    for name in names[1:]:
-        for scorer in scorers:
-            for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-                mine, base = ([row[scorer] for row in samples if row["generator"] == who and row["temperature"] == temperature] for who in (name, "base"))
-                wins.setdefault(name, {})[f"{scorer}_{how}"] = win_rate(mine, base)
+    # 3. The pairs. Only SCIT's models are given instructions: those of their own run.
+    instructions = manifests.get("scit_plus", manifests[latest])["settings"]
+    pairs = prepare_pairs(
+        config.data,
+        (config.split,),
+        tokenizer,
+        config.max_length,
+        settings["split_seed"],
+        config.limit,
+        positive=instructions["positive"],
+        negative=instructions["negative"],
+        template=settings["template"],
+    )[config.split]
 
-    with new_stage(out / "evaluate", "evaluate", {"settings": vars(config)}) as new:
-        write_json(new / "report.json", {
-            "models": report, "win_rate_over_base": wins, "versions": versions(),
-            "settings": {**vars(config), "split_seed": settings["split_seed"], "pairs": len(pairs)}})
-        (new / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
-    print(f"\n{table(report)}\n")
+    # 4. Every model's scores and answers, and how often they beat those of the base.
+    models = {"base": (None, "plain")}
+    for name, weights in adapters.items():
+        models[name] = (weights, MODELS[name].prompt)
+    generation = GenerationSettings(config.max_new_tokens, config.batch_size, config.seed)
+    reports, samples = score_models(
+        model, models, tokenizer, pairs, scorers, generation, config.tokens_per_pass
+    )
+    wins = win_rates(samples, adapters, scorers)
+
+    # 5. Save and print.
+    report = {
+        "models": reports,
+        "win_rate_over_base": wins,
+        "versions": versions(),
+        "settings": {**vars(config), "split_seed": settings["split_seed"], "pairs": len(pairs)},
+    }
+    with write_stage(out / "evaluate", "evaluate", {"settings": vars(config)}) as tmp_path:
+        write_json(tmp_path / "report.json", report)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
+        (tmp_path / "samples.jsonl").write_text("".join(lines))
+    print(f"\n{markdown_table(reports)}\n")
     for name, rates in wins.items():
-        print(f"{name} wins over base: " + ", ".join(f"{what.replace('_', ', ')} {rate:.2f} [{low:.2f}, {high:.2f}]"
-                                                     for what, (rate, low, high) in rates.items()))
-    print(f"wrote {out / 'evaluate'}: {len(pairs)} {config.split} pairs, {len(samples):,} answers in samples.jsonl")
+        print(f"{name} wins over base: {describe_wins(rates)}")
+    print(
+        f"wrote {out / 'evaluate'}: {len(pairs)} {config.split} pairs, "
+        f"{len(samples):,} answers in samples.jsonl"
+    )
 
 
 if __name__ == "__main__":

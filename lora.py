@@ -1,10 +1,13 @@
-"""LoRA by hand (Hu et al. 2021): y = W x + s B A x on chosen linears, s = alpha / rank.
+"""LoRA by hand (Hu et al. 2021): y = W x + s B A x on chosen linear layers, s = alpha / rank.
 
-The adapter lives beside the model: a forward hook adds s B A x to each target's output. So the base's
-weights and module names stay untouched, `enabled = False` gives the base bit for bit, and several adapters
-on one model simply add up. Files are PEFT's: adapter_model.safetensors and adapter_config.json.
+The adapter lives beside the model: a forward hook adds s B A x to the output of each linear layer.
+So the base model's weights and module names stay untouched, `enabled = False` gives the base
+model bit for bit, and several adapters on one model simply add up. The files are PEFT's:
+adapter_model.safetensors and adapter_config.json.
 """
+
 import contextlib
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -14,227 +17,203 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from checkpoint import Checkpoint
-from files import Diverged, setting
-from model import find_blocks, find_linears
+from common.hf import find_blocks, find_linears, is_linear
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-@dataclass
-class Training:
-    """Settings of every stage that trains an adapter."""
-    tokens_per_pass: int | None = setting(None, "most tokens in a forward pass, padding included: a step's batch is cut, its gradient is the "
-                                                "same; empty takes 4096 on a GPU, 2048 on the CPU", least=1)
-    lora_rank: int = setting(8, "rank of the adapter", least=1)
-    lora_alpha: float = setting(16, "the adapter's scale is lora_alpha / lora_rank")
-    lora_dropout: float = setting(0.0, "dropout on the adapter's input", least=0, most=1)
-    lora_targets: str = setting("all-linear", "linears to adapt: all-linear, attention, or names such as q_proj,v_proj")
-    gradient_checkpointing: bool = setting(False, "run blocks again in the backward: less memory, more time")
-    checkpoint_minutes: float = setting(10, "how often a run is saved to go on from, should it be cut off", least=0)
-    restart: bool = setting(False, "begin anew where an earlier run was cut off")
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
-class Factors:
-    """An adapter as plain tensors: {path of a linear in the trunk: (A [rank, in], B [out, rank])}, scale = alpha / rank."""
-    weights: dict
+class AdapterWeights:
+    """An adapter as plain tensors: {path of a linear layer in the trunk: (A [rank, in_features],
+    B [out_features, rank])}. Its scale is alpha / rank."""
+
+    tensors: dict
     rank: int
     alpha: float
 
 
 class LoRA(nn.Module):
-    """A trainable adapter on the linears of blocks 0..blocks-1 of a trunk; the identity until trained (B = 0)."""
+    """A trainable adapter on the linear layers of a trunk's blocks. As B starts at 0, a new
+    adapter changes nothing."""
 
-    def __init__(self, trunk, rank=8, alpha=16, dropout=0.0, blocks=None, targets="all-linear", factors=None):
-        """targets: see model.find_linears. factors: take A and B (and rank and alpha) from there instead of fresh ones;
-        those of blocks that the trunk lacks are left out."""
+    def __init__(self, trunk, rank=8, alpha=16, dropout=0.0, targets="all-linear", weights=None):
+        """targets: which linear layers, see common.hf.find_linears. weights: AdapterWeights to
+        start from, with their rank and alpha; those of layers that the trunk lacks are skipped."""
         super().__init__()
-        self.enabled, self.dropout = True, dropout
-        self.rank, self.alpha = (factors.rank, factors.alpha) if factors else (rank, alpha)
+        self.rank = weights.rank if weights else rank
+        self.alpha = weights.alpha if weights else alpha
         self.scale = self.alpha / self.rank
-        linears = find_linears(trunk, targets, blocks)
-        if factors:
-            linears = {name: linear for name, linear in linears.items() if name in factors.weights}
-        self.names, self.A, self.B, self.handles = list(linears), nn.ParameterList(), nn.ParameterList(), []
-        self.linears = list(linears.values())                 # a plain list: not submodules of the adapter
+        self.dropout = dropout
+        self.enabled = True
+        linears = find_linears(trunk, targets)
+        if weights:
+            linears = {name: m for name, m in linears.items() if name in weights.tensors}
+        self.names = list(linears)
+        # a plain list, so that the base model's layers are not submodules of the adapter
+        self.linears = list(linears.values())
+        self.A, self.B = nn.ParameterList(), nn.ParameterList()
+        self.hooks = []
         for i, (name, linear) in enumerate(linears.items()):
-            if factors:
-                A, B = factors.weights[name]
-            else:
-                to, of = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape       # Conv1D stores [in, out]
-                A, B = torch.empty(rank, of), torch.zeros(to, rank)
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            # fp32 whatever the base's dtype: AdamW's small steps would be lost in bf16
+            A, B = weights.tensors[name] if weights else self.initial_weights(linear)
+            # fp32 whatever the base model's dtype: AdamW's small steps would be lost in bf16
             self.A.append(nn.Parameter(A.to(linear.weight.device, torch.float32)))
             self.B.append(nn.Parameter(B.to(linear.weight.device, torch.float32)))
-            self.handles.append(linear.register_forward_hook(self._hook(i)))
+            hook = functools.partial(self.add_to_output, i)
+            self.hooks.append(linear.register_forward_hook(hook))
 
-    def _hook(self, i):
-        def add(linear, args, output):
-            if self.enabled:
-                x = F.dropout(args[0], self.dropout, self.training)
-                low = F.linear(x, self.A[i].to(x.dtype)) * self.scale                        # s A x: [..., rank]
-                sum_ = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), self.B[i].to(x.dtype).T)      # W x + s B A x
-                return sum_.view(output.shape)
-        return add
+    def initial_weights(self, linear):
+        """A [rank, in_features], random as in nn.Linear, and B [out_features, rank] = 0."""
+        out_features, in_features = linear.weight.shape
+        if isinstance(linear, Conv1D):
+            out_features, in_features = in_features, out_features
+        A = torch.empty(self.rank, in_features)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        return A, torch.zeros(out_features, self.rank)
+
+    def add_to_output(self, i, linear, args, output):
+        """Forward hook of the i-th linear layer: W x -> W x + s B A x."""
+        if not self.enabled:
+            return output
+        x = F.dropout(args[0], self.dropout, self.training)  # [..., in_features]
+        low_rank = F.linear(x, self.A[i].to(x.dtype)) * self.scale  # s A x: [..., rank]
+        B = self.B[i].to(x.dtype)
+        total = torch.addmm(output.flatten(0, -2), low_rank.flatten(0, -2), B.T)
+        return total.view(output.shape)
 
     def remove(self):
-        """Take the hooks off: the model is its base again for good."""
-        for handle in self.handles:
-            handle.remove()
+        """Take the hooks off: the model is its base model again, for good."""
+        for hook in self.hooks:
+            hook.remove()
 
     @torch.no_grad()
     def merge(self):
-        """Add s B A to the base's weights and take the hooks off."""
+        """Add s B A to the base model's weights and take the hooks off."""
         for linear, A, B in zip(self.linears, self.A, self.B):
-            delta = self.scale * B @ A                                                       # [out, in]
-            delta = delta.T if isinstance(linear, Conv1D) else delta
+            delta = self.scale * B @ A  # [out_features, in_features]
+            if isinstance(linear, Conv1D):
+                delta = delta.T
             linear.weight.copy_(linear.weight.float() + delta)
         self.remove()
 
-    def factors(self):
-        """The adapter's tensors, detached, on the CPU."""
-        weights = {name: (A.detach().cpu(), B.detach().cpu()) for name, A, B in zip(self.names, self.A, self.B)}
-        return Factors(weights, self.rank, self.alpha)
-
-
-def sizes(model, *adapters):
-    """Words on what a model and its adapters hold in memory, and the adapters on disk; trained weights have a gradient and two moments."""
-    held, trained = sum(p.nbytes for p in model.parameters()), sum(p.numel() for adapter in adapters for p in adapter.parameters())
-    return f"{sum(p.numel() for p in model.parameters()):,} parameters ({held / 1e9:.3g} GB)" + (
-        f" and {trained:,} trained ones ({16 * trained / 1e9:.3g} GB with gradient and Adam, {4 * trained / 1e9:.3g} GB written)" if trained else "")
-
-
-def descend(losses, adapter, optimizer, scaler):
-    """One optimiser step on the sum of the losses, each made when its turn has come. Returns the sum, detached.
-
-    Gradients are clipped to norm 1; scaler (torch.amp.GradScaler) keeps those of fp16 from vanishing.
-    """
-    total = 0.0
-    for loss in losses:
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total
-
-
-def cosine(steps):
-    """The learning rate's factor at a step: 10% warm-up, then a cosine to 0."""
-    warm_up = max(1, steps // 10)
-    return lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def fit(name, adapter, losses, batches, factor, config, log, folder, inputs, more=dict):
-    """config.steps steps of AdamW on an adapter. Returns the checkpoint, to be removed once the adapter is written. Diverged at NaN.
-
-    losses: function of a batch, yields the parts of its loss; batches: function of n, an iterator over all batches but the first n;
-    factor: function of the step, of the learning rate; folder: for the checkpoint; inputs: what the run depends on besides config;
-    more: function without arguments, what else to log.
-    """
-    weight = adapter.linears[0].weight
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    scaler = torch.amp.GradScaler(weight.device.type, enabled=weight.dtype == torch.float16)
-    checkpoint = Checkpoint(Path(folder) / f".checkpoint-{name}", {**inputs, **vars(config)}, config,
-                            adapter=adapter, optimizer=optimizer, schedule=schedule, scaler=scaler)
-    drawn = batches(checkpoint.step)
-    adapter.train()
-    bar = tqdm(range(checkpoint.step + 1, config.steps + 1), desc=name, unit="step", initial=checkpoint.step, total=config.steps)
-    with checkpoint:
-        for step in bar:
-            loss = descend(losses(next(drawn)), adapter, optimizer, scaler)
-            if not (loss.isfinite() and (step < config.steps or all(p.isfinite().all() for p in adapter.parameters()))):
-                checkpoint.remove()           # nothing of it is to go on
-                what = "NaN or infinite numbers in the adapter" if loss.isfinite() else f"the loss is {loss.item()}"
-                raise Diverged(f"{name}: {what} at step {step}: lower --lr")
-            schedule.step()
-            if step % 10 == 0 or step == config.steps:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-                log(adapter=name, step=step, loss=loss.item(), lr=schedule.get_last_lr()[0], **more())
-            checkpoint.after(step)
-        checkpoint.save(config.steps)         # what follows may be cut off
-        checkpoint.check()
-    checkpoint.parts = {}                     # they hold the model
-    adapter.eval()
-    return checkpoint
+    def weights(self):
+        """The adapter's AdapterWeights, detached, on the CPU."""
+        tensors = {
+            name: (A.detach().cpu(), B.detach().cpu())
+            for name, A, B in zip(self.names, self.A, self.B)
+        }
+        return AdapterWeights(tensors, self.rank, self.alpha)
 
 
 @contextlib.contextmanager
-def only(adapters, *on):
-    """Within the block, just the adapters `on` are enabled, of all those given."""
+def enable_only(adapters, *enabled):
+    """Within the block, of `adapters` only those in `enabled` act on their model."""
     before = [adapter.enabled for adapter in adapters]
     for adapter in adapters:
-        adapter.enabled = any(adapter is o for o in on)
+        adapter.enabled = any(adapter is other for other in enabled)
     try:
         yield
     finally:
-        for adapter, enabled in zip(adapters, before):
-            adapter.enabled = enabled
+        for adapter, was_enabled in zip(adapters, before):
+            adapter.enabled = was_enabled
 
 
 def stack(first, second):
-    """Two adapters that add up as one of rank r1 + r2, with scale 1:
+    """Two adapters that add up, as one AdapterWeights of rank r1 + r2 and scale 1:
 
         s1 B1 A1 x + s2 B2 A2 x = [s1 B1, s2 B2] [A1; A2] x
 
-    Where only one of them has a linear, the other's rows and columns are zero, so that the rank is uniform.
+    Where only one of them has a linear layer, the rows and columns of the other are zero, so that
+    the rank is the same everywhere.
     """
-    weights, rank = {}, first.rank + second.rank
-    for name in {**first.weights, **second.weights}:
-        A, B = first.weights.get(name) or second.weights[name]               # for their sizes: [rank, in], [out, rank]
-        both = [f.weights.get(name) or (A.new_zeros(f.rank, A.shape[1]), B.new_zeros(len(B), f.rank)) for f in (first, second)]
-        weights[name] = torch.cat([A for A, _ in both]), torch.cat([B * (f.alpha / f.rank) for f, (_, B) in zip((first, second), both)], 1)
-    return Factors(weights, rank, alpha=rank)
+    rank = first.rank + second.rank
+    tensors = {}
+    for name in {**first.tensors, **second.tensors}:
+        A, B = first.tensors.get(name) or second.tensors[name]
+        rows, columns = [], []
+        for adapter in (first, second):
+            zeros = (A.new_zeros(adapter.rank, A.shape[1]), B.new_zeros(len(B), adapter.rank))
+            A_part, B_part = adapter.tensors.get(name) or zeros
+            rows.append(A_part)
+            columns.append(B_part * (adapter.alpha / adapter.rank))
+        tensors[name] = torch.cat(rows), torch.cat(columns, 1)
+    return AdapterWeights(tensors, rank, alpha=rank)
 
 
-# ---------------------------------------------------------------- PEFT's on-disk form
+# ---------------------------------------------------------------- PEFT's files
 
-def save_adapter(folder, factors, trunk, base_model, dropout=0.0):
-    """Write an adapter as PEFT does. `trunk` gives the paths and layouts; it may be a cut one."""
+
+def save_adapter(folder, weights, trunk, base_model, dropout=0.0):
+    """Write AdapterWeights as PEFT does. The trunk, which may be cut, gives paths and layouts;
+    base_model: its name, for PEFT."""
     prefix = f"base_model.model.{trunk.base_model_prefix}."
-    tensors = {f"{prefix}{name}.lora_{x}.weight": tensor.contiguous()
-               for name, both in factors.weights.items() for x, tensor in zip("AB", both)}
+    tensors = {}
+    for name, (A, B) in weights.tensors.items():
+        tensors[f"{prefix}{name}.lora_A.weight"] = A.contiguous()
+        tensors[f"{prefix}{name}.lora_B.weight"] = B.contiguous()
     path, blocks = find_blocks(trunk)
-    inside = [name.removeprefix(path + ".").partition(".") for name in factors.weights]        # (block, ".", linear)
-    layers = sorted({int(block) for block, _, _ in inside})
-    # what a name must not match: the trunk's other linears, and, of the blocks adapted (a cut trunk lacks some), those left out
-    others = {name for name, m in trunk.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and not name.startswith(f"{path}.")}
-    others |= {f"{path}.{i}.{name}" for i in layers for name in {name for _, _, name in inside}}
-    others |= {name for name in find_linears(trunk) if int(name.removeprefix(path + ".").partition(".")[0]) in layers}
+    layers = sorted({block_number(name, path) for name in weights.tensors})
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-        "r": factors.rank, "lora_alpha": factors.alpha, "lora_dropout": dropout, "bias": "none",
-        "target_modules": target_names(factors.weights, others),
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": weights.rank,
+        "lora_alpha": weights.alpha,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "target_modules": target_modules(weights.tensors, other_linears(weights, trunk, layers)),
         "layers_to_transform": layers,
         "layers_pattern": path.rpartition(".")[2],
-        "fan_in_fan_out": any(isinstance(m, Conv1D) for m in blocks.modules()),
-        "inference_mode": True, "modules_to_save": None,
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in blocks.modules()),
+        "inference_mode": True,
+        "modules_to_save": None,
     }
     save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
     (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2))
 
 
-def target_names(paths, others):
-    """The shortest endings of module paths by which PEFT's suffix match finds `paths` and none of the others."""
-    for parts in range(1, 1 + max(path.count(".") + 1 for path in paths)):
+def block_number(name, path):
+    """The number of the block that a linear layer is in: 3 of "layers.3.mlp.down_proj"."""
+    return int(name.removeprefix(f"{path}.").partition(".")[0])
+
+
+def other_linears(weights, trunk, layers):
+    """Paths of linear layers that PEFT must not match: all outside the blocks, and those of the
+    adapted blocks `layers`, of which a cut trunk may lack some."""
+    path, _ = find_blocks(trunk)
+    others = {
+        name
+        for name, module in trunk.named_modules()
+        if is_linear(module) and not name.startswith(f"{path}.")
+    }
+    in_block = [name.removeprefix(f"{path}.").partition(".")[2] for name in weights.tensors]
+    for layer in layers:
+        others |= {f"{path}.{layer}.{name}" for name in in_block}
+    others |= {name for name in find_linears(trunk) if block_number(name, path) in layers}
+    return others - set(weights.tensors)
+
+
+def target_modules(paths, others):
+    """The shortest endings of module paths by which PEFT, which matches by suffix, takes `paths`
+    and none of the others."""
+    longest = max(path.count(".") + 1 for path in paths)
+    for parts in range(1, longest + 1):
         names = sorted({".".join(path.split(".")[-parts:]) for path in paths})
-        if not any(f".{other}".endswith(tuple(f".{name}" for name in names)) for other in others if other not in paths):
+        suffixes = tuple(f".{name}" for name in names)
+        if not any(f".{other}".endswith(suffixes) for other in others):
             break
     return names
 
 
 def load_adapter(folder, trunk):
-    """What save_adapter has written, as Factors. A stage's digests and its model's have been compared before."""
-    config, tensors = json.loads((Path(folder) / CONFIG).read_text()), load_file(Path(folder) / WEIGHTS)
+    """The AdapterWeights that save_adapter wrote."""
+    config = json.loads((Path(folder) / CONFIG).read_text())
     prefix = f"base_model.model.{trunk.base_model_prefix}."
-    names = dict.fromkeys(key.removeprefix(prefix).rpartition(".lora_")[0] for key in tensors)
-    weights = {name: tuple(tensors[f"{prefix}{name}.lora_{x}.weight"] for x in "AB") for name in names}
-    return Factors(weights, config["r"], config["lora_alpha"])
+    matrices = {}
+    for key, tensor in load_file(Path(folder) / WEIGHTS).items():
+        name, _, matrix = key.removeprefix(prefix).removesuffix(".weight").rpartition(".lora_")
+        matrices.setdefault(name, {})[matrix] = tensor
+    tensors = {name: (pair["A"], pair["B"]) for name, pair in matrices.items()}
+    return AdapterWeights(tensors, config["r"], config["lora_alpha"])

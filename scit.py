@@ -1,135 +1,222 @@
-"""Stage 1a, SCIT: one model learns to tell good from bad, by contrastive instruction tuning (paper section 3.1).
+"""Stage 1a, SCIT: one model learns to tell good from bad (paper section 3.1).
 
     python scit.py                                       the embedded default
     python scit.py --model PATH_OR_HUB_NAME --data pairs.jsonl --steps 500 --lr 2e-4
 
-Every pair gives two examples, (p+, q, r_h) and (p-, q, r_l): the instruction asks for just the response that it
-comes with. The model learns the response (NLL) and that the opposite instruction p~ makes it less likely (contrast):
+This is contrastive instruction tuning. Every pair gives two examples, (p+, q, r_h) and
+(p-, q, r_l): the instruction asks for the kind of response that it comes with. The model learns
+the response (NLL), and that the opposite instruction p~ makes it less likely (contrast):
 
-    loss = -log π(r | p, q) - log( e^P(p) / (e^P(p) + e^P(p~)) ),      P(p) = mean log π(r_t | p, q, r_<t)
+    loss = -log π(r | p, q) - log( e^P(p) / (e^P(p) + e^P(p~)) )
+    P(p) = mean over the response's tokens of log π(r_t | p, q, r_<t)
 
-Unlike the paper: P is a mean over tokens and the contrast is smoothed, as in the authors' code; a LoRA is trained instead of
-all weights; and some examples without instruction anchor the plain prompt (see `anchor`), on which align.py builds.
-Writes OUT/scit/adapter, the input of collect.py.
+Unlike in the paper, P is a mean over tokens and the contrast is smoothed, as in the authors' code;
+a LoRA is trained instead of all weights; and some examples without an instruction anchor the plain
+prompt (see `anchor`), on which align.py builds. Writes OUT/scit/adapter, the input of collect.py.
 """
-import functools
+
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 
-import data
-import toy
-from files import new_stage, next_command, open_log, run, setting
-from lora import LoRA, Training, cosine, fit, save_adapter, sizes
-from model import context_length, load_model, load_tokenizer, model_digest, pick_device, pick_dtype, pick_tokens, response_logprobs, token_mean
+from common.checkpoint import Checkpoint, remove_checkpoints
+from common.config import SourceSettings, TrainingSettings, run, setting
+from common.data import collate, digest_pairs, sample, shuffled_batches, split_into_passes
+from common.hf import response_logprobs, token_mean
+from common.stage1 import prepare_stage1
+from common.stages import next_command, open_log, write_stage
+from common.training import cosine_with_warmup, memory_summary, progress_bar
+from lora import LoRA, save_adapter
+
+# At most this many validation pairs are measured.
+VALIDATION_PAIRS = 64
+
+# The four inputs of a pair: both responses under their own instruction, then under the opposite.
+INSTRUCTED = (
+    ("positive", "chosen"),
+    ("negative", "rejected"),
+    ("negative", "chosen"),
+    ("positive", "rejected"),
+)
 
 
 @dataclass
-class Config(data.Source, Training):
-    steps: int = setting(240, "optimiser steps", least=1)
-    batch_size: int = setting(8, "pairs in a step; each is 2 examples under 2 instructions", least=1)
-    lr: float = setting(6e-3, "peak learning rate; cosine, 10% warm-up", least=0)
-    smoothing: float = setting(0.2, "ε of the contrast, as in the authors' code", least=0, most=0.5)
-    anchor: float = setting(0.375, "share of a step's pairs that come without instruction too, rounded up; 0 is the paper", least=0, most=1)
+class Config(SourceSettings, TrainingSettings):
+    """The settings of this stage. Those that it shares with others are in common/config.py."""
+
+    steps: int = setting(240, "optimizer steps", minimum=1)
+    batch_size: int = setting(
+        8, "pairs in a step; each is two responses under two instructions", minimum=1
+    )
+    lr: float = setting(6e-3, "peak learning rate: 10% warm-up, then a cosine to 0", minimum=0)
+    smoothing: float = setting(
+        0.2, "ε of the contrast, as in the authors' code", minimum=0, maximum=0.5
+    )
+    anchor: float = setting(
+        0.375,
+        "share of a step's pairs, rounded up, that also come without instruction; 0 is the paper",
+        minimum=0,
+        maximum=1,
+    )
 
 
-def contrast_loss(own, opposite, smoothing):
-    """How well the right instruction is told from the wrong one. own, opposite: P(p) and P(p~) [m], P = mean log π(r_t | p, q, r_<t).
+def contrast_loss(P, P_opposite, smoothing):
+    """How badly the right instruction is told from the opposite one: scalar.
 
-        contrast = (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~)),    softplus(P~ - P) = -log(e^P / (e^P + e^P~))
+    P, P_opposite: [n], P(p) and P(p~) with P = mean log π(r_t | p, q, r_<t).
+
+        contrast = (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~))
+
+    where softplus(P(p~) - P(p)) = -log( e^P(p) / (e^P(p) + e^P(p~)) ).
     """
-    return ((1 - smoothing) * F.softplus(opposite - own) + smoothing * F.softplus(own - opposite)).mean()
+    right = F.softplus(P_opposite - P)
+    wrong = F.softplus(P - P_opposite)
+    return ((1 - smoothing) * right + smoothing * wrong).mean()
 
 
-def instructed(pair):
-    """Four inputs of a pair: r_h and r_l under their own instruction, then both under the opposite one."""
-    return [pair.example(*names) for names in (("positive", "chosen"), ("negative", "rejected"),
-                                                ("negative", "chosen"), ("positive", "rejected"))]
+def scit_loss(model, pairs, anchors, pad_id, smoothing):
+    """The two parts of SCIT's loss for n pairs, a of which (`anchors`) also come plain.
 
-
-def batch_loss(model, pairs, anchors, pad_id, smoothing, tokens=None, count=None):
-    """loss = NLL + contrast of some pairs; NLL is the mean over the response tokens of the own-instruction and anchor examples.
-    Returns (loss, contrast, P [n, own | opposite, r_h | r_l]).
-
-    tokens, count: these tokens and the pairs of a whole step, of which `pairs` are a part; the parts' losses add up to the step's.
+    Returns the NLL summed over the response tokens of the right-instruction and plain examples;
+    their number of tokens; the contrast; and P [n, right | opposite, chosen | rejected].
     """
-    inputs = [example for pair in pairs for example in instructed(pair)]
-    inputs += [pair.example("plain", response) for pair in anchors for response in ("chosen", "rejected")]
-    logprobs, mask = response_logprobs(model, data.collate(inputs, pad_id, model.device))       # [4n + 2a, S-1]
-    P = token_mean(logprobs, mask)[:4 * len(pairs)].view(-1, 2, 2)                              # [n, own | opposite, r_h | r_l]
-    own = torch.arange(len(inputs), device=model.device) % 4 < 2                                # r_h and r_l under their own instruction,
-    own[4 * len(pairs):] = True                                                                 # and the anchors
-    nll = -logprobs[own].sum() / (tokens or mask[own].sum())
-    contrast = contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), smoothing) * len(pairs) / (count or len(pairs))
-    return nll + contrast, contrast, P.detach()
+    examples = [pair.example(*names) for pair in pairs for names in INSTRUCTED]
+    for pair in anchors:
+        examples += [pair.example("plain", "chosen"), pair.example("plain", "rejected")]
+    logprobs, mask = response_logprobs(model, collate(examples, pad_id, model.device))
+
+    # -log π(r | p, q): the first two of each pair's four examples, and the anchors
+    n_instructed = 4 * len(pairs)
+    learned = torch.arange(len(examples), device=model.device) % 4 < 2  # [4n + 2a]
+    learned[n_instructed:] = True
+    nll = -logprobs[learned].sum()
+
+    # the contrast compares P under the right instruction with P under the opposite one
+    P = token_mean(logprobs, mask)[:n_instructed].view(-1, 2, 2)
+    contrast = contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), smoothing)
+    return nll, mask[learned].sum(), contrast, P.detach()
 
 
 @torch.no_grad()
-def held_out(model, pairs, pad_id, config):
-    """(contrast, mean P(p) - P(p~), share of it above 0) over both examples of each pair."""
-    parts = data.micro_batches(range(len(pairs)), [pair.longest() for pair in pairs], config.tokens_per_pass // 4)
-    P = torch.cat([batch_loss(model, [pairs[i] for i in part], [], pad_id, config.smoothing)[2] for part in parts])         # [n, own | opposite, 2]
-    own, opposite = P[:, 0].flatten(), P[:, 1].flatten()
-    contrast = contrast_loss(own, opposite, config.smoothing)
-    return contrast.item(), (own - opposite).mean().item(), (own > opposite).float().mean().item()
+def validate(model, pairs, pad_id, config):
+    """Over both responses of some pairs: the contrast, the mean of P(p) - P(p~) and how often it
+    is above 0."""
+    lengths = [pair.max_length() for pair in pairs]
+    parts = []
+    # four inputs a pair
+    for part in split_into_passes(range(len(pairs)), lengths, config.tokens_per_pass // 4):
+        *_, P = scit_loss(model, [pairs[i] for i in part], [], pad_id, config.smoothing)
+        parts.append(P)
+    P = torch.cat(parts)  # [n, right | opposite, chosen | rejected]
+    right, opposite = P[:, 0].flatten(), P[:, 1].flatten()
+    return {
+        "contrast": contrast_loss(right, opposite, config.smoothing).item(),
+        "margin": (right - opposite).mean().item(),
+        "accuracy": (right > opposite).float().mean().item(),
+    }
+
+
+def train(adapter, inputs, config, log):
+    """Train the adapter by SCIT's loss."""
+    model, pairs, pad_id = inputs.model, inputs.pairs["train"], inputs.tokenizer.pad_token_id
+    lengths = [pair.length("positive", "chosen") for pair in pairs]
+    max_lengths = [pair.max_length() for pair in pairs]
+    response_tokens = [sum(map(len, pair.responses.values())) for pair in pairs]
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(config.steps))
+    checkpoint = Checkpoint(
+        Path(config.out) / "scit" / ".checkpoint-scit",
+        config,
+        {"pairs": digest_pairs(inputs.pairs), "model_digest": inputs.model_digest},
+        adapter=adapter,
+        optimizer=optimizer,
+        schedule=schedule,
+    )
+    batches = shuffled_batches(lengths, config.batch_size, config.seed, skip=checkpoint.step)
+    bar = progress_bar("scit", checkpoint.step, config.steps)
+    adapter.train()
+    with checkpoint:
+        for step in bar:
+            batch = next(batches)
+            # rounded first: 0.07 * 100 is a little more than 7
+            anchored = batch[: math.ceil(round(config.anchor * len(batch), 6))]
+            tokens = sum(response_tokens[i] for i in [*batch, *anchored])
+            loss = contrast = 0.0
+            # up to six inputs a pair
+            for part in split_into_passes(batch, max_lengths, config.tokens_per_pass // 6):
+                anchors = [pairs[i] for i in part if i in anchored]
+                part_pairs = [pairs[i] for i in part]
+                nll, _, part_contrast, _ = scit_loss(
+                    model, part_pairs, anchors, pad_id, config.smoothing
+                )
+                part_contrast = part_contrast * len(part) / len(batch)
+                part_loss = nll / tokens + part_contrast
+                part_loss.backward()
+                loss += part_loss.detach()
+                contrast += part_contrast.detach()
+            clip_grad_norm_(adapter.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            if step % 10 == 0 or step == config.steps:
+                bar.set_postfix(loss=f"{loss:.3f}")
+                line = {"adapter": "scit", "step": step, "loss": loss.item()}
+                line |= {"contrast": contrast.item(), "lr": schedule.get_last_lr()[0]}
+                print(json.dumps(line), file=log)
+            checkpoint.after_step(step, loss)
+    adapter.eval()
 
 
 def main(config):
-    torch.manual_seed(config.seed)
-    device = pick_device(config.device)
-    config.dtype, config.tokens_per_pass = pick_dtype(config.dtype, device), pick_tokens(config.tokens_per_pass, device)
-    source = toy.source(config)
-
-    # the pairs, the model and its adapter
-    tokenizer = load_tokenizer(source["model"])
-    config.template = data.pick_template(config.template, tokenizer)
-    config.max_length = min(config.max_length, context_length(source["model"]))
-    pairs = data.prepare(source["data"], ("train", "valid"), tokenizer, config.max_length, config.seed, config.limit,
-                         config.positive, config.negative, config.template)
-    model = load_model(source["model"], config.dtype, device, checkpointing=config.gradient_checkpointing)
-    digest = model_digest(source["model"])
-    adapter = LoRA(model.base_model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets=config.lora_targets)
+    # 1. pairs, base model and adapter
+    inputs = prepare_stage1(config)
+    model, tokenizer, pairs = inputs.model, inputs.tokenizer, inputs.pairs
+    adapter = LoRA(
+        model.base_model,
+        config.lora_rank,
+        config.lora_alpha,
+        config.lora_dropout,
+        config.lora_targets,
+    )
     for prompt in ("plain", "positive"):
-        print(f"one input, {prompt}: " + repr(tokenizer.decode(pairs["train"][0].example(prompt, "chosen")[0])))
+        example, _ = pairs["train"][0].example(prompt, "chosen")
+        print(f"one input, {prompt}: {tokenizer.decode(example)!r}")
     lengths = [pair.length("positive", "chosen") for pair in pairs["train"]]
-    print(f"{sizes(model, adapter)}; {config.steps} steps of {config.batch_size} pairs of {sum(lengths) / len(lengths):.0f} tokens on average")
+    print(
+        f"{memory_summary(model, adapter)}; {config.steps} steps of {config.batch_size} pairs of "
+        f"{sum(lengths) / len(lengths):.0f} tokens on average"
+    )
 
-    # training
-    train, contrasts = pairs["train"], []
-    widest = [pair.longest() for pair in train]
-
-    def losses(group):
-        """The loss of a step, in parts that fit a forward pass; of a pair up to 6 inputs."""
-        anchored = set(group[:math.ceil(round(config.anchor * len(group), 6))])
-        own = [len(ids) for i in group for ids in train[i].responses.values()]
-        tokens = sum(own) + sum(own[:2 * len(anchored)])
-        contrasts.clear()
-        for part in data.micro_batches(group, widest, config.tokens_per_pass // 6):
-            loss, contrast, _ = batch_loss(model, [train[i] for i in part], [train[i] for i in part if i in anchored],
-                                           tokenizer.pad_token_id, config.smoothing, tokens, len(group))
-            contrasts.append(contrast.detach())
-            yield loss
-
-    batches = functools.partial(data.endless_batches, lengths, config.batch_size, config.seed)
+    # 2. train
     folder = Path(config.out) / "scit"
     with open_log(folder, "scit") as log:
-        checkpoint = fit("scit", adapter, losses, batches, cosine(config.steps), config, log, folder,
-                         {"pairs": data.digest(pairs), "model_digest": digest}, lambda: {"contrast": sum(contrasts).item()})
-    contrast, margin, accuracy = held_out(model, data.sample(pairs["valid"], 64, config.seed), tokenizer.pad_token_id, config)
+        train(adapter, inputs, config, log)
+    valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
+    validation = validate(model, valid, tokenizer.pad_token_id, config)
 
-    # saving
-    record = {"settings": {**vars(config), **source, "split_seed": config.seed},
-              "model_digest": digest, "held_out": {"contrast": contrast, "margin": margin, "accuracy": accuracy}}
-    with new_stage(folder / "adapter", "scit", record) as new:
-        save_adapter(new, adapter.factors(), model.base_model, source["model"], config.lora_dropout)
-    checkpoint.remove()
-    print(f"wrote {folder / 'adapter'}; held-out pairs: contrast {contrast:.3f} (ln 2 = 0.693 is untrained), "
-          f"log-probability per token under the right instruction {margin:+.2f}, right for {accuracy:.0%}")
+    # 3. save
+    manifest = {"settings": inputs.settings, "model_digest": inputs.model_digest}
+    manifest["validation"] = validation
+    with write_stage(folder / "adapter", "scit", manifest) as new:
+        base_model = inputs.settings["model"]
+        save_adapter(new, adapter.weights(), model.base_model, base_model, config.lora_dropout)
+    remove_checkpoints(folder, "scit")
+    contrast, margin, accuracy = validation.values()
+    print(
+        f"wrote {folder / 'adapter'}; validation pairs: contrast {contrast:.3f} (ln 2 = 0.693 is "
+        f"untrained), log-probability per token under the right instruction {margin:+.2f}, "
+        f"higher for {accuracy:.0%}"
+    )
     if contrast > 0.95 * math.log(2):
-        print("WARNING: the contrast has not left ln 2: the model does not tell p+ from p-. Raise --lr or --steps")
+        print(
+            "WARNING: the contrast has not left ln 2: the model does not tell p+ from p-. "
+            "Raise --lr or --steps"
+        )
     print(next_command("collect.py", config.out))
 
 

@@ -1,5 +1,16 @@
-"""The alignment loss and the row map that joins dense hidden states with packed collected states."""
-# from here on kernels.representation_loss is the function; the module is sys.modules["kernels.representation_loss"]
-from kernels.representation_loss import bytes_moved, representation_loss, response_index, why_not_triton
+"""The alignment loss, and the map from hidden states [B, S] to collected states [T]."""
 
-__all__ = ["bytes_moved", "representation_loss", "response_index", "why_not_triton"]
+# From here on `kernels.representation_loss` is the function, no longer the module of that name.
+from kernels.representation_loss import (
+    bytes_moved,
+    representation_loss,
+    response_index,
+    triton_unavailable_reason,
+)
+
+__all__ = [
+    "bytes_moved",
+    "representation_loss",
+    "response_index",
+    "triton_unavailable_reason",
+]

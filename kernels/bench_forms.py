@@ -1,95 +1,109 @@
-"""What kernels/bench.py compares: each form of the alignment loss, its inputs, its bytes, and its check against float64."""
+"""The forms of the alignment loss that kernels/bench.py compares: their random inputs, the bytes
+that they move, and their check against float64.
+"""
+
 import math
 from collections import namedtuple
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
-from kernels.representation_loss import FusedLoss, representation_loss, response_index
+from kernels.representation_loss import representation_loss, response_index
 
 ALPHA = 0.5
-TOLERANCE = {torch.bfloat16: 4e-3, torch.float32: 1e-5}    # ||error|| / ||reference||; the gradient's rounding to bf16 alone is 1.7e-3
+SEQUENCE_LENGTH = 512
+
+# Upper bounds of ||error|| / ||reference||. Rounding the gradient to bf16 alone gives 1.7e-3.
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
 
 # ---------------------------------------------------------------- inputs
 
-# L x [B, S, D], L x [T, D] thrice, bool [B, S], int32 [B*S], α, and None or L x [k, D]: then plus holds coefficients, L x [T, k]
-Inputs = namedtuple("Inputs", "hidden base plus minus mask index alpha directions", defaults=[None])
+# L layers, T response tokens, hidden size D, share f of the rows of [B, S] that are responses
+Shape = namedtuple("Shape", "L T D f")
+
+# hidden: L x [B, S, D]; base, plus, minus: L x [T, D]; mask: bool [B, S]; index: int32 [B*S]
+Inputs = namedtuple("Inputs", "hidden base plus minus mask index alpha")
 
 
 def random_inputs(shape, seed, device, dtype):
+    """Normal states with T response tokens scattered over [B, S]."""
     L, T, D, f = shape
     generator = torch.Generator(device).manual_seed(seed)
     mask = torch.zeros(round(T / f), dtype=torch.bool, device=device)
-    mask[torch.randperm(len(mask), generator=generator, device=device)[:T]] = True       # T responses, scattered
-    mask = mask.view(-1, 512)
+    order = torch.randperm(len(mask), generator=generator, device=device)
+    mask[order[:T]] = True
+    mask = mask.view(-1, SEQUENCE_LENGTH)
 
-    def normal(*size):
-        return [torch.randn(*size, D, generator=generator, device=device, dtype=dtype) for _ in range(L)]
+    def normal(*rows):
+        options = {"generator": generator, "device": device, "dtype": dtype}
+        return [torch.randn(*rows, D, **options) for _ in range(L)]
+
     hidden = [h.requires_grad_() for h in normal(*mask.shape)]
-    return Inputs(hidden, normal(T), normal(T), normal(T), mask, response_index(mask), ALPHA)
+    base, plus, minus = normal(T), normal(T), normal(T)
+    return Inputs(hidden, base, plus, minus, mask, response_index(mask), ALPHA)
 
 
-def differenced(x):
-    """v in place of h+ and h-."""
-    return x._replace(minus=None)
+def response_positions(inputs):
+    """The positions in [B*S] of the response tokens: int64 [T]."""
+    return inputs.mask.flatten().nonzero()[:, 0]
 
 
-def low_rank(x, k=8):
-    """v of rank k."""
-    return x._replace(plus=[p[:, :k].contiguous() for p in x.plus], minus=None, directions=[m[:k] / k ** 0.5 for m in x.minus])
+def by_position(inputs):
+    """A layout: positions in place of the row map. nonzero() waits for the GPU: not timed."""
+    return inputs._replace(index=response_positions(inputs))
 
 
-def difference(x, layer, rows):
-    """v = h+ - h- in float64."""
-    plus = x.plus[layer][rows].double()
-    if x.directions:
-        return plus @ x.directions[layer].double()
-    return plus if x.minus is None else plus - x.minus[layer][rows].double()
+def scattered(inputs):
+    """A layout: the collected states at their places in [B, S, D], zeros between them."""
+    positions = response_positions(inputs)
 
+    def scatter(states):
+        dense = []
+        for h, state in zip(inputs.hidden, states):
+            zeros = torch.zeros_like(h, requires_grad=False)
+            dense.append(zeros.flatten(0, 1).index_copy_(0, positions, state).view_as(h))
+        return dense
 
-def positions(x):
-    return x.mask.flatten().nonzero()[:, 0]
-
-
-def by_rows(x):
-    """The positions of the response tokens in place of the row map: nonzero() waits for the GPU, so it is not timed."""
-    return x._replace(index=positions(x))
-
-
-def scattered(x):
-    """The collected states at their places in [B, S, D], zeros between."""
-    rows = positions(x)
-    dense = [[torch.zeros_like(h, requires_grad=False).flatten(0, 1).index_copy_(0, rows, s).view_as(h) for h, s in zip(x.hidden, states)]
-             for states in (x.base, x.plus, x.minus)]
-    return x._replace(base=dense[0], plus=dense[1], minus=dense[2])
+    return inputs._replace(
+        base=scatter(inputs.base), plus=scatter(inputs.plus), minus=scatter(inputs.minus)
+    )
 
 
 # ---------------------------------------------------------------- the forms of the loss
 
+
 def authors(hidden, base, plus, minus, mask, index, alpha):
-    """As RAHF's authors write it, all layers in one masked dense stack; but their mean counts padding and this one does not."""
+    """All layers in one masked dense stack, as RAHF's authors write it.
+
+    Their mean also counts padding; this one does not.
+    """
     mask = mask[None, :, :, None]
-    target = torch.stack([b + alpha * (p - m) for b, p, m in zip(base, plus, minus)]) * mask
+    targets = [b + alpha * (p - m) for b, p, m in zip(base, plus, minus)]
+    target = torch.stack(targets) * mask
     states = torch.stack(hidden) * mask
-    return torch.norm(states - target, p=2, dim=-1, dtype=torch.float32).sum() / (len(hidden) * mask.sum())
+    norms = torch.norm(states - target, p=2, dim=-1, dtype=torch.float32)
+    return norms.sum() / (len(hidden) * mask.sum())
 
 
-def packed(hidden, base, plus, minus, mask, rows, alpha):
-    """Response tokens only, and in the states' own type: eager PyTorch at its cheapest that still meets the tolerance."""
+def packed(hidden, base, plus, minus, mask, positions, alpha):
+    """Response tokens only, in the states' own dtype: the cheapest eager form within tolerance."""
     total = 0.0
     for h, b, p, m in zip(hidden, base, plus, minus):
-        r = h.flatten(0, 1)[rows] - (b + alpha * (p - m))
+        r = h.flatten(0, 1)[positions] - (b + alpha * (p - m))
         total = total + torch.linalg.vector_norm(r, dim=-1, dtype=torch.float32).sum()
     return total / (len(base) * len(base[0]))
 
 
 def where(hidden, base, plus, minus, mask, index, alpha):
-    """The collected states gathered to the rows of [B, S], so that the gradient needs no scatter."""
-    at, marked, total = index.clamp(min=0), mask.flatten()[:, None], 0.0
+    """The collected states gathered to the rows of [B, S]: the gradient needs no scatter."""
+    rows = index.clamp(min=0)
+    is_response = mask.flatten()[:, None]
+    total = 0.0
     for h, b, p, m in zip(hidden, base, plus, minus):
-        r = h.flatten(0, 1).float() - (b[at].float() + alpha * (p[at].float() - m[at].float()))
-        total = total + torch.linalg.vector_norm(torch.where(marked, r, 0.0), dim=-1).sum()
+        target = b[rows].float() + alpha * (p[rows].float() - m[rows].float())
+        r = torch.where(is_response, h.flatten(0, 1).float() - target, 0.0)
+        total = total + torch.linalg.vector_norm(r, dim=-1).sum()
     return total / (len(base) * len(base[0]))
 
 
@@ -97,44 +111,58 @@ def torch_backend(hidden, base, plus, minus, mask, index, alpha):
     return representation_loss(hidden, base, plus, minus, index, alpha, backend="torch")[0]
 
 
-def fused(hidden, base, plus, minus, mask, index, alpha, directions=None):
-    return representation_loss(hidden, base, plus, minus, index, alpha, directions=directions, backend="triton")[0]
+def fused(hidden, base, plus, minus, mask, index, alpha):
+    return representation_loss(hidden, base, plus, minus, index, alpha, backend="triton")[0]
 
 
-def recomputed(hidden, base, plus, minus, mask, index, alpha):
-    alpha = torch.full((len(hidden),), alpha, dtype=torch.float64, device=index.device)      # as representation_loss does
-    return FusedLoss.apply(base, plus, minus, [], index, alpha, 1 / (len(base) * len(base[0])), False, False, *hidden)[0]
+@dataclass(frozen=True)
+class Form:
+    """One way to compute loss and gradient, and the bytes that it moves in bf16 (counted)."""
 
+    # (hidden, base, plus, minus, mask, index, alpha) -> loss
+    loss: Callable
+    # bytes for each element of a response token
+    response_bytes: float
+    # bytes for each element of every row of [B, S]
+    row_bytes: float
+    # Inputs -> Inputs, how the form wants them; not timed
+    layout: Callable | None = None
+    # plus holds v = h+ - h-, in the reference too
+    differenced: bool = False
+    # the incoming gradient
+    upstream: float = 1.0
 
-class Form(NamedTuple):
-    loss: Callable                                         # (hidden, base, plus, minus, mask, index, alpha) -> loss
-    own_bytes: Callable                                    # of f: bytes per element of a response token, both passes, bf16; counted
-    layout: Callable = lambda x: x                         # how the inputs are handed over; not timed
-    inputs: Callable = lambda x: x                         # a change of what is computed, for the reference too
-    upstream: float = 1.0                                  # the incoming gradient
+    def own_bytes(self, f):
+        """Bytes of both passes per element of a response token, for the share f of responses."""
+        return self.response_bytes + self.row_bytes / f
 
 
 def forms():
-    def compiled(function):
-        return torch.compile(function, fullgraph=True, dynamic=False)
+    """{name: Form}."""
+    packed_compiled = torch.compile(packed, fullgraph=True, dynamic=False)
+    where_compiled = torch.compile(where, fullgraph=True, dynamic=False)
     return {
-        "authors, eager": Form(authors, lambda f: 72 / f, scattered),
-        "packed, eager": Form(packed, lambda f: 62 + 2 / f, by_rows),
-        "torch backend": Form(torch_backend, lambda f: 112 + 2 / f),                 # in fp32, and it finds the rows itself
-        "packed, compiled": Form(compiled(packed), lambda f: 16 + 2 / f, by_rows),   # both passes read all four states
-        "where, compiled": Form(compiled(where), lambda f: 6 + 8 / f),               # h read, r written and read, gradient: every row
-        "fused": Form(fused, lambda f: 8 + 2 / f),
-        "fused, incoming 0.37": Form(fused, lambda f: 8 + 6 / f, upstream=0.37),     # reads and writes the gradient once more
-        "fused, recomputed": Form(recomputed, lambda f: 16 + 2 / f),
-        "fused, v differenced": Form(fused, lambda f: 6 + 2 / f, inputs=differenced),
-        "fused, low rank": Form(fused, lambda f: 4 + 2 / f, inputs=low_rank),        # k numbers a token; the directions stay in cache
+        "authors, eager": Form(authors, 0, 72, scattered),
+        "packed, eager": Form(packed, 62, 2, by_position),
+        # in fp32, and it computes the positions itself
+        "torch backend": Form(torch_backend, 112, 2),
+        # both passes read all four states
+        "packed, compiled": Form(packed_compiled, 16, 2, by_position),
+        # reads h, writes and reads r, writes the gradient: at every row
+        "where, compiled": Form(where_compiled, 6, 8),
+        "fused": Form(fused, 8, 2),
+        # reads and writes the gradient once more
+        "fused, incoming 0.37": Form(fused, 8, 6, upstream=0.37),
+        "fused, v differenced": Form(fused, 6, 2, differenced=True),
     }
 
 
 def prepare(form, shape, seed, device, dtype):
-    """(inputs, forward, step): forward() gives the loss, step() the loss and its gradient."""
-    x = form.inputs(random_inputs(shape, seed, device, dtype))
-    arguments = form.layout(x)[:8 if x.directions else 7]                                    # only one form knows directions
+    """(inputs, forward, step): forward() returns the loss, step() the loss and its gradients."""
+    inputs = random_inputs(shape, seed, device, dtype)
+    if form.differenced:
+        inputs = inputs._replace(minus=None)
+    arguments = form.layout(inputs) if form.layout else inputs
     upstream = torch.tensor(form.upstream, device=device)
 
     def forward():
@@ -142,35 +170,72 @@ def prepare(form, shape, seed, device, dtype):
 
     def step():
         loss = forward()
-        return loss, torch.autograd.grad(loss, x.hidden, upstream)
-    return x, forward, step
+        return loss, torch.autograd.grad(loss, inputs.hidden, upstream)
+
+    return inputs, forward, step
 
 
 # ---------------------------------------------------------------- correctness
 
-def check(x, step, upstream):
-    """Relative errors of one forward and backward pass against float64; ArithmeticError where they are too large."""
-    if x.mask.is_cuda:
-        torch.cuda.empty_cache()                           # so that the blocks freed here are the next handed out
-    (L, T, D), N, dtype, device = (len(x.base), *x.base[0].shape), x.mask.numel(), x.hidden[0].dtype, x.mask.device
-    poison = [torch.full(size, math.nan, dtype=dtype, device=device) for size in ((L, N, D), *[(N, D), (T, D)] * L)]
-    poison += [torch.full(size, math.nan, device=device) for size in ((L, N), (L, T), (1,)) for _ in range(4)]
-    del poison                                             # what a form leaves unwritten is NaN now, not a lucky 0
-    loss, grads = step()
 
-    rows, total, wrong, size = positions(x), 0.0, 0.0, 0.0
-    with torch.no_grad():
-        for layer, (h, grad) in enumerate(zip(x.hidden, grads)):
-            for at in range(0, T, 2048):                   # in chunks: float64 is four times the size
-                chunk, here = slice(at, at + 2048), rows[at:at + 2048]
-                r = h.flatten(0, 1)[here].double() - (x.base[layer][chunk].double() + x.alpha * difference(x, layer, chunk))
-                norm = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
-                expected = upstream * r / norm / (L * T)
-                total, size = total + norm.sum() / (L * T), size + expected.square().sum()
-                wrong = wrong + (grad.flatten(0, 1)[here].double() - expected).square().sum()
-    found = {"loss_error": (abs(loss.detach().double() - total) / total).item(), "gradient_error": (wrong / size).sqrt().item()}
-    if not all(error <= TOLERANCE[dtype] for error in found.values()):                   # NaN is not
-        raise ArithmeticError(f"relative {', '.join(f'{name} {error:.1e}' for name, error in found.items())}, over {TOLERANCE[dtype]:.0e}")
-    if any(((grad != 0).any(-1) & ~x.mask).any() for grad in grads):
-        raise ArithmeticError("the gradient is not 0 at rows that are no response")
-    return found
+def check(inputs, step, upstream):
+    """Relative errors of one forward and backward pass against float64.
+
+    Raises ArithmeticError if they exceed TOLERANCE, or if a token that is not part of a response
+    has a gradient other than 0.
+    """
+    poison_free_memory(inputs)
+    loss, gradients = step()
+    errors = relative_errors(inputs, upstream, loss, gradients)
+    tolerance = TOLERANCE[inputs.hidden[0].dtype]
+    # written so that NaN fails
+    if not all(error <= tolerance for error in errors.values()):
+        measured = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        raise ArithmeticError(f"relative {measured}, over {tolerance:.0e}")
+    for gradient in gradients:
+        written = (gradient != 0).any(-1)
+        if (written & ~inputs.mask).any():
+            raise ArithmeticError("the gradient of a token that is not part of a response is not 0")
+    return errors
+
+
+def poison_free_memory(inputs):
+    """Fill the memory that a form will get with NaN, so that what it leaves unwritten shows."""
+    device, dtype = inputs.mask.device, inputs.hidden[0].dtype
+    L = len(inputs.base)
+    T, D = inputs.base[0].shape
+    N = inputs.mask.numel()
+    if device.type == "cuda":
+        # the blocks that are freed below are then the next to be handed out
+        torch.cuda.empty_cache()
+    state_shapes = [(L, N, D), *[(N, D), (T, D)] * L]
+    norm_shapes = [(L, N), (L, T), (1,)] * 4
+    poison = [torch.full(shape, math.nan, dtype=dtype, device=device) for shape in state_shapes]
+    poison += [torch.full(shape, math.nan, device=device) for shape in norm_shapes]
+    del poison
+
+
+@torch.no_grad()
+def relative_errors(inputs, upstream, loss, gradients, chunk_size=2048):
+    """||error|| / ||reference|| of loss and gradient. In chunks: float64 is four times the size."""
+    L, T = len(inputs.base), len(inputs.base[0])
+    positions = response_positions(inputs)
+    expected_loss = squared_error = squared_size = 0.0
+    for layer, (h, gradient) in enumerate(zip(inputs.hidden, gradients)):
+        for start in range(0, T, chunk_size):
+            rows = slice(start, start + chunk_size)
+            here = positions[rows]
+            v = inputs.plus[layer][rows].double()
+            if inputs.minus is not None:
+                v -= inputs.minus[layer][rows].double()
+            target = inputs.base[layer][rows].double() + inputs.alpha * v
+            r = h.flatten(0, 1)[here].double() - target
+            norm = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
+            expected = upstream * r / norm / (L * T)
+            error = gradient.flatten(0, 1)[here].double() - expected
+            expected_loss = expected_loss + norm.sum() / (L * T)
+            squared_error = squared_error + error.square().sum()
+            squared_size = squared_size + expected.square().sum()
+    loss_error = (loss.double() - expected_loss).abs() / expected_loss
+    gradient_error = (squared_error / squared_size).sqrt()
+    return {"loss_error": loss_error.item(), "gradient_error": gradient_error.item()}

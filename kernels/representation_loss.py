@@ -1,24 +1,28 @@
-"""RAHF's alignment loss (paper section 3.3) over L target layers and T packed response tokens:
+"""RAHF's alignment loss (paper section 3.3) over L target layers and T response tokens:
 
-    r    = h - (b + α (h+ - h-))                per layer, per response token
-    l2:    loss = Σ ||r||_2 / denom             grad = r / ||r|| / denom, 0 where r = 0       (the authors' code)
-    mse:   loss = Σ ||r||² / D / denom          grad = 2 r / D / denom                        (the paper's square)
+    r = h - (b + α (h+ - h-))            per layer, per response token
+    l2:   loss = Σ ||r||_2 / denom       grad = r / ||r|| / denom, 0 where r = 0   (authors' code)
+    mse:  loss = Σ ||r||² / D / denom    grad = 2 r / D / denom                    (the paper)
 
-h is the trained model's own hidden state, dense [B, S, D]; b, h+ and h- were collected and are packed [T, D].
-A row map joins the two: index[b * S + s] is the packed row of that token, or -1. Beyond the paper, h+ - h- may come as
-its low-rank form c U: coefficients c [T, k] on k directions U [k, D] of the layer.
+h is the trained model's own hidden state, dense [B, S, D] per layer. b, h+ and h- were collected
+and are packed: [T, D] per layer, response tokens only. A row map joins the two: index[b * S + s]
+is the packed row of that token, or -1 where the token is not part of a response.
 
-There is next to no arithmetic in it, so what a GPU takes is the bytes it moves. Plain PyTorch goes over the states again
-and again: gather, difference, scale, add, subtract, square, sum, and all of it backwards. The Triton kernel goes over
-them once. One program has one row of [B, S] in registers, so that when it knows ||r|| it still holds r and writes the
-gradient in the forward pass already, zeros for rows that are no response included. In bytes per element of a response
-token, in bf16, where a share f of the rows are responses (Σ over L·T·D elements; counted, not measured):
+This file has the loss twice, in plain PyTorch (torch_loss) and as a Triton kernel (loss_kernel).
+It does next to no arithmetic, so on a GPU it costs the bytes that it moves. PyTorch passes over
+the states many times: gather, subtract, scale, add, subtract, square, sum, and all of it
+backwards. The kernel passes over them once. One program holds one row of [B, S] in registers;
+when it knows ||r|| it still has r, and writes the gradient during the forward pass, zeros for
+the other tokens included. Hence no atomics, no zero fill, no synchronisation, and the same bits
+every time. Counted in bytes per element of a response token, bf16, where a share f of the rows
+of [B, S] are response tokens:
 
-    read h, b, h+, h-  8    write the gradient of every row  2 / f      fused:  8 + 2/f   (10 at f = 1)
-    low rank: read h, b  4 (c is k numbers a token; if U stays in cache)        4 + 2/f
-                                                                        eager, packed: 62 + 2/f
+    fused             8 + 2/f     read h, b, h+, h-; write the gradient of every row
+    eager, packed    62 + 2/f     the same loss as separate PyTorch operations
 """
-from __future__ import annotations            # the kernels' annotations are then no need of Triton
+
+# Triton's annotations must not be evaluated where Triton is missing.
+from __future__ import annotations
 
 import os
 import shutil
@@ -28,249 +32,401 @@ import torch
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit
-except ImportError:                           # there is none for macOS and Windows: the torch backend serves
-    triton, jit = None, lambda **options: lambda function: function
+except ImportError:
+    # Triton has no wheels for macOS and Windows: there the torch backend does the work.
+    triton = None
 
-COMPILER = shutil.which(os.environ["CC"]) if "CC" in os.environ else shutil.which("gcc") or shutil.which("clang")         # of Triton's launchers
-MAX_WIDTH = 16384                             # of a row in one program's registers
+# A program holds a whole row in registers: above this hidden size it would spill.
+MAX_HIDDEN_SIZE = 16384
+
+# Triton builds its launchers with a C compiler, at run time.
+if "CC" in os.environ:
+    COMPILER = shutil.which(os.environ["CC"])
+else:
+    COMPILER = shutil.which("gcc") or shutil.which("clang")
+
+# Types of device that the kernel runs on. With TRITON_INTERPRET=1, Triton interprets it anywhere.
+if triton is None:
+    TRITON_DEVICES = ()
+elif triton.knobs.runtime.interpret:
+    TRITON_DEVICES = ("cpu", "cuda")
+else:
+    TRITON_DEVICES = ("cuda",) if COMPILER else ()
 
 
 def response_index(mask):
-    """Row map of a mask: bool [B, S] -> int32 [B*S], the marked tokens numbered in order, -1 elsewhere."""
+    """Row map of a mask: bool [B, S] -> int32 [B*S].
+
+    The marked tokens are numbered in order; the others get -1.
+    """
     flat = mask.flatten()
     return torch.where(flat, flat.cumsum(0) - 1, -1).to(torch.int32)
 
 
-def representation_loss(hidden, base, plus, minus, index, alpha, kind="l2", denom=None, scale=1.0, directions=None, backend="auto"):
-    """The alignment loss and its per-token residual norms.
+def representation_loss(
+    hidden, base, plus, minus, index, alpha, kind="l2", denom=None, backend="auto"
+):
+    """The alignment loss and the norms of its residuals.
 
-    hidden: list of L tensors [B, S, D] (float, need a gradient); base, plus, minus: lists of L tensors [T, D] of any
-    float dtype (minus None: plus already holds v = h+ - h-); index: int32 [B*S], in which each packed row occurs once,
-    see response_index; alpha: α, a float or a tensor [L] on the states' device with one a layer; kind: "l2" or "mse";
-    denom: default L*T; scale: a factor on the loss, such as 1 / accumulation steps; directions: list of L tensors [k, D],
-    then plus holds the coefficients [T, k] of v and minus is None; backend: "torch", "triton" (a GPU, or
-    TRITON_INTERPRET=1), or "auto": Triton on a GPU.
-    Returns (loss, norms): scalar and detached [L, T] = ||r||_2, in fp32 (fp64 where hidden is fp64).
-    Raises ValueError where shapes, types or the backend don't fit.
+    hidden: list of L tensors [B, S, D], bf16, fp32 or fp64, that need a gradient
+    base, plus, minus: lists of L tensors [T, D] of any floating-point dtype: b, h+, h-;
+        with minus None, plus holds the difference v = h+ - h-
+    index: int32 [B*S], in which every packed row occurs once; see response_index
+    alpha: α, a float, or a tensor [L] on the states' device with one value per layer
+    kind: "l2" or "mse"
+    denom: what the sum is divided by, by default L*T
+    backend: "torch", "triton", or "auto": Triton on a GPU where it is available
+
+    Returns (loss, norms): a scalar, and detached [L, T] = ||r||_2 in packed order, both in fp32
+    (fp64 where hidden is fp64). The Triton backend allows one backward pass per loss.
+    Raises ValueError if shapes, dtypes, devices or the backend do not fit.
     """
-    check(hidden, base, plus, minus, index, alpha, directions, kind, backend)
+    check_inputs(hidden, base, plus, minus, index, alpha, kind, backend)
+    dtype = torch.promote_types(hidden[0].dtype, torch.float32)
+    device = hidden[0].device
     if not isinstance(alpha, torch.Tensor):
-        alpha = torch.full((len(hidden),), alpha, dtype=torch.promote_types(hidden[0].dtype, torch.float32), device=index.device)
-    denom = max(1, len(base) * len(base[0])) if denom is None else denom
+        alpha = torch.full((len(hidden),), alpha, dtype=dtype, device=device)
+    if denom is None:
+        denom = max(1, len(base) * len(base[0]))
     if backend == "auto":
-        backend = "triton" if hidden[0].is_cuda and not why_not_triton(hidden[0]) else "torch"
+        reason = triton_unavailable_reason(hidden[0].shape[-1], device)
+        backend = "triton" if device.type == "cuda" and not reason else "torch"
     if backend == "torch":
-        return torch_loss(hidden, base, plus, minus, index, alpha, kind, denom, scale, directions)
-    need_gradient = torch.is_grad_enabled() and any(h.requires_grad for h in hidden)
-    # fp16 would lose the small gradients of a mean over many tokens: there the backward computes them, times what comes in
-    in_forward = need_gradient and hidden[0].dtype != torch.float16
-    return FusedLoss.apply(base, plus, minus or [], directions or [], index, alpha, scale / denom, kind == "mse", in_forward, *hidden)
+        return torch_loss(hidden, base, plus, minus, index, alpha, kind, denom)
+    squared = kind == "mse"
+    # grad mode is always off inside FusedLoss.forward
+    grad_enabled = torch.is_grad_enabled()
+    return FusedLoss.apply(
+        base, plus, minus or [], index, alpha, 1 / denom, squared, grad_enabled, *hidden
+    )
 
 
-def check(hidden, base, plus, minus, index, alpha, directions, kind, backend):
-    """Refuse what does not fit, before any arithmetic."""
+def check_inputs(hidden, base, plus, minus, index, alpha, kind, backend):
+    """Raise ValueError unless the arguments fit together.
+
+    One function without helpers: it runs at every step, and the GPU waits for the host.
+    """
     if kind not in ("l2", "mse"):
         raise ValueError(f"kind {kind!r}: must be 'l2' or 'mse'")
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r}: must be 'auto', 'torch' or 'triton'")
-    packed = {"base": base, "plus": plus, **({} if minus is None else {"minus": minus}), **({} if directions is None else {"directions": directions})}
-    if directions is not None and minus is not None:
-        raise ValueError("directions go with minus None: plus then holds coefficients on them")
-    if hidden and hidden[0].dim() != 3:
-        raise ValueError(f"hidden[0] has shape {tuple(hidden[0].shape)}, expected [B, S, D]")
-    if not hidden or any(len(states) != len(hidden) for states in packed.values()):
-        raise ValueError(f"hidden has {len(hidden)} layers, " + ", ".join(f"{name} {len(states)}" for name, states in packed.items()))
+    if not hidden or hidden[0].dim() != 3:
+        raise ValueError("hidden: expected a list of tensors of shape [B, S, D]")
+    # the gradient is divided by denom before it is rounded to hidden's dtype: fp16 would underflow
+    if hidden[0].dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"hidden is {hidden[0].dtype}: must be bfloat16, float32 or float64")
+
     B, S, D = hidden[0].shape
-    T, k = len(base[0]), D if directions is None else len(directions[0])
-    shapes = {"hidden": (B, S, D), "base": (T, D), "plus": (T, k), "minus": (T, D), "directions": (k, D)}
-    for name, states in {"hidden": hidden, **packed}.items():
-        wanted = shapes[name]
-        for layer, state in enumerate(states):
-            if tuple(state.shape) != wanted:
-                raise ValueError(f"{name}[{layer}] has shape {tuple(state.shape)}, expected {wanted}")
-            if state.device != hidden[0].device:
-                raise ValueError(f"{name}[{layer}] is on {state.device}, hidden[0] on {hidden[0].device}")
-            if state.dtype != states[0].dtype or not state.is_floating_point():
-                raise ValueError(f"{name}[{layer}] is {state.dtype}, {name}[0] {states[0].dtype}: expected one float type")
-    if index.dtype != torch.int32 or index.shape != (B * S,) or index.device != hidden[0].device:
-        raise ValueError(f"index is {index.dtype} {tuple(index.shape)} on {index.device}, expected torch.int32 {(B * S,)} on {hidden[0].device}")
-    if isinstance(alpha, torch.Tensor) and (alpha.shape != (len(hidden),) or alpha.device != hidden[0].device):
-        raise ValueError(f"alpha is {tuple(alpha.shape)} on {alpha.device}, expected a float or {(len(hidden),)} on {hidden[0].device}")
-    if backend == "triton" and (reason := why_not_triton(hidden[0])):
+    T = len(base[0]) if base else 0
+    device = hidden[0].device
+    expected_shapes = [
+        ("hidden", hidden, (B, S, D)),
+        ("base", base, (T, D)),
+        ("plus", plus, (T, D)),
+    ]
+    if minus is not None:
+        expected_shapes.append(("minus", minus, (T, D)))
+    for name, layers, shape in expected_shapes:
+        if len(layers) != len(hidden):
+            raise ValueError(f"{name} has {len(layers)} layers, hidden has {len(hidden)}")
+        dtype = layers[0].dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"{name} is {dtype}: must be a floating-point dtype")
+        for layer, state in enumerate(layers):
+            if (state.shape, state.dtype, state.device) != (shape, dtype, device):
+                raise ValueError(
+                    f"{name}[{layer}] is {state.dtype} {tuple(state.shape)} on {state.device}, "
+                    f"expected {dtype} {shape} on {device}"
+                )
+
+    if (index.shape, index.dtype, index.device) != ((B * S,), torch.int32, device):
+        raise ValueError(
+            f"index is {index.dtype} {tuple(index.shape)} on {index.device}, "
+            f"expected torch.int32 {(B * S,)} on {device}"
+        )
+    if isinstance(alpha, torch.Tensor) and (alpha.shape, alpha.device) != ((len(hidden),), device):
+        raise ValueError(
+            f"alpha is {tuple(alpha.shape)} on {alpha.device}, "
+            f"expected a float or {(len(hidden),)} on {device}"
+        )
+    if backend == "triton" and (D > MAX_HIDDEN_SIZE or device.type not in TRITON_DEVICES):
+        reason = triton_unavailable_reason(D, device)
         raise ValueError(f"backend 'triton': {reason}; use backend='torch'")
 
 
-def why_not_triton(h):
-    """Why the Triton kernel cannot run on states like h, or ""."""
+def triton_unavailable_reason(hidden_size, device):
+    """Why the Triton kernel cannot run on states of this size on this torch.device, or ""."""
+    if hidden_size > MAX_HIDDEN_SIZE:
+        return f"hidden size {hidden_size} is over {MAX_HIDDEN_SIZE}"
+    if device.type in TRITON_DEVICES:
+        return ""
     if triton is None:
         return "Triton is not installed"
-    if isinstance(loss_kernel, triton.JITFunction):                      # not the interpreter
-        if not h.is_cuda:
-            return f"it runs on a GPU, not on {h.device}, unless TRITON_INTERPRET=1 is set before the start"
-        if not COMPILER:
-            return "Triton needs a C compiler: gcc, clang or what the variable CC names"
-    return f"hidden size {h.shape[-1]} is over {MAX_WIDTH}" if h.shape[-1] > MAX_WIDTH else ""
+    if device.type != "cuda":
+        return f"it runs on a GPU, not on {device}, unless TRITON_INTERPRET=1 is set at the start"
+    return "Triton needs a C compiler: install gcc or clang, or set the variable CC"
 
 
-def bytes_moved(hidden, base, plus, minus, directions=None):
-    """The fewest bytes that loss and gradient take: every state of a response token is read, every row's gradient written."""
-    packed = sum(state.nbytes for states in (base, plus, minus or [], directions or []) for state in states)
-    return packed + sum(len(base[0]) * h.shape[-1] * h.itemsize + h.nbytes for h in hidden)
+def bytes_moved(hidden, base, plus, minus):
+    """The minimum number of bytes that loss and gradient must move.
+
+    Read: every state of a response token. Written: the gradient of every row.
+    """
+    total = 0
+    for states in (base, plus, minus or []):
+        total += sum(state.nbytes for state in states)
+    for h in hidden:
+        total += len(base[0]) * h.shape[-1] * h.itemsize
+        total += h.nbytes
+    return total
 
 
 # ---------------------------------------------------------------- plain PyTorch
 
-def torch_loss(hidden, base, plus, minus, index, alpha, kind, denom, scale, directions):
-    """The loss in plain PyTorch, differentiated by autograd: the reference, and the backend without a GPU."""
+
+def torch_loss(hidden, base, plus, minus, index, alpha, kind, denom):
+    """The loss in plain PyTorch, differentiated by autograd: the backend without a GPU."""
     dtype = torch.promote_types(hidden[0].dtype, torch.float32)
-    rows = (index >= 0).nonzero()[:, 0]
-    rows = rows[index[rows].argsort()]                                   # [T] position in B*S of each packed row
-    D, total, norms = hidden[0].shape[-1], 0.0, []
+    D = hidden[0].shape[-1]
+    positions = (index >= 0).nonzero()[:, 0]
+    # [T]: for each packed row, its position in [B*S]
+    positions = positions[index[positions].argsort()]
+    total = 0.0
+    norms = []
     for layer, h in enumerate(hidden):
         v = plus[layer].to(dtype)
         if minus is not None:
-            v = v - minus[layer].to(dtype)                               # h+ - h-
-        elif directions is not None:
-            v = v @ directions[layer].to(dtype)                          # c U
-        target = base[layer].to(dtype) + alpha[layer].to(dtype) * v      # b + α (h+ - h-)
-        r = h.flatten(0, 1)[rows].to(dtype) - target                     # [T, D]
-        norm = torch.linalg.vector_norm(r, dim=-1)                       # [T]; its gradient at r = 0 is 0
-        total = total + (norm.sum() if kind == "l2" else r.square().sum() / D)
+            v = v - minus[layer].to(dtype)  # h+ - h-
+        target = base[layer].to(dtype) + alpha[layer].to(dtype) * v  # b + α (h+ - h-)
+        r = h.flatten(0, 1)[positions].to(dtype) - target  # [T, D]
+        norm = torch.linalg.vector_norm(r, dim=-1)  # [T]; its gradient is 0 where r = 0
+        if kind == "l2":
+            total = total + norm.sum()
+        else:
+            total = total + r.square().sum() / D
         norms.append(norm.detach())
-    return total * (scale / denom), torch.stack(norms)
+    return total * (1 / denom), torch.stack(norms)
 
 
 # ---------------------------------------------------------------- Triton
 
+
+def jit(**options):
+    """triton.jit; without Triton, a decorator that leaves the kernels below as they are."""
+
+    def keep(function):
+        return function
+
+    return triton.jit(**options) if triton else keep
+
+
 @jit()
 def pick(pointers, layer, L: tl.constexpr):
-    """pointers[layer] of a tuple of L pointers, where the layer is known at run time only."""
-    found = pointers[0]
+    """pointers[layer] of a tuple of L pointers, for a layer that is known only at run time."""
+    pointer = pointers[0]
     for i in tl.static_range(1, L):
-        found = tl.where(layer == i, pointers[i], found)
-    return found
+        pointer = tl.where(layer == i, pointers[i], pointer)
+    return pointer
 
 
-@jit(do_not_specialize=["S", "N", "T"])       # they change with every batch: no new compilation for them
-def loss_kernel(hidden, base, plus, minus, directions, index, alpha, upstream, grad, terms, norms, scale: tl.float64,
-                stride_b, stride_s, S, N, T, D, K: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, SQUARED: tl.constexpr,
-                DIFFERENCED: tl.constexpr, LOW_RANK: tl.constexpr, GRADIENT: tl.constexpr, UPSTREAM: tl.constexpr):
-    """One program is one row of one layer: its term of the loss, its norm and its row of the gradient.
+# S, N and T change with every batch: specialising on them would compile the kernel anew
+@jit(do_not_specialize=["S", "N", "T"])
+def loss_kernel(
+    hidden,  # L pointers to [B, S, D]: h, with columns adjacent
+    base,  # L pointers to [T, D]: b
+    plus,  # L pointers to [T, D]: h+, or v if DIFFERENCED
+    minus,  # L pointers to [T, D]: h-, not read if DIFFERENCED
+    index,  # [N] int32: each position's packed row, or -1
+    alpha,  # [L]: α of each layer
+    grad,  # [L, N, D], written if GRADIENT: d loss / d h
+    terms,  # [L, N], written: what each position adds to the loss
+    norms,  # [L, T], written: ||r||
+    inverse_denom: tl.float64,  # 1 / denom; as a plain float it would arrive in fp32
+    stride_b,  # elements from one sequence of h to the next
+    stride_s,  # elements from one token of h to the next
+    S,  # tokens in a sequence
+    N,  # positions, B * S
+    T,  # packed rows
+    D,  # hidden size
+    L: tl.constexpr,  # layers
+    BLOCK: tl.constexpr,  # D rounded up to a power of 2
+    ACC: tl.constexpr,  # dtype of the arithmetic, of terms and of norms
+    SQUARED: tl.constexpr,  # kind is "mse", not "l2"
+    DIFFERENCED: tl.constexpr,  # plus holds v = h+ - h-
+    GRADIENT: tl.constexpr,  # whether to write grad
+):
+    """One program handles one position of one layer: its term, its norm, its row of grad.
 
-    hidden, base, plus, minus, directions: tuples of L pointers; grad [L, N, D]; terms [L, N] with N = B*S; norms [L, T]. Offsets are
-    64-bit: L·N·D passes 2^31 in real use. Rows go on grid axis 0, the only one that is not limited to 65,535.
+    All offsets are 64-bit, because L * N * D passes 2^31 in real use. The programs lie on grid
+    axis 0, the only one that is not limited to 65,535.
     """
-    program = tl.program_id(0)                                           # layer * N + position in B*S
-    layer, position = program // N, program % N
-    row = tl.load(index + position).to(tl.int64)                         # of the packed states
-    written = grad + program.to(tl.int64) * D
+    program = tl.program_id(0)  # layer * N + position
+    layer = program // N
+    position = program % N
+    row = tl.load(index + position).to(tl.int64)
+    grad_row = grad + program.to(tl.int64) * D
     columns = tl.arange(0, BLOCK)
     inside = columns < D
-    if row < 0:                                                          # no response token: its gradient is 0
+
+    if row < 0:  # not a response token: its gradient is 0
         tl.store(terms + program, tl.zeros([], ACC))
         if GRADIENT:
-            tl.store(written + columns, tl.zeros([BLOCK], grad.dtype.element_ty), mask=inside)
+            zeros = tl.zeros([BLOCK], grad.dtype.element_ty)
+            tl.store(grad_row + columns, zeros, mask=inside)
     else:
         start = (position // S).to(tl.int64) * stride_b + (position % S).to(tl.int64) * stride_s
-        h = tl.load(pick(hidden, layer, L) + start + columns, mask=inside, other=0.0).to(ACC)
-        b = tl.load(pick(base, layer, L) + row * D + columns, mask=inside, other=0.0).to(ACC)
-        if LOW_RANK:
-            v = tl.zeros([BLOCK], ACC)
-            coefficient, direction = pick(plus, layer, L) + row * K, pick(directions, layer, L) + columns
-            for _ in range(K):                                           # c U: all programs of a layer read the same U, from the cache
-                v += tl.load(coefficient).to(ACC) * tl.load(direction, mask=inside, other=0.0).to(ACC)
-                coefficient += 1
-                direction += D
-        else:
-            v = tl.load(pick(plus, layer, L) + row * D + columns, mask=inside, other=0.0).to(ACC)
-            if not DIFFERENCED:
-                v -= tl.load(pick(minus, layer, L) + row * D + columns, mask=inside, other=0.0).to(ACC)     # h+ - h-
-        r = h - (b + tl.load(alpha + layer).to(ACC) * v)                 # h - (b + α (h+ - h-))
+        h_row = pick(hidden, layer, L) + start
+        b_row = pick(base, layer, L) + row * D
+        v_row = pick(plus, layer, L) + row * D
+        h = tl.load(h_row + columns, mask=inside, other=0.0).to(ACC)
+        b = tl.load(b_row + columns, mask=inside, other=0.0).to(ACC)
+        v = tl.load(v_row + columns, mask=inside, other=0.0).to(ACC)
+        if not DIFFERENCED:
+            minus_row = pick(minus, layer, L) + row * D
+            v -= tl.load(minus_row + columns, mask=inside, other=0.0).to(ACC)  # h+ - h-
+
+        r = h - (b + tl.load(alpha + layer).to(ACC) * v)  # h - (b + α (h+ - h-))
         square = tl.sum(r * r)
         norm = tl.sqrt(square)
-        factor = tl.full([], scale, ACC)                                 # scale / denom
+        scale = tl.full([], inverse_denom, ACC)
         tl.store(norms + layer.to(tl.int64) * T + row, norm)
         if SQUARED:
-            tl.store(terms + program, factor * square / D)
+            tl.store(terms + program, scale * square / D)
         else:
-            tl.store(terms + program, factor * norm)
+            tl.store(terms + program, scale * norm)
+
         if GRADIENT:
-            if UPSTREAM:
-                factor *= tl.load(upstream).to(ACC)
             if SQUARED:
-                factor = 2.0 * factor / D                                # d ||r||² / D  =  2 r / D
+                scale = 2.0 * scale / D  # d ||r||² / D = 2 r / D
             else:
-                factor = tl.where(norm == 0, 0.0, factor / norm)         # d ||r||  =  r / ||r||; NaN stays NaN
-            tl.store(written + columns, (factor * r).to(grad.dtype.element_ty), mask=inside)
+                scale = tl.where(norm == 0, 0.0, scale / norm)  # d ||r|| = r / ||r||; NaN stays NaN
+            tl.store(grad_row + columns, (scale * r).to(grad.dtype.element_ty), mask=inside)
 
 
 @jit()
-def scale_kernel(grad, factor, n, BLOCK: tl.constexpr):
-    """grad *= factor, in place; nothing is read or written where the factor is 1, as it is after loss.backward()."""
-    by = tl.load(factor)
-    if by != 1:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(grad + at, mask=at < n)
-        tl.store(grad + at, (value.to(by.dtype) * by).to(value.dtype), mask=at < n)
+def scale_kernel(
+    grad,  # [n], scaled in place
+    scale,  # []: the gradient of the loss that backward() receives
+    n,  # elements of grad
+    BLOCK: tl.constexpr,  # elements per program
+):
+    """grad *= scale. After a plain loss.backward() scale is 1, and grad is not even read."""
+    value = tl.load(scale)
+    if value != 1:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(grad + offsets, mask=offsets < n)
+        tl.store(grad + offsets, (x.to(value.dtype) * value).to(x.dtype), mask=offsets < n)
 
 
-@torch.library.custom_op("rahf::fused", mutates_args=())                # an operator, so that torch.compile takes it as it is
-def fused(hidden: list[torch.Tensor], base: list[torch.Tensor], plus: list[torch.Tensor], minus: list[torch.Tensor],
-          directions: list[torch.Tensor], index: torch.Tensor, alpha: torch.Tensor, upstream: torch.Tensor | None,
-          scale: float, squared: bool, gradient: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the kernel: (loss, norms [L, T], gradient [L, B, S, D], empty unless asked for). upstream: the incoming gradient, or 1."""
-    loss, norms, grad = fused_shapes(hidden, base, plus, minus, directions, index, alpha, upstream, scale, squared, gradient)
-    (B, S, D), L, T, K = hidden[0].shape, len(hidden), len(base[0]), len(directions[0]) if directions else 0
-    if any(h.stride() != (*hidden[0].stride()[:2], 1) for h in hidden):
-        hidden = [h.contiguous() for h in hidden]
+# Custom operators, so that torch.compile takes the two launches as they are.
+
+
+@torch.library.custom_op("rahf::loss_and_gradient", mutates_args=())
+def loss_and_gradient(
+    hidden: list[torch.Tensor],
+    base: list[torch.Tensor],
+    plus: list[torch.Tensor],
+    minus: list[torch.Tensor],
+    index: torch.Tensor,
+    alpha: torch.Tensor,
+    inverse_denom: float,
+    squared: bool,
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch loss_kernel: (loss [], norms [L, T], gradient [L, B, S, D] or, unasked for, [0])."""
+    L = len(hidden)
+    T = len(base[0])
+    B, S, D = hidden[0].shape
+    N = B * S
+    if len(set(map(torch.Tensor.stride, hidden))) > 1 or hidden[0].stride(-1) != 1:
+        hidden = map(torch.Tensor.contiguous, hidden)
+    hidden = tuple(hidden)
     stride_b, stride_s, _ = hidden[0].stride()
-    hidden, (base, plus, minus, directions) = tuple(hidden), [tuple(state.contiguous() for state in states) for states in (base, plus, minus, directions)]
-    terms = torch.empty(L, B * S, dtype=loss.dtype, device=loss.device)
+    base = tuple(map(torch.Tensor.contiguous, base))
+    plus = tuple(map(torch.Tensor.contiguous, plus))
+    minus = tuple(map(torch.Tensor.contiguous, minus))
+
+    x = hidden[0]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grad = x.new_empty(L, B, S, D) if gradient else x.new_empty(0)
+    terms = x.new_empty(L, N, dtype=dtype)
+    norms = x.new_empty(L, T, dtype=dtype)
     block = triton.next_power_of_2(D)
-    with torch.cuda.device_of(loss):
-        loss_kernel[(L * B * S,)](
-            hidden, base, plus, minus or plus, directions or plus, index.contiguous(), alpha.contiguous(), index if upstream is None else upstream,
-            grad, terms, norms, scale, stride_b, stride_s, S, B * S, T, D, K,
-            L=L, BLOCK=block, ACC=tl.float64 if loss.dtype == torch.float64 else tl.float32, SQUARED=squared,
-            DIFFERENCED=not minus, LOW_RANK=bool(directions), GRADIENT=gradient, UPSTREAM=upstream is not None,
-            num_warps=min(16, max(1, block // 512)))                     # 16 elements of each state a thread, as 16-byte loads
+    with torch.cuda.device_of(x):
+        loss_kernel[(L * N,)](
+            hidden,
+            base,
+            plus,
+            minus or plus,  # Triton needs some pointer here
+            index.contiguous(),
+            alpha.contiguous(),
+            grad,
+            terms,
+            norms,
+            inverse_denom,
+            stride_b,
+            stride_s,
+            S,
+            N,
+            T,
+            D,
+            L=L,
+            BLOCK=block,
+            ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+            SQUARED=squared,
+            DIFFERENCED=not minus,
+            GRADIENT=gradient,
+            # a thread holds 16 elements of each state, loaded 16 bytes at a time
+            num_warps=min(16, max(1, block // 512)),
+        )
     return terms.sum(), norms, grad
 
 
-@fused.register_fake
-def fused_shapes(hidden, base, plus, minus, directions, index, alpha, upstream, scale, squared, gradient):
-    dtype = torch.promote_types(hidden[0].dtype, torch.float32)
-    return (hidden[0].new_empty((), dtype=dtype), hidden[0].new_empty(len(hidden), len(base[0]), dtype=dtype),
-            hidden[0].new_empty(len(hidden), *hidden[0].shape) if gradient else hidden[0].new_empty(0))
+@loss_and_gradient.register_fake
+def _(hidden, base, plus, minus, index, alpha, inverse_denom, squared, gradient):
+    """The shapes and dtypes of the outputs, for torch.compile."""
+    x = hidden[0]
+    L = len(hidden)
+    T = len(base[0])
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grad = x.new_empty(L, *x.shape) if gradient else x.new_empty(0)
+    return x.new_empty((), dtype=dtype), x.new_empty(L, T, dtype=dtype), grad
 
 
 @torch.library.custom_op("rahf::scale_", mutates_args=("grad",))
-def scale_(grad: torch.Tensor, factor: torch.Tensor) -> None:
-    """grad *= factor on the device: asking the host whether the factor is 1 would wait for the GPU."""
+def scale_(grad: torch.Tensor, scale: torch.Tensor) -> None:
+    """grad *= scale, decided on the device: to ask here whether scale is 1 would wait for it."""
+    n = grad.numel()
     with torch.cuda.device_of(grad):
-        scale_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, factor, grad.numel(), BLOCK=4096, num_warps=8)
+        scale_kernel[(triton.cdiv(n, 4096),)](grad, scale, n, BLOCK=4096, num_warps=8)
 
 
 class FusedLoss(torch.autograd.Function):
     """The kernel as a differentiable function of the hidden states."""
 
     @staticmethod
-    def forward(ctx, base, plus, minus, directions, index, alpha, scale, squared, in_forward, *hidden):
-        loss, norms, grad = fused(hidden, base, plus, minus, directions, index, alpha, None, scale, squared, in_forward)
+    def forward(
+        ctx, base, plus, minus, index, alpha, inverse_denom, squared, grad_enabled, *hidden
+    ):
+        gradient = grad_enabled and any(ctx.needs_input_grad)
+        loss, norms, grad = loss_and_gradient(
+            hidden, base, plus, minus, index, alpha, inverse_denom, squared, gradient
+        )
         ctx.mark_non_differentiable(norms)
-        ctx.ready, ctx.settings, ctx.lengths = in_forward, (scale, squared), [len(states) for states in (hidden, base, plus, minus, directions)]
-        ctx.save_for_backward(grad, index, alpha, *hidden, *base, *plus, *minus, *directions)
+        ctx.save_for_backward(grad)
+        ctx.handed_out = False
         return loss, norms
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _):
-        grad, index, alpha, *states = ctx.saved_tensors
-        if ctx.ready:                          # .data: a buffer of our own, handed out once; a second backward computes afresh
-            ctx.ready, grad = False, grad.data
-            scale_(grad, upstream)
-        else:
-            states = [[states.pop(0) for _ in range(length)] for length in ctx.lengths]
-            *_, grad = fused(*states, index, alpha, upstream, *ctx.settings, True)
-        return (None,) * 9 + grad.unbind(0)
+        if ctx.handed_out:
+            raise RuntimeError(
+                "second backward pass through one loss: its gradient was computed in the forward "
+                "pass and has been handed out; call representation_loss again"
+            )
+        ctx.handed_out = True
+        # in place: nobody else has seen this buffer
+        (grad,) = ctx.saved_tensors
+        scale_(grad, upstream)
+        return (None,) * 8 + grad.unbind(0)

@@ -1,4 +1,8 @@
-"""The alignment loss, both backends, against a plain formula in float64. Triton runs natively on a GPU and in its interpreter without one."""
+"""The alignment loss: both backends against a plain formula in float64.
+
+Triton compiles for the GPU where there is one; without a GPU its interpreter runs the kernel.
+"""
+
 import json
 import os
 import subprocess
@@ -6,363 +10,619 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT, go
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 import align
-from conftest import ROOT, go
-from kernels import representation_loss, response_index
-from kernels.representation_loss import FusedLoss, bytes_moved
+from kernels import bytes_moved, representation_loss, response_index, triton_unavailable_reason
 
 NATIVE = torch.cuda.is_available()
 DEVICE = "cuda" if NATIVE else "cpu"
-BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3 if NATIVE else 8e-3}    # the interpreter truncates to bf16
-KINDS, BACKENDS = ("l2", "mse"), ("torch", "triton")
-both = pytest.mark.parametrize("backend", BACKENDS)
+KINDS = ("l2", "mse")
+BACKENDS = ("torch", "triton")
 
+# Upper bounds of ||error|| / ||reference||. The interpreter truncates to bf16, a GPU rounds.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-6,
+    torch.bfloat16: 4e-3 if NATIVE else 8e-3,
+}
 
-def case(L=2, B=3, S=5, D=7, dtype=torch.float64, mask=None, seed=0):
-    """Random hidden states, packed states, and a mask of about half of the positions."""
-    g = torch.Generator().manual_seed(seed)
-    mask = torch.rand(B, S, generator=g) < 0.5 if mask is None else mask
-
-    def random(*shape):
-        return torch.randn(shape, generator=g).to(DEVICE, dtype)
-    hidden = [random(*mask.shape, D).requires_grad_() for _ in range(L)]
-    return hidden, *[[random(int(mask.sum()), D) for _ in range(L)] for _ in range(3)], mask.to(DEVICE)
-
-
-def formula(hidden, base, plus, minus, mask, alpha, kind):
-    """Loss, norms and gradients in float64, written token by token as in the paper."""
-    leaves, norms, total = [h.detach().double().cpu().requires_grad_() for h in hidden], [], 0.0
-    for h, *packed in zip(leaves, base, plus, minus):
-        b, p, m = (state.double().cpu() for state in packed)
-        tokens = enumerate(mask.nonzero().tolist())
-        r = torch.stack([h[i, j] - (b[row] + alpha * (p[row] - m[row])) for row, (i, j) in tokens]) if mask.any() else h[0, :0]
-        square = r.square().sum(-1)
-        norm = torch.where(square > 0, square.clamp(min=1e-300).sqrt(), square)
-        norms.append(norm.detach())
-        total = total + (norm.sum() if kind == "l2" else square.sum() / h.shape[-1])
-    loss = total / max(1, len(hidden) * int(mask.sum()))
-    return loss.detach(), torch.stack(norms), torch.autograd.grad(loss, leaves)
-
-
-def distance(ours, theirs):
-    """||ours - theirs|| / ||theirs||, so that a gradient of zeros does not pass."""
-    error, size = (ours.detach().double().cpu() - theirs).norm(), theirs.norm()
-    return (error / size if size > 0 else error).item()
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
-    """Fresh memory holds NaN: what the kernel does not write shows."""
+def poisoned_memory():
+    """Fresh memory holds NaN, so that what the kernel does not write shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def compare(states, alpha=0.5, kind="l2", backend="triton", **options):
-    hidden, base, plus, minus, mask = states
-    loss, norms = representation_loss(hidden, base, plus, minus, response_index(mask), alpha, kind=kind, backend=backend, **options)
-    expected, expected_norms, gradients = formula(hidden, base, plus, minus, mask, alpha, kind)
-    bound, exact = BOUND[hidden[0].dtype], min(1e-6, BOUND[hidden[0].dtype])
-    assert distance(loss, expected) <= exact and distance(norms, expected_norms) <= exact      # these are never rounded to bf16
-    assert not norms.requires_grad and loss.dtype == norms.dtype == torch.promote_types(hidden[0].dtype, torch.float32)
-    up = 2.0**12 if hidden[0].dtype == torch.float16 else 1.0                                   # fp16 is trained with a scaled loss
-    for ours, theirs in zip(torch.autograd.grad(loss * up, hidden), gradients):
-        assert ours.dtype == hidden[0].dtype and distance(ours, theirs * up) <= bound
-        assert (ours[~mask] == 0).all()
+def random_case(L=2, B=3, S=5, D=7, dtype=torch.float64, mask=None):
+    """(hidden, base, plus, minus, mask): about half of the positions are response tokens."""
+    generator = torch.Generator().manual_seed(0)
+    if mask is None:
+        mask = torch.rand(B, S, generator=generator) < 0.5
+    T = int(mask.sum())
+
+    def random_layers(*shape):
+        return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(L)]
+
+    hidden = [h.requires_grad_() for h in random_layers(*mask.shape, D)]
+    base, plus, minus = random_layers(T, D), random_layers(T, D), random_layers(T, D)
+    return hidden, base, plus, minus, mask.to(DEVICE)
+
+
+def all_responses(B, S):
+    return torch.ones(B, S, dtype=torch.bool, device=DEVICE)
+
+
+def formula(hidden, base, plus, minus, mask, alpha, kind):
+    """Loss, norms and gradients in float64, written token by token as in the paper."""
+    leaves = [h.detach().double().cpu().requires_grad_() for h in hidden]
+    tokens = mask.nonzero().tolist()
+    D = hidden[0].shape[-1]
+    norms = []
+    total = 0.0
+    for h, *packed in zip(leaves, base, plus, minus):
+        b, p, m = (state.double().cpu() for state in packed)
+        # a first row that is dropped: torch.stack refuses an empty list
+        residuals = [h[0, 0]]
+        for row, (i, j) in enumerate(tokens):
+            residuals.append(h[i, j] - (b[row] + alpha * (p[row] - m[row])))
+        square = torch.stack(residuals)[1:].square().sum(-1)
+        # the gradient of the square root is infinite at 0
+        norm = torch.where(square > 0, square.clamp(min=1e-300).sqrt(), square)
+        norms.append(norm.detach())
+        total = total + (norm.sum() if kind == "l2" else square.sum() / D)
+    loss = total / max(1, len(hidden) * len(tokens))
+    return loss.detach(), torch.stack(norms), torch.autograd.grad(loss, leaves)
+
+
+def relative_error(value, reference):
+    """||value - reference|| / ||reference||: an absolute bound would accept a gradient of zeros."""
+    error = (value.detach().double().cpu() - reference).norm()
+    size = reference.norm()
+    return (error / size if size > 0 else error).item()
+
+
+def compare_with_formula(case, alpha=0.5, kind="l2", backend="triton"):
+    hidden, base, plus, minus, mask = case
+    dtype = hidden[0].dtype
+    index = response_index(mask)
+    loss, norms = representation_loss(
+        hidden, base, plus, minus, index, alpha, kind=kind, backend=backend
+    )
+    expected_loss, expected_norms, expected_gradients = formula(*case, alpha, kind)
+    # loss and norms are never rounded to bf16
+    tolerance = min(1e-6, TOLERANCE[dtype])
+    assert relative_error(loss, expected_loss) <= tolerance
+    assert relative_error(norms, expected_norms) <= tolerance
+    assert not norms.requires_grad
+    assert loss.dtype == norms.dtype == torch.promote_types(dtype, torch.float32)
+    gradients = torch.autograd.grad(loss, hidden)
+    for gradient, expected in zip(gradients, expected_gradients):
+        assert gradient.dtype == dtype
+        assert relative_error(gradient, expected) <= TOLERANCE[dtype]
+        assert (gradient[~mask] == 0).all()
 
 
 # ---------------------------------------------------------------- the numbers
 
-@both
-@pytest.mark.parametrize("dtype", BOUND)
+
+@both_backends
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("D", [1, 64, 100, 896, 2304, 4096, 5120, 16384])
-def test_widths_and_types(D, dtype, backend):
+def test_hidden_sizes_and_dtypes(D, dtype, backend):
     for kind in KINDS:
-        compare(case(D=D, dtype=dtype), kind=kind, backend=backend)
+        compare_with_formula(random_case(D=D, dtype=dtype), kind=kind, backend=backend)
 
 
-@both
+@both_backends
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.7, 5.0, -1.0])
 def test_strengths(alpha, kind, backend):
     for dtype in (torch.float64, torch.float32):
-        compare(case(D=100, dtype=dtype), alpha, kind, backend)
+        compare_with_formula(random_case(D=100, dtype=dtype), alpha, kind, backend)
 
 
-@both
+@both_backends
 @pytest.mark.parametrize("L", [1, 8])
 def test_one_layer_and_eight(L, backend):
-    compare(case(L=L, D=64, dtype=torch.float32), backend=backend)
+    compare_with_formula(random_case(L=L, D=64, dtype=torch.float32), backend=backend)
 
 
-@both
-@pytest.mark.parametrize("rows", [[], [0], [14], range(15), [1, 2, 7, 13]])
-def test_which_rows_are_responses(rows, backend):
+@both_backends
+@pytest.mark.parametrize("positions", [[], [0], [14], range(15), [1, 2, 7, 13]])
+def test_which_positions_are_responses(positions, backend):
     mask = torch.zeros(15, dtype=torch.bool)
-    mask[list(rows)] = True
+    mask[list(positions)] = True
+    case = random_case(D=100, dtype=torch.float32, mask=mask.view(3, 5))
     for kind in KINDS:
-        compare(case(D=100, dtype=torch.float32, mask=mask.view(3, 5)), kind=kind, backend=backend)
+        compare_with_formula(case, kind=kind, backend=backend)
 
 
-@both
-def test_strided_hidden_states(backend):
-    """Slices, a transposed batch, and columns that are not adjacent."""
-    hidden, *packed, mask = case(B=6, D=14, mask=torch.ones(6, 5, dtype=torch.bool))
-    for view in (lambda h: h[::2, 1:, :7], lambda h: h[:, :, 7:].transpose(0, 1), lambda h: h[:, :, ::2]):
-        views = [view(h.detach()).requires_grad_() for h in hidden]
-        T = views[0].shape[:2].numel()
-        wide = torch.tensor([[0.5, 9.0], [0.5, 9.0]], dtype=torch.float64, device=DEVICE)
-        mask_of = torch.ones(views[0].shape[:2], dtype=torch.bool, device=DEVICE)
-        packed_of = [[s[:T, 3:10] for s in states] for states in packed]
-        strided = representation_loss(views, *packed_of, torch.stack([response_index(mask_of)] * 2, 1)[:, 0], wide[:, 0], backend=backend)[0]
-        expanded = representation_loss(views, *packed_of, response_index(mask_of), wide[0, 0].expand(2), backend=backend)[0]
-        assert strided.item() == expanded.item() == pytest.approx(formula(views, *packed_of, mask_of, 0.5, "l2")[0].item(), rel=1e-12)
-        compare((views, *[[s[:T, 3:10] for s in states] for states in packed], torch.ones(views[0].shape[:2], dtype=torch.bool, device=DEVICE)), backend=backend)
+def slice_of(h):
+    return h[::2, 1:, :7]
 
 
-@both
-def test_packed_states_of_other_types(backend):
-    hidden, base, plus, minus, mask = case(D=64, dtype=torch.bfloat16)
-    compare((hidden, [b.float() for b in base], [p.half() for p in plus], minus, mask), backend=backend)
+def transposed_batch(h):
+    return h[:, :, 7:].transpose(0, 1)
 
 
-@both
-@pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("D, k", [(1, 1), (64, 8), (100, 20), (2304, 8), (4096, 16)])
-def test_low_rank_form(D, k, dtype, backend):
-    """Coefficients on k directions against the plain form of the difference that they stand for; an incoming gradient, too."""
-    hidden, base, _, _, mask = case(D=D, dtype=dtype)
-    coefficients, _, _, _, _ = case(L=2, B=1, S=int(mask.sum()), D=k, dtype=dtype, seed=1)
-    c, U = [x.detach()[0] for x in coefficients], [x.detach()[0] / k**0.5 for x in case(L=2, B=1, S=k, D=D, dtype=dtype, seed=2)[0]]
-    v = [(a.double() @ b.double()) for a, b in zip(c, U)]
-    up = 2.0**12 if dtype == torch.float16 else 1.0
-    for kind in KINDS:
-        loss, norms = representation_loss(hidden, base, c, None, response_index(mask), 0.7, kind=kind, directions=U, backend=backend)
-        expected, expected_norms, gradients = formula(hidden, base, v, [0 * x for x in v], mask, 0.7, kind)
-        assert distance(loss, expected) <= min(1e-6, BOUND[dtype]) and distance(norms, expected_norms) <= min(1e-6, BOUND[dtype])
-        for ours, theirs in zip(torch.autograd.grad(loss * up, hidden, retain_graph=True), gradients):
-            assert distance(ours, theirs * up) <= BOUND[dtype] and (ours[~mask] == 0).all()
-        for ours, theirs in zip(torch.autograd.grad(loss * up * 3, hidden), gradients):     # a second backward computes afresh
-            assert distance(ours, theirs * up * 3) <= 2 * BOUND[dtype]
+def every_second_column(h):
+    return h[:, :, ::2]
 
 
-@both
-def test_one_alpha_a_layer(backend):
-    hidden, base, plus, minus, mask = case(L=3)
-    alphas, index = torch.tensor([0.7, -2.0, 0.0], dtype=torch.float64, device=DEVICE), response_index(mask)
+@both_backends
+@pytest.mark.parametrize("view", [slice_of, transposed_batch, every_second_column])
+def test_strided_states(view, backend):
+    hidden, *packed, _ = random_case(B=6, D=14, mask=torch.ones(6, 5, dtype=torch.bool))
+    views = [view(h.detach()).requires_grad_() for h in hidden]
+    mask = all_responses(*views[0].shape[:2])
+    base, plus, minus = ([s[: mask.numel(), 3:10] for s in states] for states in packed)
+    case = (views, base, plus, minus, mask)
+    compare_with_formula(case, backend=backend)
+
+    # the row map and α need not be contiguous either
+    index = response_index(mask)
+    strided_index = torch.stack([index, index], 1)[:, 0]
+    wide_alpha = torch.tensor([[0.5, 9.0], [0.5, 9.0]], dtype=torch.float64, device=DEVICE)
+    expected, _, _ = formula(*case, 0.5, "l2")
+    for alpha in (wide_alpha[:, 0], wide_alpha[0, 0].expand(2)):
+        loss, _ = representation_loss(
+            views, base, plus, minus, strided_index, alpha, backend=backend
+        )
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@both_backends
+def test_layers_with_different_strides(backend):
+    hidden, *packed, mask = random_case(L=3, D=64, dtype=torch.float32)
+    wide = torch.zeros(3, 5, 100, device=DEVICE)
+    wide[:, :, :64] = hidden[1].detach()
+    mixed = [hidden[0], wide[:, :, :64].requires_grad_(), hidden[2]]
+    compare_with_formula((mixed, *packed, mask), backend=backend)
+
+
+@both_backends
+def test_packed_states_of_other_dtypes(backend):
+    hidden, base, plus, minus, mask = random_case(D=64, dtype=torch.bfloat16)
+    base = [b.float() for b in base]
+    plus = [p.half() for p in plus]
+    compare_with_formula((hidden, base, plus, minus, mask), backend=backend)
+
+
+@both_backends
+def test_one_alpha_per_layer(backend):
+    hidden, base, plus, minus, mask = random_case(L=3)
+    alphas = torch.tensor([0.7, -2.0, 0.0], dtype=torch.float64, device=DEVICE)
+    index = response_index(mask)
     loss, norms = representation_loss(hidden, base, plus, minus, index, alphas, backend=backend)
-    alone = [representation_loss(hidden[i:i + 1], base[i:i + 1], plus[i:i + 1], minus[i:i + 1], index, alpha, backend=backend) for i, alpha in enumerate(alphas.tolist())]
-    assert loss.item() == pytest.approx(sum(x.item() for x, _ in alone) / 3, rel=1e-12) and torch.allclose(norms, torch.cat([n for _, n in alone]), rtol=1e-12)
+    for layer, alpha in enumerate(alphas.tolist()):
+        one = slice(layer, layer + 1)
+        states = (hidden[one], base[one], plus[one], minus[one])
+        layer_loss, layer_norms = representation_loss(*states, index, alpha, backend=backend)
+        loss = loss - layer_loss / 3
+        assert torch.allclose(norms[one], layer_norms, rtol=1e-12)
+    assert abs(loss.item()) <= 1e-12
 
 
-@both
-def test_zero_residual_has_zero_gradient_and_nan_shows(backend):
-    for kind in KINDS:
-        hidden, base, plus, minus, mask = case()
-        for h, b, p, m in zip(hidden, base, plus, minus):
-            h.data[mask] = b + 0.5 * (p - m)
-        index = response_index(mask)
-        loss, norms = representation_loss(hidden, base, plus, minus, index, 0.5, kind=kind, backend=backend)
-        assert loss.item() == 0 and (norms == 0).all() and all((g == 0).all() for g in torch.autograd.grad(loss, hidden))
-        base[1][0, 0] = float("nan")
-        loss, norms = representation_loss(hidden, base, plus, minus, index, 0.5, kind=kind, backend=backend)
-        assert loss.isnan() and norms.isnan().sum() == 1
-        row = torch.autograd.grad(loss, hidden)[1][mask][0].isnan()
-        assert row.all() if kind == "l2" else row[0]
-
-
-@both
-def test_gradcheck_scale_denom_and_difference(backend):
-    hidden, base, plus, minus, mask = case(D=3, mask=torch.tensor([[False, True, False, True]]))
+@both_backends
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_residual_has_zero_gradient(kind, backend):
+    hidden, base, plus, minus, mask = random_case()
+    for h, b, p, m in zip(hidden, base, plus, minus):
+        h.data[mask] = b + 0.5 * (p - m)
     index = response_index(mask)
-    for kind in KINDS:
-        assert torch.autograd.gradcheck(lambda *h: representation_loss(list(h), base, plus, minus, index, 0.7, kind=kind, backend=backend)[0], hidden)
-    whole, _ = representation_loss(hidden, base, plus, minus, index, 0.7, backend=backend)
+    loss, norms = representation_loss(
+        hidden, base, plus, minus, index, 0.5, kind=kind, backend=backend
+    )
+    assert loss.item() == 0
+    assert (norms == 0).all()
+    for gradient in torch.autograd.grad(loss, hidden):
+        assert (gradient == 0).all()
+
+
+@both_backends
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_shows(kind, backend):
+    hidden, base, plus, minus, mask = random_case()
+    base[1][0, 0] = float("nan")
+    index = response_index(mask)
+    loss, norms = representation_loss(
+        hidden, base, plus, minus, index, 0.5, kind=kind, backend=backend
+    )
+    assert loss.isnan()
+    assert norms.isnan().sum() == 1
+    is_nan = torch.autograd.grad(loss, hidden)[1][mask][0].isnan()
+    # the norm carries it to the whole row, the square to its own element
+    assert is_nan.all() if kind == "l2" else is_nan[0]
+
+
+@both_backends
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_is_that_of_finite_differences(kind, backend):
+    mask = torch.tensor([[False, True, False, True]])
+    hidden, base, plus, minus, mask = random_case(D=3, mask=mask)
+    index = response_index(mask)
+
+    def loss():
+        options = {"kind": kind, "backend": backend}
+        return representation_loss(hidden, base, plus, minus, index, 0.7, **options)[0]
+
+    gradients = torch.autograd.grad(loss(), hidden)
+    epsilon = 1e-6
+    for h, gradient in zip(hidden, gradients):
+        elements = h.data.view(-1)
+        differences = torch.empty_like(elements)
+        for i, value in enumerate(elements.tolist()):
+            elements[i] = value + epsilon
+            above = loss().detach()
+            elements[i] = value - epsilon
+            below = loss().detach()
+            elements[i] = value
+            differences[i] = (above - below) / (2 * epsilon)
+        assert relative_error(gradient.flatten(), differences.cpu()) <= 1e-8
+
+
+@both_backends
+def test_denom_and_difference(backend):
+    hidden, base, plus, minus, mask = random_case()
+    index = response_index(mask)
+    loss, _ = representation_loss(hidden, base, plus, minus, index, 0.7, backend=backend)
     v = [p - m for p, m in zip(plus, minus)]
-    assert representation_loss(hidden, base, v, None, index, 0.7, backend=backend)[0].item() == pytest.approx(whole.item(), rel=1e-12)
-    part, _ = representation_loss(hidden, base, plus, minus, index, 0.7, denom=10, scale=0.5, backend=backend)
-    assert part.item() == pytest.approx(whole.item() * 2 * int(mask.sum()) / 10 * 0.5, rel=1e-12)
+    differenced, _ = representation_loss(hidden, base, v, None, index, 0.7, backend=backend)
+    assert differenced.item() == pytest.approx(loss.item(), rel=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(differenced, hidden), torch.autograd.grad(loss, hidden)
+    ):
+        assert torch.allclose(one, other, rtol=1e-12)
+    tenth, _ = representation_loss(hidden, base, plus, minus, index, 0.7, denom=10, backend=backend)
+    assert tenth.item() == pytest.approx(loss.item() * 2 * int(mask.sum()) / 10, rel=1e-12)
 
 
-@both
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_incoming_gradient_and_a_second_backward(dtype, backend):
-    """The first backward scales a buffer in place; the second must not find it scaled."""
-    hidden, base, plus, minus, mask = case(D=64, dtype=dtype)
+# ---------------------------------------------------------------- autograd and torch.compile
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("upstream", [0.37, 3.0, 1.0, 0.0])
+def test_incoming_gradient(upstream, dtype, backend):
+    case = random_case(D=64, dtype=dtype)
+    hidden, base, plus, minus, mask = case
+    index = response_index(mask)
     for kind in KINDS:
-        _, _, gradients = formula(hidden, base, plus, minus, mask, 0.5, kind)
-        loss, _ = representation_loss(hidden, base, plus, minus, response_index(mask), 0.5, kind=kind, backend=backend)
-        for by in (0.37, 3.0, 1.0):
-            for ours, theirs in zip(torch.autograd.grad(loss * by, hidden, retain_graph=True), gradients):
-                assert distance(ours / by, theirs) <= 2 * BOUND[dtype]
+        _, _, expected_gradients = formula(*case, 0.5, kind)
+        loss, _ = representation_loss(
+            hidden, base, plus, minus, index, 0.5, kind=kind, backend=backend
+        )
+        gradients = torch.autograd.grad(loss * upstream, hidden)
+        for gradient, expected in zip(gradients, expected_gradients):
+            assert relative_error(gradient, expected * upstream) <= 2 * TOLERANCE[dtype]
 
 
-def test_small_fp16_gradients_survive():
-    """A mean over very many tokens: each gradient is below what fp16 holds, until the loss is scaled up as for mixed precision."""
-    hidden, base, plus, minus, mask = case(D=64, dtype=torch.float16)
-    index, denom = response_index(mask), 2**22
-    loss, _ = representation_loss(hidden, base, plus, minus, index, 0.5, denom=denom, backend="triton")
-    _, _, gradients = formula(hidden, base, plus, minus, mask, 0.5, "l2")
-    by = 2.0**16
-    for ours, theirs in zip(torch.autograd.grad(loss * by, hidden), gradients):
-        assert distance(ours, theirs * 2 * int(mask.sum()) / denom * by) <= BOUND[torch.float16]
+def test_second_backward_is_refused():
+    """The buffer with the gradient is handed out once; the gradient that was got stays right."""
+    hidden, base, plus, minus, mask = random_case(D=64, dtype=torch.float32)
+    index = response_index(mask)
+    loss, _ = representation_loss(hidden, base, plus, minus, index, 0.5, backend="triton")
+    gradients = torch.autograd.grad(loss * 0.37, hidden, retain_graph=True)
+    copies = [gradient.clone() for gradient in gradients]
+    with pytest.raises(RuntimeError, match="second backward pass"):
+        torch.autograd.grad(loss, hidden)
+    for gradient, copy in zip(gradients, copies):
+        assert torch.equal(gradient, copy)
 
 
-def test_gradient_of_the_forward_is_that_of_the_backward():
-    """Written ahead, or computed when the backward asks: bit for bit the same."""
-    hidden, base, plus, minus, mask = case(D=100, dtype=torch.bfloat16)
-    found, alpha = [], torch.full((2,), 0.5, dtype=torch.float64, device=DEVICE)
-    for in_forward in (True, False):
-        loss, _ = FusedLoss.apply(base, plus, minus, [], response_index(mask), alpha, 1 / 30, False, in_forward, *hidden)
-        found.append(torch.autograd.grad(loss, hidden))
-    assert all(torch.equal(a, b) for a, b in zip(*found))
+@both_backends
+def test_no_gradient_where_none_is_needed(backend):
+    hidden, base, plus, minus, mask = random_case(D=64, dtype=torch.float32)
+    index = response_index(mask)
+    expected, _ = representation_loss(hidden, base, plus, minus, index, 0.5, backend=backend)
+    with torch.no_grad():
+        loss, _ = representation_loss(hidden, base, plus, minus, index, 0.5, backend=backend)
+    assert not loss.requires_grad
+    assert loss.item() == expected.item()
+
+    # one layer that needs a gradient is enough
+    mixed = [hidden[0].detach(), hidden[1]]
+    loss, _ = representation_loss(mixed, base, plus, minus, index, 0.5, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, mixed[1:])
+    _, whole = torch.autograd.grad(expected, hidden)
+    assert torch.equal(gradient, whole)
 
 
-@both
-def test_accumulation_and_checkpointing(backend):
-    """Two halves with scale 1/2 add up to the whole; a checkpointed head below the loss changes nothing."""
-    hidden, base, plus, minus, mask = case(B=4, D=64, dtype=torch.float32, mask=torch.ones(4, 5, dtype=torch.bool))
+@both_backends
+def test_gradient_accumulation(backend):
+    """Two halves of a batch add up to the whole."""
+    hidden, base, plus, minus, mask = random_case(
+        B=4, D=64, dtype=torch.float32, mask=torch.ones(4, 5, dtype=torch.bool)
+    )
     head = torch.nn.Linear(64, 64).to(DEVICE)
+    denom = 2 * mask.numel()
 
-    def gradient(rows, scale, wrap):
-        at = slice(rows.start * 5, rows.stop * 5)
-        states = [wrap(h[rows]) for h in hidden]
-        loss, _ = representation_loss(states, *[[s[at] for s in packed] for packed in (base, plus, minus)], response_index(mask[rows]), 0.5, scale=scale, backend=backend)
+    def gradient(first, last):
+        rows = slice(first * 5, last * 5)
+        states = [head(h[first:last]) for h in hidden]
+        packed = [[state[rows] for state in layers] for layers in (base, plus, minus)]
+        index = response_index(mask[first:last])
+        loss, _ = representation_loss(states, *packed, index, 0.5, denom=denom, backend=backend)
         return torch.autograd.grad(loss, head.weight)[0]
-    whole = gradient(slice(0, 4), 1.0, head)
-    halves = gradient(slice(0, 2), 0.5, head) + gradient(slice(2, 4), 0.5, head)
-    assert torch.allclose(whole, halves, rtol=1e-4, atol=1e-7)
-    assert torch.allclose(whole, gradient(slice(0, 4), 1.0, lambda h: checkpoint(head, h, use_reentrant=False)), rtol=1e-4, atol=1e-7)
+
+    halves = gradient(0, 2) + gradient(2, 4)
+    assert torch.allclose(gradient(0, 4), halves, rtol=1e-4, atol=1e-7)
 
 
-@both
-def test_composes_with_compile(backend):
-    """As one graph (the torch backend's number of rows depends on the data, which breaks a graph)."""
-    hidden, base, plus, minus, mask = case(D=64, dtype=torch.float32)
+@both_backends
+def test_gradient_checkpointing(backend):
+    """Recomputing the module below the loss changes nothing."""
+    hidden, base, plus, minus, mask = random_case(D=64, dtype=torch.float32)
+    head = torch.nn.Linear(64, 64).to(DEVICE)
     index = response_index(mask)
 
-    def loss(*h):
-        return representation_loss([2 * x for x in h], base, plus, minus, index, 0.5, backend=backend)[0] * 0.37
-    compiled = torch.compile(loss, fullgraph=backend == "triton", backend="inductor" if NATIVE else "aot_eager")
-    eager = loss(*hidden)
-    assert compiled(*hidden).item() == pytest.approx(eager.item(), rel=1e-6)
-    for ours, theirs in zip(torch.autograd.grad(compiled(*hidden), hidden), torch.autograd.grad(eager, hidden)):
-        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-8)
+    def gradient(states):
+        loss, _ = representation_loss(states, base, plus, minus, index, 0.5, backend=backend)
+        return torch.autograd.grad(loss, head.weight)[0]
+
+    plain = gradient([head(h) for h in hidden])
+    recomputed = gradient([checkpoint(head, h, use_reentrant=False) for h in hidden])
+    assert torch.allclose(plain, recomputed, rtol=1e-4, atol=1e-7)
+
+
+@both_backends
+def test_composes_with_compile(backend):
+    hidden, base, plus, minus, mask = random_case(D=64, dtype=torch.float32)
+    index = response_index(mask)
+
+    def loss(*hidden):
+        doubled = [2 * h for h in hidden]
+        return (
+            0.37 * representation_loss(doubled, base, plus, minus, index, 0.5, backend=backend)[0]
+        )
+
+    # the torch backend's number of rows depends on the data, which breaks its graph
+    compiled = torch.compile(
+        loss, fullgraph=backend == "triton", backend="inductor" if NATIVE else "aot_eager"
+    )
+    expected = loss(*hidden)
+    result = compiled(*hidden)
+    assert result.item() == pytest.approx(expected.item(), rel=1e-6)
+    expected_gradients = torch.autograd.grad(expected, hidden)
+    for gradient, other in zip(torch.autograd.grad(result, hidden), expected_gradients):
+        assert torch.allclose(gradient, other, rtol=1e-5, atol=1e-8)
 
 
 def test_same_bits_every_time():
-    hidden, base, plus, minus, mask = case(L=3, B=4, S=50, D=100, dtype=torch.bfloat16)
-    def once():
-        loss, norms = representation_loss(hidden, base, plus, minus, response_index(mask), 0.5, backend="triton")
+    hidden, base, plus, minus, mask = random_case(L=3, B=4, S=50, D=100, dtype=torch.bfloat16)
+    index = response_index(mask)
+
+    def everything():
+        loss, norms = representation_loss(hidden, base, plus, minus, index, 0.5, backend="triton")
         return loss, norms, *torch.autograd.grad(loss, hidden)
-    assert all(torch.equal(a, b) for a, b in zip(once(), once()))
+
+    for first, second in zip(everything(), everything()):
+        assert torch.equal(first, second)
+
+
+# ---------------------------------------------------------------- sizes and costs
 
 
 def test_more_than_2_to_the_31_elements():
-    """Rows on both sides of 2^31 elements, packed and strided; most of the memory is never touched."""
-    rows, D = 530_000, 4096
+    """Rows on both sides of 2^31 elements, packed and strided; most memory is never touched."""
+    n_rows, D = 530_000, 4096
     torch.utils.deterministic.fill_uninitialized_memory = False
-    big = torch.empty(rows, D, dtype=torch.bfloat16, device=DEVICE)
+    big = torch.empty(n_rows, D, dtype=torch.bfloat16, device=DEVICE)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    view = big.view(rows // 2, 2, D)[:: rows // 2 - 1]                          # [2, 2, D]: rows 0, 1, -2 and -1 of big
+    # [2, 2, D]: the rows 0, 1, -2 and -1 of big
+    view = big.view(n_rows // 2, 2, D)[:: n_rows // 2 - 1]
     view.copy_(torch.randn(2, 2, D))
-    index = torch.tensor([rows - 1, -1, 0, rows - 2], dtype=torch.int32, device=DEVICE)
+    rows = [n_rows - 1, 0, n_rows - 2]
+    index = torch.tensor([rows[0], -1, rows[1], rows[2]], dtype=torch.int32, device=DEVICE)
     hidden = [view.detach().requires_grad_()]
-    loss, norms = representation_loss(hidden, [big], [big], None, index, 0.5, backend="triton", denom=3)
-    r = view.double().flatten(0, 1)[[0, 2, 3]] - 1.5 * big[[rows - 1, 0, rows - 2]].double()
-    assert loss.item() == pytest.approx(r.norm(dim=1).mean().item(), rel=1e-6)
-    assert norms[0, [rows - 1, 0, rows - 2]].tolist() == pytest.approx(r.norm(dim=1).tolist(), rel=1e-6)
+    loss, norms = representation_loss(
+        hidden, [big], [big], None, index, 0.5, denom=3, backend="triton"
+    )
+
+    positions = [0, 2, 3]
+    r = view.double().flatten(0, 1)[positions] - 1.5 * big[rows].double()
+    expected_norms = r.norm(dim=1)
+    assert loss.item() == pytest.approx(expected_norms.mean().item(), rel=1e-6)
+    assert norms[0, rows].tolist() == pytest.approx(expected_norms.tolist(), rel=1e-6)
     gradient = torch.autograd.grad(loss, hidden)[0].flatten(0, 1)
-    assert distance(gradient[[0, 2, 3]], (r / r.norm(dim=1, keepdim=True) / 3).cpu()) <= BOUND[torch.bfloat16] and (gradient[1] == 0).all()
+    expected = (r / expected_norms[:, None] / 3).cpu()
+    assert relative_error(gradient[positions], expected) <= TOLERANCE[torch.bfloat16]
+    assert (gradient[1] == 0).all()
 
 
 @pytest.mark.skipif(not NATIVE, reason="writes 4 GB of gradient")
 def test_gradient_of_more_than_2_to_the_31_elements():
-    rows, D = 530_000, 4096
-    hidden = [torch.ones(1, rows, D, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)]
-    index = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE)
+    n_rows, D = 530_000, 4096
+    h = torch.ones(1, n_rows, D, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    index = torch.full((n_rows,), -1, dtype=torch.int32, device=DEVICE)
     index[-1] = 0
-    one = [torch.zeros(1, D, dtype=torch.bfloat16, device=DEVICE)]
-    gradient = torch.autograd.grad(representation_loss(hidden, one, one, None, index, 1.0, backend="triton")[0], hidden)[0][0]
-    assert (gradient[-1] == 1 / 64).all() and gradient[:-1].abs().max() == 0
+    zeros = [torch.zeros(1, D, dtype=torch.bfloat16, device=DEVICE)]
+    loss, _ = representation_loss([h], zeros, zeros, None, index, 1.0, backend="triton")
+    gradient = torch.autograd.grad(loss, h)[0][0]
+    assert (gradient[-1] == 1 / 64).all()
+    assert gradient[:-1].abs().max() == 0
 
 
 def test_bytes_by_hand():
-    """T = 3 of 10 rows, D = 8, two layers, bf16: 4 states of 3 rows read, 10 rows of gradient written."""
+    """T = 3 of 10 rows, D = 8, two layers, bf16: 3 rows of 4 states read, 10 rows written."""
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask[0, :3] = True
-    hidden, base, plus, minus, _ = case(D=8, dtype=torch.bfloat16, mask=mask)
+    hidden, base, plus, minus, _ = random_case(D=8, dtype=torch.bfloat16, mask=mask)
     assert bytes_moved(hidden, base, plus, minus) == 2 * (4 * 3 + 10) * 8 * 2
     assert bytes_moved(hidden, base, plus, None) == 2 * (3 * 3 + 10) * 8 * 2
-    c, U = [torch.zeros(3, 4, dtype=torch.bfloat16)] * 2, [torch.zeros(4, 8, dtype=torch.bfloat16)] * 2
-    assert bytes_moved(hidden, base, c, None, U) == 2 * ((2 * 3 + 10) * 8 + 3 * 4 + 4 * 8) * 2
+
+
+FUNCTIONS_OF_A_STEP = {
+    "torch": {"representation_loss", "check_inputs", "torch_loss"},
+    "triton": {
+        "representation_loss",
+        "check_inputs",
+        "FusedLoss.forward",
+        "loss_and_gradient",
+        "FusedLoss.backward",
+        "scale_",
+    },
+}
+# The interpreter runs the kernels as Python, and their file once more to read their source.
+INTERPRETED = {"loss_kernel", "pick", "scale_kernel", "<module>"}
+
+
+@both_backends
+def test_few_python_functions_per_step(backend):
+    """A step enters each of these functions at most once, and no other of kernels/."""
+    hidden, base, plus, minus, mask = random_case(L=5, D=64, dtype=torch.float32)
+    index = response_index(mask)
+    alpha = torch.full((5,), 0.5, device=DEVICE)
+    entered = []
+
+    def record_call(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(ROOT / "kernels")):
+            entered.append(code.co_qualname)
+
+    sys.setprofile(record_call)
+    try:
+        loss, _ = representation_loss(hidden, base, plus, minus, index, alpha, backend=backend)
+        loss.backward()
+    finally:
+        sys.setprofile(None)
+    if not NATIVE:
+        entered = [name for name in entered if name not in INTERPRETED]
+    assert "representation_loss" in entered
+    assert len(entered) == len(set(entered))
+    assert set(entered) <= FUNCTIONS_OF_A_STEP[backend]
 
 
 # ---------------------------------------------------------------- compiling, refusing, training
 
-def without_interpreter(*command):
-    """Run Python as on a machine whose GPU is not there and where TRITON_INTERPRET is unset."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=env)
+
+def run_without_interpreter(*command):
+    """The output of Python on a machine without a GPU and without TRITON_INTERPRET."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton runs on Linux")
 def test_compiles_without_spills_and_with_16_byte_loads():
-    """For sm_90 and sm_80, by ptxas, offline: 128-bit loads and stores alone for bf16 rows of a multiple of 16; D = 100 cannot have them."""
-    for kernel in json.loads(without_interpreter("tests/compile_kernels.py")):
-        assert kernel["stack"] == kernel["local"] == 0 and kernel["registers"] <= 96, kernel
-        assert kernel["offsets_32"] == 0, kernel                                # every product of sizes is 64-bit
+    """For sm_90 and sm_80, by ptxas, offline.
+
+    All loads and stores of bf16 rows are 128 bits wide where D is a multiple of 16.
+    """
+    for kernel in json.loads(run_without_interpreter("tests/compile_kernels.py")):
+        assert kernel["stack"] == kernel["local"] == 0, kernel
+        assert kernel["registers"] <= 96, kernel
+        # every product of sizes is 64-bit
+        assert kernel["offsets_32"] == 0, kernel
         if kernel["D"] % 16 == 0:
-            each = 2 if kernel["D"] <= 4096 else 4                              # 16-byte loads of a state by one thread
-            assert kernel["wide_loads"] == each * (3 if kernel.get("differenced") or kernel.get("low_rank") else 4) and kernel["narrow"] == kernel.get("low_rank", 0), kernel     # a coefficient is one number
-            assert kernel["wide_stores"] == 2 * each, kernel                    # of a gradient row, or of its zeros
+            # 16-byte accesses of a thread to one row
+            accesses = 2 if kernel["D"] <= 4096 else 4
+            states = 3 if kernel.get("differenced") else 4
+            assert kernel["wide_loads"] == states * accesses, kernel
+            assert kernel["narrow_loads"] == 0, kernel
+            # one row of the gradient, or of its zeros
+            assert kernel["wide_stores"] == 2 * accesses, kernel
 
 
-@both
-def test_what_does_not_fit_is_refused(backend):
-    hidden, base, plus, minus, mask = case()
+@both_backends
+def test_invalid_inputs_are_refused(backend):
+    hidden, base, plus, minus, mask = random_case()
     index = response_index(mask)
-    wide = dict(hidden=[torch.zeros(1, 1, 16385, device=DEVICE)], index=index[:1], base=(w := [torch.zeros(1, 16385, device=DEVICE)]), plus=w, minus=w)
-    for change, words in [(dict(base=base[:1]), "layers"), (dict(plus=[p[:, :3] for p in plus]), r"plus\[0\] has shape"), (dict(minus=[m[:-1] for m in minus]), "minus"),
-                          (dict(index=index.long()), "int32"), (dict(index=index[:-1]), "index"), (dict(kind="l1"), "l1"), (dict(backend="cuda"), "cuda"),
-                          (dict(alpha=torch.ones(3, device=DEVICE)), "alpha is"), (dict(hidden=[h[0] for h in hidden]), r"expected \[B, S, D\]"), (dict(directions=base), "minus None"),
-                          (dict(minus=None, directions=[b[:2] for b in base]), r"plus\[0\] has shape"), (dict(base=[base[0], base[1].float()]), r"base\[1\]"), (dict(plus=[p.long() for p in plus]), "int64"),
-                          (dict(hidden=[hidden[0], hidden[1].to("meta")]), r"hidden\[1\] is on meta"), (wide if backend == "triton" else dict(kind=""), "16385 is over 16384|kind")]:
-        arguments = {**dict(hidden=hidden, base=base, plus=plus, minus=minus, index=index, alpha=1.0, backend=backend), **change}
-        with pytest.raises(ValueError, match=words):
-            representation_loss(**arguments)
+    arguments = {
+        "hidden": hidden,
+        "base": base,
+        "plus": plus,
+        "minus": minus,
+        "index": index,
+        "alpha": 1.0,
+        "backend": backend,
+    }
+    invalid = [
+        ({"hidden": []}, r"expected a list of tensors of shape \[B, S, D\]"),
+        ({"hidden": [h[0] for h in hidden]}, r"expected a list of tensors of shape \[B, S, D\]"),
+        ({"hidden": [h.half() for h in hidden]}, "hidden is torch.float16"),
+        ({"hidden": [hidden[0], hidden[1].to("meta")]}, r"hidden\[1\] is .* on meta"),
+        ({"base": []}, "base has 0 layers, hidden has 2"),
+        ({"base": base[:1]}, "base has 1 layers, hidden has 2"),
+        ({"base": [base[0], base[1].float()]}, r"base\[1\] is torch.float32"),
+        ({"plus": [p[:, :3] for p in plus]}, r"plus\[0\] is .*, 3\) on"),
+        ({"plus": [p.long() for p in plus]}, "plus is torch.int64"),
+        ({"minus": [m[:-1] for m in minus]}, r"minus\[0\] is"),
+        ({"index": index.long()}, "expected torch.int32"),
+        ({"index": index[:-1]}, "index is"),
+        ({"alpha": torch.ones(3, device=DEVICE)}, "alpha is"),
+        ({"kind": "l1"}, "kind 'l1'"),
+        ({"backend": "cuda"}, "backend 'cuda'"),
+    ]
+    for change, message in invalid:
+        with pytest.raises(ValueError, match=message):
+            representation_loss(**{**arguments, **change})
 
 
-def test_triton_on_the_cpu_says_why_not_and_auto_takes_torch():
-    said = without_interpreter("-c", """
+def test_too_large_hidden_size_is_refused():
+    h = [torch.zeros(1, 1, 16385, device=DEVICE)]
+    state = [torch.zeros(1, 16385, device=DEVICE)]
+    index = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="16385 is over 16384; use backend='torch'"):
+        representation_loss(h, state, state, state, index, 1.0, backend="triton")
+    assert triton_unavailable_reason(16384, h[0].device) == ""
+    loss, _ = representation_loss(h, state, state, state, index, 1.0, backend="auto")
+    assert loss.item() == 0
+
+
+ON_THE_CPU = """
 import torch
-from kernels import representation_loss
-h, s, index = [torch.ones(1, 1, 4, requires_grad=True)], [torch.zeros(1, 4)], torch.zeros(1, dtype=torch.int32)
-print(representation_loss(h, s, s, s, index, 1.0)[0].item())
+from kernels import representation_loss, triton_unavailable_reason
+
+h = [torch.ones(1, 1, 4, requires_grad=True)]
+state = [torch.zeros(1, 4)]
+index = torch.zeros(1, dtype=torch.int32)
+print(representation_loss(h, state, state, state, index, 1.0)[0].item())
+print(triton_unavailable_reason(4, torch.device("cpu")))
 try:
-    representation_loss(h, s, s, s, index, 1.0, backend="triton")
+    representation_loss(h, state, state, state, index, 1.0, backend="triton")
 except ValueError as error:
     print(error)
-""")
-    value, error = said.splitlines()
-    assert value == "2.0" and "not on cpu" in error and "TRITON_INTERPRET=1" in error
+"""
+
+
+def test_on_the_cpu_auto_takes_torch_and_triton_is_refused():
+    value, reason, error = run_without_interpreter("-c", ON_THE_CPU).splitlines()
+    assert value == "2.0"
+    assert "not on cpu" in reason
+    assert "TRITON_INTERPRET=1" in reason
+    assert reason in error
 
 
 def test_align_trains_the_same_adapter_with_either_backend(tiny, tmp_path, monkeypatch):
     import collect
     import dual
-    go(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "20", "--device", DEVICE, "--dtype", "float32")
+
+    source = ("--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path)
+    go(dual, *source, "--steps", "20", "--device", DEVICE, "--dtype", "float32")
     go(collect, "--out", tmp_path, "--device", DEVICE)
     adapters = []
     for backend in BACKENDS:
-        monkeypatch.setattr(align, "representation_loss", lambda *args, backend=backend, **options: representation_loss(*args, backend=backend, **options))
+
+        def loss_by_this_backend(*arguments, backend_name=backend, **options):
+            return representation_loss(*arguments, **{**options, "backend": backend_name})
+
+        monkeypatch.setattr(align, "representation_loss", loss_by_this_backend)
         go(align, "--out", tmp_path, "--steps", "8", "--batch-size", "4", "--device", DEVICE)
         adapters.append(load_file(tmp_path / "dual" / "align" / "adapter_model.safetensors"))
-    assert any(tensor.abs().max() > 0 for name, tensor in adapters[0].items() if "lora_B" in name)
-    for name, tensor in adapters[0].items():
-        assert (adapters[1][name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+    by_torch, by_triton = adapters
+    trained = [tensor for name, tensor in by_torch.items() if "lora_B" in name]
+    assert any(tensor.abs().max() > 0 for tensor in trained)
+    for name, tensor in by_torch.items():
+        assert (by_triton[name] - tensor).norm() <= 1e-4 * tensor.norm(), name

@@ -1,0 +1,146 @@
+"""Training that can be interrupted: signals, and checkpoints from which a run resumes as if it
+had never stopped."""
+
+import io
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from common.config import Interrupted, TrainingDiverged, UserError, first_line
+from common.stages import atomic_write, relevant_settings
+
+
+class Signals:
+    """Within the context SIGINT and SIGTERM are only noted; check() then raises Interrupted
+    where the work can stop. A second signal does not wait."""
+
+    def __init__(self):
+        self.received = None
+        self.previous_handlers = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous_handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def receive(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def check(self):
+        if self.received:
+            raise Interrupted(self.received)
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
+
+
+class Checkpoint(Signals):
+    """Everything that changes during a training run, saved from time to time and at a signal.
+
+    path: the file, named ".checkpoint-NAME". config: the stage's
+    settings, with steps, checkpoint_minutes and restart. inputs: what the run depends on besides
+    its settings; a checkpoint of other settings or inputs is refused. state: {name: object with
+    state_dict() and load_state_dict()}. The attribute `step` counts the steps already done.
+    """
+
+    def __init__(self, path, config, inputs, **state):
+        super().__init__()
+        self.path = Path(path)
+        self.state = state
+        self.settings = relevant_settings({**inputs, **vars(config)})
+        self.steps = config.steps
+        self.interval = 60 * config.checkpoint_minutes
+        self.last_saved = time.monotonic()
+        self.step = 0
+        if config.restart:
+            self.path.unlink(missing_ok=True)
+        if self.path.exists():
+            self.resume()
+
+    def resume(self):
+        """Take the state of an interrupted run. UserError if it was one of other settings."""
+        try:
+            # weights_only: tensors and plain values, no code
+            saved = torch.load(self.path, weights_only=True, map_location="cpu")
+            previous, current = json.loads(saved["settings"]), json.loads(self.settings)
+            names = {**previous, **current}
+            differing = [name for name in names if previous.get(name) != current.get(name)]
+            if not differing:
+                self.load(saved)
+        except Exception as error:
+            # a damaged file can fail in any way
+            raise UserError(
+                f"{self.path} cannot be read ({first_line(error)[:80]}): "
+                "--restart True starts again"
+            ) from None
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"{self.path} is of a run with {name} {str(previous.get(name))[:60]}, not "
+                f"{str(current.get(name))[:60]}: give the same to resume, or --restart True"
+            )
+        print(f"resuming after step {self.step}, from {self.path}")
+
+    def load(self, saved):
+        """Put the saved state into the objects of this run, and set the random generators."""
+        for name, part in self.state.items():
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["random"])
+        if saved["cuda"] and len(saved["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved["cuda"])
+        self.step = saved["step"]
+
+    def after_step(self, step, loss):
+        """To be called after each step, with its loss (a tensor): saves when it is time, at a
+        signal and after the last step. TrainingDiverged at NaN or infinity; Interrupted at a
+        signal."""
+        last = step == self.steps
+        if not loss.isfinite() or (last and not self.adapter_is_finite()):
+            self.refuse(step, loss)
+        due = time.monotonic() - self.last_saved >= self.interval
+        if due or last or self.received:
+            self.save(step)
+        if self.received:
+            raise Interrupted(self.received)
+
+    def adapter_is_finite(self):
+        return all(p.isfinite().all() for p in self.state["adapter"].parameters())
+
+    def refuse(self, step, loss):
+        """Remove the checkpoint, from which no run should resume, and raise."""
+        self.path.unlink(missing_ok=True)
+        what = "NaN or infinite numbers in the adapter"
+        if not loss.isfinite():
+            what = f"the loss is {loss.item()}"
+        name = self.path.name.removeprefix(".checkpoint-")
+        raise TrainingDiverged(f"{name}: {what} at step {step}: lower --lr")
+
+    def save(self, step):
+        """Write the state after a step."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # asking a machine's GPUs for their state would start CUDA in a run on the CPU
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        saved = {"settings": self.settings, "step": step, "cuda": cuda}
+        saved["random"] = torch.get_rng_state()
+        for name, part in self.state.items():
+            saved[name] = part.state_dict()
+        # torch.save into the file itself would hide a full disk behind another error
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        with atomic_write(self.path) as tmp_path:
+            tmp_path.write_bytes(buffer.getbuffer())
+        self.last_saved = time.monotonic()
+
+
+def remove_checkpoints(folder, stage):
+    """Remove a stage's checkpoints: its output is written, or no run should resume from them."""
+    for path in Path(folder).glob(f".checkpoint-{stage}*"):
+        path.unlink()

@@ -1,0 +1,143 @@
+"""What collect.py writes and align.py reads: hidden states, packed response by response."""
+
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from torch.nn.utils.rnn import pad_sequence
+
+from common.data import sample, split_into_passes
+
+# At most this many responses are read to find the principal directions of v.
+DIRECTION_SAMPLE = 4096
+
+
+def recorded_mask(response, last_prompt_token):
+    """The positions whose states are recorded: the response's, and maybe the one before it.
+
+    response: bool [B, S], marks the response's tokens. Returns bool [B, S].
+    """
+    return response | response.roll(-1, 1) if last_prompt_token else response
+
+
+def recorded_length(pair, response, last_prompt_token):
+    """How many positions are recorded of an EncodedPair's "chosen" or "rejected" response."""
+    return len(pair.responses[response]) + last_prompt_token
+
+
+@dataclass
+class CollectedBatch:
+    """Some collected responses as the training step needs them.
+
+    ids: int64 [B, S], padded on the right. recorded: bool [B, S], the T positions whose states
+    were recorded. base, plus, minus: lists of L tensors [T, D]: b, h+ and h-. base is None where
+    it was not stored; minus is None where plus holds v = h+ - h-.
+    """
+
+    ids: torch.Tensor
+    recorded: torch.Tensor
+    base: list | None
+    plus: list
+    minus: list | None
+
+
+@dataclass
+class CollectedResponse:
+    """Where a response lies in its shard, whose tensors are views of the mapped file."""
+
+    tensors: dict
+    ids: slice
+    rows: slice
+    first_recorded: int
+
+
+class Collection:
+    """The responses of some shards. Their states are read from the mapped files as needed."""
+
+    def __init__(self, paths, layers, store, pad_id):
+        """layers: those to read. store: collect's setting, "full" or "diff"."""
+        self.layers = layers
+        self.pad_id = pad_id
+        self.plus_name = "plus" if store == "full" else "v"
+        # a list of L tensors U [k, D] here replaces v by its projection v U^T U
+        self.directions = None
+        self.responses = []
+        for path in paths:
+            self.responses += read_shard(path)
+        # tokens of each response with its prompt, and of its recorded part
+        self.lengths = [r.ids.stop - r.ids.start for r in self.responses]
+        self.recorded_lengths = [r.rows.stop - r.rows.start for r in self.responses]
+
+    def keep_random(self, count, seed):
+        """Keep this many responses: neighbours in a shard are of similar length."""
+        kept = sample(range(len(self.responses)), count, seed)
+        for name in ("responses", "lengths", "recorded_lengths"):
+            values = getattr(self, name)
+            setattr(self, name, [values[i] for i in kept])
+
+    def read(self, indices, device):
+        """The CollectedBatch of some responses. On a GPU the copies may still be under way."""
+        responses = [self.responses[i] for i in indices]
+        ids = [r.tensors["ids"][r.ids].long() for r in responses]
+        first_recorded = torch.tensor([r.first_recorded for r in responses])
+        lengths = torch.tensor([len(sequence) for sequence in ids])
+        ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_id)  # [B, S]
+        positions = torch.arange(ids.shape[1])
+        recorded = (positions >= first_recorded[:, None]) & (positions < lengths[:, None])
+        states = {}
+        for name in ("base", self.plus_name, "minus"):
+            if f"{name}.{self.layers[0]}" not in responses[0].tensors:
+                continue
+            states[name] = []
+            for layer in self.layers:
+                parts = [r.tensors[f"{name}.{layer}"][r.rows] for r in responses]
+                packed = None
+                if device.type == "cuda":
+                    # straight into pinned memory, from which the copy does not block
+                    size = (sum(len(part) for part in parts), parts[0].shape[1])
+                    packed = torch.empty(size, dtype=parts[0].dtype, pin_memory=True)
+                packed = torch.cat(parts, out=packed)  # [T, D]
+                states[name].append(packed.to(device, non_blocking=True))
+        plus, minus = states[self.plus_name], states.get("minus")
+        if self.directions is not None:
+            plus, minus = project(plus, minus, self.directions), None
+        ids, recorded = ids.to(device), recorded.to(device)
+        return CollectedBatch(ids, recorded, states.get("base"), plus, minus)
+
+    def differences(self, device, tokens_per_pass):
+        """v of a random sample of the responses, pass by pass: lists of L tensors [T, D]."""
+        drawn = sample(range(len(self.responses)), DIRECTION_SAMPLE, seed=0)
+        for part in split_into_passes(drawn, self.lengths, tokens_per_pass):
+            batch = self.read(part, device)
+            yield difference(batch.plus, batch.minus)
+
+
+def read_shard(path):
+    """The CollectedResponses of a shard. The file is mapped; states are read when they are used."""
+    with safe_open(path, "pt") as file:
+        # its tensors are views of the mapped file
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    responses = []
+    id_start = row_start = 0
+    lengths, first_recorded = tensors["lengths"].tolist(), tensors["starts"].tolist()
+    for length, first in zip(lengths, first_recorded):
+        ids = slice(id_start, id_start + length)
+        rows = slice(row_start, row_start + length - first)
+        responses.append(CollectedResponse(tensors, ids, rows, first))
+        id_start, row_start = ids.stop, rows.stop
+    return responses
+
+
+def difference(plus, minus):
+    """v = h+ - h- in fp32, per layer. minus None: plus holds v already."""
+    if minus is None:
+        return [v.float() for v in plus]
+    return [p.float() - m.float() for p, m in zip(plus, minus)]
+
+
+def project(plus, minus, directions):
+    """v U^T U per layer, [T, D]: the part of v in the span of the rows of U [k, D]."""
+    projected = []
+    for v, U in zip(difference(plus, minus), directions):
+        projected.append((v @ U.T @ U).to(plus[0].dtype))
+    return projected

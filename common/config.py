@@ -1,0 +1,265 @@
+"""Settings from the command line, and how a script ends when something goes wrong.
+
+Each script declares its settings as a dataclass whose fields are made by `setting` and hands its
+`main` to `run`, which parses the command line and turns errors into one line and an exit code.
+The settings that several scripts share stand here too.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import resource
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import HfArgumentParser
+
+# The two instructions p+ and p-. They differ in their adjectives alone, so that h+ - h- encodes
+# what the adjectives mean and nothing about the form of the sentence.
+POSITIVE = "You are a helpful, honest and polite assistant."
+NEGATIVE = "You are a useless, dishonest and rude assistant."
+
+# The sections of --help, in this order.
+GROUPS = {
+    "method": "the method",
+    "adapter": "the adapter (LoRA)",
+    "data": "model and data",
+    "run": "this run",
+}
+
+# What helps when the GPU's memory is full, by the setting that the script must have.
+MEMORY_REMEDIES = {
+    "tokens_per_pass": "lower --tokens-per-pass",
+    "batch_size": "lower --batch-size",
+    "gradient_checkpointing": "set --gradient-checkpointing True",
+}
+
+
+class UserError(Exception):
+    """Bad input: one line that names the file, row or setting and the remedy; exit code 2."""
+
+
+class TrainingDiverged(UserError):
+    """A training run reached NaN or infinity."""
+
+
+class Interrupted(Exception):
+    """A signal arrived and the state was saved; exit code 128 + the signal's number."""
+
+    def __init__(self, signal_number):
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number
+
+
+def first_line(error):
+    """The first line of an exception's text, or the name of its type where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---------------------------------------------------------------- settings
+
+
+def setting(default, help, minimum=-math.inf, maximum=math.inf, group="method"):
+    """A field of a settings dataclass: default, one line of help, bounds, section of --help."""
+    # argparse formats help texts with %
+    metadata = {"help": help.replace("%", "%%")}
+    metadata |= {"minimum": minimum, "maximum": maximum, "group": group}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class SourceSettings:
+    """What stage 1 learns from, and where the run lives. Later stages inherit most of it."""
+
+    model: str = setting(
+        "", "model folder or hub name; empty takes the embedded default", group="data"
+    )
+    data: list[str] | None = setting(
+        None,
+        "preference pairs: files, or hub:owner/name[:split] (see common/pairs.py); "
+        "empty takes the embedded default",
+        group="data",
+    )
+    template: Literal["auto", "chat", "plain"] = setting(
+        "auto",
+        "how prompts are written: chat (the model's chat template), plain (Human: ... "
+        "Assistant:), or auto: chat where the tokenizer has a template",
+        group="data",
+    )
+    positive: str = setting(POSITIVE, "the instruction p+", group="data")
+    negative: str = setting(
+        NEGATIVE, "the instruction p-: p+ with the decisive words replaced", group="data"
+    )
+    max_length: int = setting(
+        768, "longest input in tokens; longer pairs are left out", minimum=2, group="data"
+    )
+    limit: int | None = setting(
+        None,
+        "use this many pairs of each split, drawn at random; empty takes all",
+        minimum=1,
+        group="data",
+    )
+    out: str = setting("out", "folder that all stages write to", group="run")
+    seed: int = setting(
+        0, "seed of the data split, the adapters and the order of the pairs", group="run"
+    )
+    device: str | None = setting(
+        None, "cpu, cuda or cuda:1; empty takes the GPU where there is one", group="run"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = setting(
+        None,
+        "dtype of the base model; empty takes bfloat16 on a GPU that has it, else float32",
+        group="run",
+    )
+
+
+@dataclass
+class TrainingSettings:
+    """Settings of every stage that trains an adapter."""
+
+    lora_rank: int = setting(8, "rank of the adapter", minimum=1, group="adapter")
+    lora_alpha: float = setting(
+        16, "the adapter is scaled by lora_alpha / lora_rank", group="adapter"
+    )
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", 0, 1, group="adapter")
+    lora_targets: str = setting(
+        "all-linear",
+        "linear layers to adapt: all-linear, attention, or names such as q_proj,v_proj",
+        group="adapter",
+    )
+    tokens_per_pass: int | None = setting(
+        None,
+        "most tokens in one forward pass, padding included: a batch is split into passes and "
+        "their gradients add up; empty takes 4096 on a GPU, 2048 on the CPU",
+        minimum=1,
+        group="run",
+    )
+    gradient_checkpointing: bool = setting(
+        False, "recompute each block in the backward pass: less memory, more time", group="run"
+    )
+    checkpoint_minutes: float = setting(
+        10, "minutes between checkpoints, from which an interrupted run resumes", 0, group="run"
+    )
+    restart: bool = setting(False, "ignore the checkpoint of an interrupted run", group="run")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one; "empty takes ..." in the help says the rest."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, "", argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser with sections, bounds for numbers and one-line errors."""
+
+    def __init__(self, config_class, **options):
+        self.sections = {}
+        super().__init__(config_class, allow_abbrev=False, formatter_class=HelpFormatter, **options)
+
+    def add_argument(self, *names, group=None, minimum=-math.inf, maximum=math.inf, **options):
+        if options.get("type") in (int, float):
+            options["type"] = bounded(options["type"], minimum, maximum)
+        if group is None:
+            return super().add_argument(*names, **options)
+        if not self.sections:
+            titles = GROUPS.items()
+            self.sections = {name: self.add_argument_group(title) for name, title in titles}
+        return self.sections[group].add_argument(*names, **options)
+
+    def error(self, message):
+        # argparse itself would print several lines of usage
+        raise UserError(f"{message} (see --help)")
+
+
+def bounded(number_type, minimum, maximum):
+    """A converter for argparse: text to a number between minimum and maximum."""
+
+    def convert(text):
+        value = number_type(text)
+        if math.isnan(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a number")
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{text} is more than {maximum}")
+        return value
+
+    # argparse names the converter in "invalid int value"
+    convert.__name__ = number_type.__name__
+    return convert
+
+
+def parse_command_line(config_class):
+    """The settings of the command line as a config_class. UserError for an unknown setting."""
+    summary = sys.modules["__main__"].__doc__.split("\n\n")[0]
+    parser = Parser(config_class, description=summary)
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        known = parser._option_string_actions
+        similar = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+        hint = f": did you mean {similar[0]}?" if similar else " (see --help)"
+        raise UserError(f"unknown setting {unknown[0]}{hint}")
+    return config
+
+
+def run(main, config_class):
+    """Call main with the settings of the command line, then print time and peak memory.
+
+    Whatever goes wrong ends with one line on standard error: bad input with exit code 2, a fault
+    of the machine with 1, a signal with 130 or 143.
+    """
+    start = time.perf_counter()
+    script = Path(sys.argv[0]).name
+
+    def exit_with(code, message):
+        one_line = " ".join(str(message).split())
+        print(f"{script}: {one_line}", file=sys.stderr)
+        sys.exit(code)
+
+    try:
+        main(parse_command_line(config_class))
+    except UserError as error:
+        exit_with(2, f"error: {error}")
+    except torch.OutOfMemoryError:
+        remedies = [text for name, text in MEMORY_REMEDIES.items() if hasattr(config_class, name)]
+        exit_with(1, f"error: out of GPU memory: {', or '.join(remedies) or 'use --device cpu'}")
+    except (OSError, SafetensorError) as error:
+        # safetensors raises its own error when the disk is full
+        exit_with(1, f"error: {error}")
+    except KeyboardInterrupt:
+        exit_with(130, "stopped")
+    except Interrupted as interruption:
+        exit_with(interruption.exit_code, f"stopped; to resume: {resume_command()}")
+    seconds = time.perf_counter() - start
+    print(f"{script}: {seconds:.0f} s, peak memory {peak_memory() / 1e9:.2f} GB")
+
+
+def resume_command():
+    """The command line of this process without --restart."""
+    module = sys.modules["__main__"].__spec__
+    script = ["-m", module.name] if module else [sys.argv[0]]
+    command = shlex.join(["python", *script, *sys.argv[1:]])
+    return re.sub(r" --restart( (?!-)\S+|=\S+)?(?= |$)", "", command)
+
+
+def peak_memory():
+    """Peak bytes: of the GPU's memory where this process used one, else resident memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in kilobytes, macOS in bytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,294 @@
+"""Token ids of preference pairs, and batches of them.
+
+common/pairs.py reads the rows, common/chat.py writes dialogues as text.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from common.chat import render_chat, render_transcript, reply_delimiters
+from common.config import NEGATIVE, POSITIVE, UserError
+from common.pairs import Pair, load_pairs
+
+# Pairs tokenized in one call.
+CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of a pair: three prompts (plain, positive, negative), two responses.
+
+    prompts: {"plain" | "positive" | "negative": ids}; responses: {"chosen" | "rejected": ids with
+    the token that ends them}. All ids are int32 arrays: a list takes nine times the memory.
+    """
+
+    pair: Pair
+    prompts: dict
+    responses: dict
+    # ends every response; None where the tokenizer has no such token
+    end_token: int | None
+
+    def example(self, prompt, response):
+        """(list of ids of prompt + response, number of prompt ids)."""
+        prompt_ids = self.prompts[prompt].tolist()
+        return prompt_ids + self.responses[response].tolist(), len(prompt_ids)
+
+    def length(self, prompt, response):
+        """Number of ids of prompt + response."""
+        return len(self.prompts[prompt]) + len(self.responses[response])
+
+    def max_length(self):
+        """Number of ids of the longest prompt + response."""
+        longest_prompt = max(len(ids) for ids in self.prompts.values())
+        longest_response = max(len(ids) for ids in self.responses.values())
+        return longest_prompt + longest_response
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def encode_pairs(tokenizer, pairs, positive=POSITIVE, negative=NEGATIVE, template="plain"):
+    """Tokenize pairs in parts: the ids of q and r are the same whatever the instruction p is.
+
+    plain:  <q, r>     [BOS] + ids(q) + ids(r) + [EOS]
+            <p, q, r>  [BOS] + ids(p) + ids(q) + ids(r) + [EOS]
+    chat:   the tokenizer's chat template; p stands in the system turn
+
+    Returns a list of EncodedPair. UserError where the chat template refuses a dialogue.
+    """
+    if template == "chat":
+        before_reply, end = reply_delimiters(tokenizer)
+        dialogues = [render_chat(tokenizer, pair.prompt) for pair in pairs]
+        dialogue_ids = tokenize(tokenizer, dialogues)
+        prompts = {
+            "plain": dialogue_ids,
+            "positive": chat_prompts(tokenizer, pairs, positive),
+            "negative": chat_prompts(tokenizer, pairs, negative),
+        }
+    else:
+        before_reply = " "
+        end = as_ids(tokenizer.eos_token_id)
+        dialogues = [render_transcript(pair.prompt) for pair in pairs]
+        dialogue_ids = tokenize(tokenizer, dialogues)
+        prompts = {
+            "plain": plain_prompts(tokenizer, dialogue_ids, ""),
+            "positive": plain_prompts(tokenizer, dialogue_ids, positive),
+            "negative": plain_prompts(tokenizer, dialogue_ids, negative),
+        }
+
+    responses = {}
+    for name in ("chosen", "rejected"):
+        replies = [before_reply + getattr(pair, name) for pair in pairs]
+        responses[name] = encode_replies(tokenizer, dialogues, dialogue_ids, replies, end)
+
+    end_token = end[-1] if end else None
+    encoded = []
+    for i, pair in enumerate(pairs):
+        pair_prompts = {name: ids[i] for name, ids in prompts.items()}
+        pair_responses = {name: ids[i] for name, ids in responses.items()}
+        encoded.append(EncodedPair(pair, pair_prompts, pair_responses, end_token))
+    return encoded
+
+
+def tokenize(tokenizer, texts):
+    """The ids of each text, without BOS and EOS: a list of int32 arrays."""
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [np.array(text_ids, np.int32) for text_ids in ids]
+
+
+def chat_prompts(tokenizer, pairs, instruction):
+    """Ids of the prompts in the chat template, with the instruction in the system turn."""
+    return tokenize(tokenizer, [render_chat(tokenizer, pair.prompt, instruction) for pair in pairs])
+
+
+def plain_prompts(tokenizer, dialogue_ids, instruction):
+    """Ids of [BOS] + instruction + dialogue for each dialogue."""
+    [instruction_ids] = tokenize(tokenizer, [instruction])
+    prefix = join_ids(as_ids(tokenizer.bos_token_id), instruction_ids)
+    return [join_ids(prefix, ids) for ids in dialogue_ids]
+
+
+def encode_replies(tokenizer, dialogues, dialogue_ids, replies, end):
+    """Ids of each reply as they continue its dialogue, followed by the ids in `end`."""
+    texts = [dialogue + reply for dialogue, reply in zip(dialogues, replies)]
+    encoded = []
+    for prompt, reply, whole in zip(dialogue_ids, replies, tokenize(tokenizer, texts)):
+        reply_ids = whole[len(prompt) :]
+        if not np.array_equal(whole[: len(prompt)], prompt):
+            # The tokenizer merges the prompt's end with the reply's beginning: keep them apart.
+            [reply_ids] = tokenize(tokenizer, [reply])
+        encoded.append(join_ids(reply_ids, end))
+    return encoded
+
+
+def as_ids(token):
+    """A token that a tokenizer may lack, as a list of ids."""
+    return [] if token is None else [token]
+
+
+def join_ids(*parts):
+    return np.concatenate(parts).astype(np.int32)
+
+
+def choose_template(template, tokenizer):
+    """The setting --template as "chat" or "plain": "auto" is chat where there is a template."""
+    if template == "chat" and not tokenizer.chat_template:
+        raise UserError("--template chat: the tokenizer has no chat template; use --template plain")
+    if template == "auto":
+        return "chat" if tokenizer.chat_template else "plain"
+    return template
+
+
+def digest_pairs(pairs):
+    """sha256 over all ids of {split: [EncodedPair]}: tells whether two runs use the same pairs."""
+    digest = hashlib.sha256()
+    for split in sorted(pairs):
+        for pair in pairs[split]:
+            for ids in (*pair.prompts.values(), *pair.responses.values()):
+                digest.update(ids.tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- pairs of a run
+
+
+def sample(items, count, seed):
+    """At most `count` of the items in random order: files are often sorted in some way."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(items), generator=generator)
+    return [items[i] for i in order[:count].tolist()]
+
+
+def prepare_pairs(
+    paths,
+    splits,
+    tokenizer,
+    max_length,
+    seed,
+    limit=None,
+    positive=POSITIVE,
+    negative=NEGATIVE,
+    template="plain",
+):
+    """Read and tokenize the pairs of the given splits, and print how many there are.
+
+    paths: files, or hub:owner/name[:split]; splits: "train", "valid", "test" or "all".
+    Pairs with an input of more than max_length tokens are left out. limit: the number of pairs to
+    keep of each split, drawn at random; None keeps all.
+
+    Returns {split: [EncodedPair]}. UserError where a split is empty.
+    """
+    pairs, skipped = load_files(paths, seed, (tokenizer.bos_token, tokenizer.eos_token))
+    left_out = [f"{count} {reason}" for reason, count in skipped.items()]
+    prepared = {}
+    for split in splits:
+        selected = [pair for pair in pairs if split in (pair.split, "all")]
+        if limit:
+            selected = sample(selected, len(selected), seed)
+        prepared[split] = []
+        too_long = 0
+        for start in range(0, len(selected), CHUNK):
+            if limit and len(prepared[split]) >= limit:
+                break
+            chunk = selected[start : start + CHUNK]
+            encoded = encode_pairs(tokenizer, chunk, positive, negative, template)
+            fitting = [pair for pair in encoded if pair.max_length() <= max_length]
+            prepared[split] += fitting
+            too_long += len(encoded) - len(fitting)
+        prepared[split] = prepared[split][:limit]
+        left_out.append(f"{too_long} of {split} over {max_length} tokens")
+        if not prepared[split]:
+            raise UserError(
+                f"{', '.join(map(str, paths))}: no {split} pair is left of {len(pairs)} "
+                f"({'; '.join(left_out)}): raise --max-length or add {split} rows"
+            )
+    counts = ", ".join(f"{len(prepared[split])} {split} pairs" for split in splits)
+    print(f"{counts} (left out: {', '.join(left_out)})")
+    return prepared
+
+
+def load_files(paths, seed, specials):
+    """(pairs, {reason: count} of the rows left out) of several files; prints a line for each."""
+    specials = tuple(special for special in specials if special)
+    pairs = []
+    skipped = Counter()
+    for path in paths:
+        file_pairs, file_skipped, form = load_pairs(path, seed, specials)
+        rows = len(file_pairs) + sum(file_skipped.values())
+        print(f"{path}: {rows:,} rows, form: {form}")
+        pairs += file_pairs
+        skipped.update(file_skipped)
+    return pairs, skipped
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclass
+class Batch:
+    """Right-padded examples, [B, S]: ids int64; attention and response bool.
+
+    attention marks all real tokens, response those of r.
+    """
+
+    ids: torch.Tensor
+    attention: torch.Tensor
+    response: torch.Tensor
+
+
+def collate(examples, pad_id, device="cpu"):
+    """A Batch of a list of (ids, number of prompt ids), padded to the longest."""
+    sequences = [torch.tensor(ids) for ids, _ in examples]
+    lengths = torch.tensor([len(ids) for ids, _ in examples])
+    prompt_lengths = torch.tensor([prompt_length for _, prompt_length in examples])
+
+    ids = pad_sequence(sequences, batch_first=True, padding_value=pad_id)
+    position = torch.arange(ids.shape[1])
+    attention = position < lengths[:, None]
+    response = attention & (position >= prompt_lengths[:, None])
+    return Batch(ids.to(device), attention.to(device), response.to(device))
+
+
+def shuffled_batches(lengths, size, seed, skip=0):
+    """Yield batches of indices into lengths without end, reshuffled every epoch.
+
+    The examples of a batch have about the same length, so that there is little padding: they are
+    sorted within pools of 32 batches, which keeps the batches random. skip: the number of batches
+    to leave out at the beginning, for a run that resumes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(lengths), generator=generator)
+        batches = []
+        for pool in order.split(32 * size):
+            by_length = torch.tensor(sorted(pool.tolist(), key=lengths.__getitem__))
+            for batch in by_length.split(size):
+                shuffled = batch[torch.randperm(len(batch), generator=generator)]
+                batches.append(shuffled.tolist())
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            if skip > 0:
+                skip -= 1
+            else:
+                yield batches[i]
+
+
+def split_into_passes(batch, lengths, tokens):
+    """Split a batch (indices into lengths) into passes of at most `tokens` tokens.
+
+    Padding counts. A pass has at least one example. Examples of several passes are sorted by
+    length; a batch that fits into one pass keeps its order.
+    """
+    if len(batch) * max(lengths[i] for i in batch) <= tokens:
+        return [batch]
+    passes = [[]]
+    for i in sorted(batch, key=lengths.__getitem__):
+        # sorted: example i is the longest so far and sets the width of its pass
+        if passes[-1] and lengths[i] * (len(passes[-1]) + 1) > tokens:
+            passes.append([])
+        passes[-1].append(i)
+    return passes

@@ -1,0 +1,413 @@
+"""Models from Hugging Face: loading all or the first blocks of one, finding its blocks and linear
+layers, reading hidden states and log-probabilities.
+
+A "trunk" is a causal language model without its head: embeddings, decoder blocks, final norm.
+"""
+
+import functools
+import hashlib
+import json
+import struct
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file, logging
+
+from common.config import UserError, first_line
+
+# The logits made at a time: 256 MB in fp32.
+MAX_LOGITS = 2**26
+
+# "No limit is known" for the length of an input.
+UNLIMITED = 2**30
+
+# The stages have progress bars of their own.
+logging.disable_progress_bar()
+
+
+# ---------------------------------------------------------------- device, dtype, pass size
+
+
+def choose_device(name):
+    """torch.device of a setting; None takes the GPU where there is one. UserError otherwise."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {name}: only cpu and cuda are supported")
+        # fails here, and not in the middle of the stage, where the device does not exist
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {first_line(error)}") from None
+    if device.type == "cuda" and device.index is not None:
+        # peak memory and profiles are those of the current GPU
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(dtype, device):
+    """The name of a dtype; None takes bfloat16 on a GPU that has it, else float32."""
+    if dtype is not None:
+        return dtype
+    if device.type != "cuda":
+        return "float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    print("this GPU has no bfloat16: computing in float32")
+    return "float32"
+
+
+def choose_tokens_per_pass(tokens, device):
+    """The most tokens of a forward pass; None takes 4096 on a GPU, 2048 on a CPU (small caches)."""
+    return tokens or (4096 if device.type == "cuda" else 2048)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_or_refuse(what, name, load, setting="--model"):
+    """load(), any of its many exceptions turned into one UserError that names the setting."""
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not Path(name).is_dir():
+        raise UserError(f"{setting} {name}: no such folder")
+    try:
+        return load()
+    except Exception as error:
+        message = f"{setting} {name}: cannot read its {what}: {first_line(error)}"
+        raise UserError(message) from None
+
+
+def load_config(name):
+    """The text configuration of a model folder or hub name."""
+    config = load_or_refuse("config", name, lambda: AutoConfig.from_pretrained(name))
+    return config.get_text_config()
+
+
+def context_length(name):
+    """The longest input that the model was made for."""
+    return getattr(load_config(name), "max_position_embeddings", None) or UNLIMITED
+
+
+def load_tokenizer(name):
+    """The model's tokenizer. One without a padding token pads with its end-of-text token."""
+    tokenizer = load_or_refuse("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_model(name, dtype, device, gradient_checkpointing=False):
+    """A frozen causal language model in evaluation mode. dtype: "float32" or "bfloat16".
+
+    UserError if it cannot be read, or is not a decoder-only model with one stack of blocks.
+    """
+    model = load_weights(AutoModelForCausalLM, name, dtype).eval().to(device)
+    check_decoder_only(name, model)
+    return freeze(model, model.base_model, gradient_checkpointing)
+
+
+def load_trunk(name, n_blocks, dtype, device, gradient_checkpointing=False):
+    """The frozen trunk of a model's first n_blocks blocks, without final norm.
+
+    The weights of later blocks and of the head are not read.
+    """
+    config = load_or_refuse("config", name, lambda: AutoConfig.from_pretrained(name))
+    config.get_text_config().num_hidden_layers = n_blocks
+    # transformers would report the weights of the dropped blocks as unexpected
+    with quiet_transformers():
+        trunk = load_weights(AutoModel, name, dtype, config=config)
+    drop_final_norm(trunk)
+    return freeze(trunk.to(device), trunk, gradient_checkpointing)
+
+
+def load_weights(auto_class, name, dtype, **options):
+    """from_pretrained of a transformers class. UserError where the files lack weights."""
+
+    def load():
+        options_ = {"dtype": getattr(torch, dtype), "output_loading_info": True, **options}
+        return auto_class.from_pretrained(name, **options_)
+
+    model, info = load_or_refuse("weights", name, load)
+    if info["missing_keys"]:
+        # they would be random numbers
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"--model {name} lacks {missing}: not a complete causal language model")
+    return model
+
+
+@contextmanager
+def quiet_transformers():
+    """Within the context, transformers logs errors only."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def freeze(model, trunk, gradient_checkpointing):
+    """The model in evaluation mode, its weights fixed. Optionally checkpoint each block of the
+    trunk: the backward keeps only the block's input and runs the block again."""
+    if gradient_checkpointing:
+        # transformers' own switch does nothing in evaluation mode
+        for block in find_blocks(trunk)[1]:
+            block.forward = functools.partial(
+                checkpoint_activations, block.forward, use_reentrant=False
+            )
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def check_decoder_only(name, model):
+    """UserError unless a model is a trunk with a head, the trunk is one plain stack of blocks,
+    and no hidden state depends on later tokens."""
+    kind = type(model).__name__
+    if model.base_model is model:
+        prefix = model.base_model_prefix
+        raise UserError(f"--model {name}: {kind} has no trunk under the name {prefix!r}")
+    path, _ = find_blocks(model.base_model)
+    if model.get_decoder() is not model.base_model.get_submodule(path.rpartition(".")[0]):
+        raise UserError(f"--model {name}: {kind} has more around its blocks than a decoder")
+    ids = torch.tensor([[2, 3], [2, 4]], device=model.device)
+    first, second = model(input_ids=ids, use_cache=False).logits[:, 0].float()
+    if (first - second).norm() > 1e-2 * first.norm():
+        raise UserError(
+            f"--model {name}: {kind} looks ahead: its output at a token depends on later ones; "
+            "a decoder-only model is needed"
+        )
+
+
+def drop_final_norm(trunk):
+    """Replace the norm after the last block by the identity. Norms of the embeddings stay."""
+    decoder = trunk.get_decoder()
+    for name, child in decoder.named_children():
+        if "Norm" in type(child).__name__ and "embed" not in name:
+            setattr(decoder, name, nn.Identity())
+
+
+def model_digest(name):
+    """sha256 over names, shapes and the first 4 kB of every tensor in a model's safetensors files.
+
+    It tells two models apart and is quick at any size. Other formats count by name and size.
+    """
+    load = functools.partial(cached_file, name, "config.json")
+    folder = Path(load_or_refuse("config", name, load)).parent
+    digest = hashlib.sha256()
+    safetensors_files = sorted(folder.glob("model*.safetensors"))
+    for path in safetensors_files:
+        update_digest(digest, path)
+    if not safetensors_files:
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+def update_digest(digest, path):
+    """Add the tensors of one safetensors file to a digest, see model_digest."""
+    with open(path, "rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_size))
+        for key, entry in sorted(header.items()):
+            digest.update(f"{key} {entry}".encode())
+            if key != "__metadata__":
+                start, end = entry["data_offsets"]
+                file.seek(8 + header_size + start)
+                digest.update(file.read(min(4096, end - start)))
+
+
+# ---------------------------------------------------------------- blocks and linear layers
+
+
+def find_blocks(trunk):
+    """(path, ModuleList) of the decoder blocks: the list as long as the config says.
+
+    UserError where there is not exactly one such list.
+    """
+    count = trunk.config.get_text_config().num_hidden_layers
+    module_lists = {
+        path: module for path, module in trunk.named_modules() if isinstance(module, nn.ModuleList)
+    }
+    stacks = [(path, blocks) for path, blocks in module_lists.items() if len(blocks) == count]
+    if len(stacks) != 1:
+        names = ", ".join(f"{path} ({len(blocks)})" for path, blocks in module_lists.items())
+        raise UserError(
+            f"{type(trunk).__name__} has no plain stack of decoder blocks: the config says "
+            f"{count}, its lists of modules are {names or 'none'}"
+        )
+    return stacks[0]
+
+
+def is_linear(module):
+    """Whether a module is a linear layer; GPT-2's Conv1D is one, its weight stored [in, out]."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def find_linears(trunk, targets="all-linear"):
+    """{path in the trunk: linear layer} of its decoder blocks.
+
+    targets: "all-linear"; "attention", those inside attention modules; or the last parts of
+    their names, such as "q_proj,v_proj". In a mixture of experts, all-linear means attention too:
+    experts are not linear layers, and PEFT takes names such as gate_proj for theirs.
+    """
+    path, blocks = find_blocks(trunk)
+    modules = {f"{path}.{name}": module for name, module in blocks.named_modules() if name}
+    linears = {name: module for name, module in modules.items() if is_linear(module)}
+    attention_prefixes = tuple(
+        f"{name}." for name, module in modules.items() if "Attention" in type(module).__name__
+    )
+    in_attention = {
+        name: linear for name, linear in linears.items() if name.startswith(attention_prefixes)
+    }
+    if any("experts" in name.split(".") for name in modules):
+        linears = in_attention
+    if targets == "all-linear":
+        chosen, missing = linears, []
+    elif targets == "attention":
+        chosen, missing = in_attention, []
+    else:
+        chosen, missing = choose_by_name(linears, targets)
+    if missing or not chosen:
+        names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+        raise UserError(
+            f"--lora-targets {','.join(missing) or targets}: no such linear in "
+            f"{type(trunk).__name__}, whose blocks have {names or 'none'}"
+        )
+    return chosen
+
+
+def choose_by_name(linears, targets):
+    """({path: linear} whose last names are in "q_proj,v_proj", the names that none has)."""
+    wanted = targets.replace(" ", "").split(",")
+    last_names = {path: path.rpartition(".")[2] for path in linears}
+    chosen = {path: linear for path, linear in linears.items() if last_names[path] in wanted}
+    missing = [name for name in wanted if name not in last_names.values()]
+    return chosen, missing
+
+
+def choose_layers(layers, n):
+    """Sorted target layers of a model of n blocks, counted from 0.
+
+    layers: numbers (negative from the top) and names: `middle` and `last` are thirds of the
+    model, every second block of it where n is 12 or more; `all` is every block. Empty means
+    `all` below 12 blocks, else `middle`. UserError for anything else.
+    """
+    step = 2 if n >= 12 else 1
+    names = {
+        "middle": range(n // 3, 2 * n // 3, step) or [0],
+        "last": range(n - 1, 2 * n // 3 - 1, -step) or [n - 1],
+        "all": range(n),
+    }
+    chosen = set()
+    for layer in layers or ["all" if n < 12 else "middle"]:
+        try:
+            chosen |= set(names[layer]) if layer in names else {range(n)[int(layer)]}
+        except (ValueError, IndexError):
+            raise UserError(
+                f"--layers {layer}: the model has blocks 0 to {n - 1} (or -{n} to -1 from the "
+                f"top); names are {', '.join(names)}"
+            ) from None
+    return sorted(chosen)
+
+
+# ---------------------------------------------------------------- hidden states, log-probabilities
+
+
+def hidden_states(trunk, layers, ids):
+    """A(π, x, l): the output of decoder block l for each l in layers.
+
+    ids: [B, S]. Returns a list of tensors [B, S, D]. Padding is on the right, where no token of a
+    decoder-only model looks, so no attention mask is given and attention takes its fast path.
+    """
+    _, blocks = find_blocks(trunk)
+    states = {}
+
+    def save_output(layer, module, args, output):
+        # some families return a tuple: (hidden states, ...)
+        states[layer] = output[0] if isinstance(output, tuple) else output
+
+    hooks = [
+        blocks[layer].register_forward_hook(functools.partial(save_output, layer))
+        for layer in layers
+    ]
+    try:
+        trunk(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [states[layer] for layer in layers]
+
+
+def response_logprobs(model, batch):
+    """log π(r_t | p, q, r_<t) of the response tokens, shifted by one.
+
+    Returns fp32 [B, S-1], 0 outside the response, and the mask of the response, bool [B, S-1].
+    Logits are made only for the N positions that predict a response token, and in chunks that the
+    backward makes again, so that a large vocabulary does not decide how much memory is needed.
+    """
+    # position t predicts token t + 1
+    predicts_response = batch.response[:, 1:]
+    decoder = model.get_decoder()
+    # no attention mask: see hidden_states
+    output = decoder(input_ids=batch.ids, use_cache=False)
+    states = output["last_hidden_state"][:, :-1][predicts_response]  # [N, D]
+    targets = batch.ids[:, 1:][predicts_response]  # [N]
+
+    def chunk_logprobs(states, targets):
+        """[n, D], [n] -> [n]. Runs the model's own forward with the decoder replaced by its
+        states, so that whatever this model does to its logits is done."""
+        replaced = type(output)(**{**output, "last_hidden_state": states[None]})
+        decoder.forward = lambda *args, **kwargs: replaced
+        try:
+            logits = model(input_ids=targets[None], use_cache=False).logits[0]
+        finally:
+            del decoder.forward
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+    chunk = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+    if len(targets) <= chunk:
+        logprobs = chunk_logprobs(states, targets)
+    else:
+        parts = [
+            checkpoint_activations(chunk_logprobs, *part, use_reentrant=False)
+            for part in zip(states.split(chunk), targets.split(chunk))
+        ]
+        logprobs = torch.cat(parts)
+    dense = torch.zeros(predicts_response.shape, device=states.device)
+    return dense.masked_scatter(predicts_response, logprobs), predicts_response
+
+
+def token_mean(values, mask):
+    """Mean over the marked tokens of each example: [B, S], bool [B, S] -> [B]."""
+    return (values * mask).sum(1) / mask.sum(1)
+
+
+def principal_directions(batches, k):
+    """The top k uncentred principal directions of v, per layer.
+
+    batches: iterable of lists of L tensors v [T, D]. They come from the second moment Σ v v^T
+    [D, D], summed in fp32. Returns L orthonormal U [k, D], and L lists of the cumulative shares
+    of Σ|v|² that the first 1, 2, ... D directions hold. UserError where v is NaN or infinite.
+    """
+    moments = None
+    for batch in batches:
+        if moments is None:
+            moments = [torch.zeros(v.shape[1], v.shape[1], device=v.device) for v in batch]
+        for moment, v in zip(moments, batch):
+            moment.addmm_(v.float().T, v.float())
+    directions, shares = [], []
+    for moment in moments:
+        if not moment.isfinite().all():
+            # eigh would fail with a less helpful message
+            raise UserError("h+ - h- is NaN or infinite: train stage 1 at a lower --lr")
+        # eigenvalues ascend
+        values, vectors = torch.linalg.eigh(moment)
+        directions.append(vectors.flip(1)[:, :k].T.contiguous())
+        total = values.sum().clamp(min=1e-30)
+        shares.append((values.flip(0).cumsum(0) / total).tolist())
+    return directions, shares

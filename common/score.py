@@ -1,0 +1,462 @@
+"""How good is a model, and has it collapsed? Preferences, answers, judge, reward model.
+
+evaluate.py compares models with it; tools/sweep.py chooses among adapters with it.
+
+A scorer is a callable (dialogues, replies) -> list of floats, where a dialogue is a tuple of
+(role, text) turns and a reply is a text.
+"""
+
+import importlib
+import math
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from common.chat import render_chat, render_transcript
+from common.config import UserError
+from common.data import collate, split_into_passes
+from common.hf import (
+    UNLIMITED,
+    choose_tokens_per_pass,
+    load_or_refuse,
+    response_logprobs,
+    token_mean,
+)
+from lora import LoRA, enable_only
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are generated."""
+
+    # the longest answer
+    max_new_tokens: int
+    # prompts answered at a time
+    batch_size: int
+    # seed of the sampled answers
+    seed: int
+
+
+# ---------------------------------------------------------------- scorers
+
+
+def load_judge(name):
+    """The scorer that calls "module:function", a function (prompt, response) -> [0, 1]."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        judge = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--judge {name}: {error}; give it as module:function") from None
+
+    def score(dialogues, replies):
+        prompts = [render_transcript(turns) for turns in dialogues]
+        return [float(judge(prompt, reply)) for prompt, reply in zip(prompts, replies)]
+
+    return score
+
+
+def check_reward_model(name):
+    """UserError unless a model folder or hub name holds a classifier with one label."""
+    config = load_or_refuse(
+        "config", name, lambda: AutoConfig.from_pretrained(name), "--reward-model"
+    )
+    if config.num_labels != 1:
+        raise UserError(
+            f"--reward-model {name} has {config.num_labels} labels: a reward model has one"
+        )
+
+
+def load_classifier(name, dtype):
+    """The sequence classifier of a model folder or hub name. dtype: "float32" or "bfloat16".
+
+    UserError where its files lack weights.
+    """
+    model, loading = load_or_refuse(
+        "weights",
+        name,
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=getattr(torch, dtype), output_loading_info=True
+        ),
+        "--reward-model",
+    )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        # such as the head of a language model: its scores would be random
+        raise UserError(
+            f"--reward-model {name} lacks {', '.join(missing)}: it is no trained classifier"
+        )
+    return model.eval()
+
+
+def load_reward_model(name, dtype, device, batch_size):
+    """The scorer that returns the rewards of a sequence classifier with one label.
+
+    It reads dialogue and reply as its own chat template renders them. Without a template it reads
+    question and reply as a pair where its tokenizer has a separator, else a transcript. Inputs
+    that are too long lose their beginning.
+    """
+    check_reward_model(name)
+    tokenizer = load_or_refuse(
+        "tokenizer",
+        name,
+        lambda: AutoTokenizer.from_pretrained(name, truncation_side="left"),
+        "--reward-model",
+    )
+    model = load_classifier(name, dtype).to(device)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id != model.config.pad_token_id:
+        # a classifier that does not know the padding cannot read padded batches
+        batch_size = 1
+    context = getattr(model.config, "max_position_embeddings", None) or UNLIMITED
+    max_length = min(tokenizer.model_max_length, context)
+
+    def render(turns, reply):
+        """The one or two texts that the tokenizer reads."""
+        if tokenizer.chat_template:
+            return [render_chat(tokenizer, turns, reply=reply)]
+        if tokenizer.sep_token:
+            return [question(turns), reply]
+        return [f"{render_transcript(turns)} {reply}"]
+
+    @torch.no_grad()
+    def score(dialogues, replies):
+        inputs = [render(turns, reply) for turns, reply in zip(dialogues, replies)]
+        rewards = []
+        for start in range(0, len(inputs), batch_size):
+            columns = zip(*inputs[start : start + batch_size])
+            encoded = tokenizer(
+                *map(list, columns),
+                padding=batch_size > 1,
+                truncation=True,
+                max_length=max_length,
+                add_special_tokens=not tokenizer.chat_template,
+                return_tensors="pt",
+            )
+            logits = model(**encoded.to(device)).logits
+            rewards += logits[:, 0].float().tolist()
+        return rewards
+
+    return score
+
+
+def question(turns):
+    """A dialogue as one text: a single turn as it was asked, several turns as a transcript."""
+    return turns[0][1] if len(turns) == 1 else render_transcript(turns)
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+@torch.no_grad()
+def preferences(model, pairs, prompt, pad_id, tokens_per_pass=None):
+    """How a model rates chosen against rejected responses, P = mean log π(r_t | ...).
+
+    prompt: "plain", "positive" or "negative". Returns the share of pairs with
+    P(chosen) > P(rejected), the mean difference, and the NLL per token of the chosen responses.
+    """
+    # two inputs a pair
+    pass_size = choose_tokens_per_pass(tokens_per_pass, model.device) // 2
+    lengths = [pair.max_length() for pair in pairs]
+    margins = []
+    nll = 0.0
+    n_tokens = 0
+    for indices in split_into_passes(range(len(pairs)), lengths, pass_size):
+        n = len(indices)
+        examples = [pairs[i].example(prompt, "chosen") for i in indices]
+        examples += [pairs[i].example(prompt, "rejected") for i in indices]
+        logprobs, mask = response_logprobs(model, collate(examples, pad_id, model.device))
+        chosen, rejected = token_mean(logprobs, mask).view(2, n)
+        margins.append(chosen - rejected)
+        nll -= logprobs[:n].sum().item()
+        n_tokens += mask[:n].sum().item()
+    margins = torch.cat(margins)
+    return (margins > 0).float().mean().item(), margins.mean().item(), nll / n_tokens
+
+
+@torch.no_grad()
+def nll_under(model, pairs, answers, pad_id, tokens_per_pass):
+    """NLL per token of answers (lists of ids) after the plain prompts of their pairs.
+
+    It is high for text that the model finds strange.
+    """
+    prompts = [pair.prompts["plain"].tolist() for pair in pairs]
+    examples = [(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers)]
+    lengths = [len(ids) for ids, _ in examples]
+    pass_size = choose_tokens_per_pass(tokens_per_pass, model.device)
+    nll = 0.0
+    n_tokens = 0
+    for indices in split_into_passes(range(len(pairs)), lengths, pass_size):
+        batch = collate([examples[i] for i in indices], pad_id, model.device)
+        logprobs, mask = response_logprobs(model, batch)
+        nll -= logprobs.sum().item()
+        n_tokens += mask.sum().item()
+    return nll / n_tokens
+
+
+# ---------------------------------------------------------------- answers
+
+
+def stop_tokens(model, tokenizer, end_token=None):
+    """The ids that end an answer: of the model's generation config (else EOS), and end_token."""
+    stops = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    return {*stops, end_token} - {None}
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, settings, sample=False, end_token=None):
+    """Answers to prompts (lists of ids), as lists of ids up to and with their stop token.
+
+    sample: at temperature 1 from the model's full distribution, else greedy. end_token: the id
+    that ends a response in the chat template, if any. Answers end where the model's context does.
+    """
+    stops = stop_tokens(model, tokenizer, end_token)
+    options = {
+        "do_sample": sample,
+        "eos_token_id": list(stops) or None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if sample:
+        options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
+
+    torch.manual_seed(settings.seed)
+    # similar lengths together: less padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [None] * len(prompts)
+    for start in range(0, len(prompts), settings.batch_size):
+        indices = order[start : start + settings.batch_size]
+        ids, attention = left_pad([prompts[i] for i in indices], tokenizer.pad_token_id)
+        width = ids.shape[1]
+        max_new_tokens = max(1, min(settings.max_new_tokens, context - width))
+        with no_generation_config(model):
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=attention.to(model.device),
+                generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **options),
+            )
+        for i, new_ids in zip(indices, output[:, width:].tolist()):
+            answers[i] = cut_after_stop(new_ids, stops)
+    return answers
+
+
+def left_pad(prompts, pad_id):
+    """Ids and attention mask, int64 [B, S], padded on the left, where generation expects it."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    attention = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(attention)
+
+
+def cut_after_stop(ids, stops):
+    """The ids up to and with the first stop token."""
+    for i, token in enumerate(ids):
+        if token in stops:
+            return ids[: i + 1]
+    return ids
+
+
+@contextmanager
+def no_generation_config(model):
+    """Hide a model's generation config within the context.
+
+    Its settings, such as a repetition penalty, would fill in what the caller's leaves open.
+    """
+    config = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = config
+
+
+def text_of(tokenizer, answer):
+    """An answer as text, cut where the model begins to write the next human turn."""
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    return text.split("\n\nHuman:")[0].strip()
+
+
+def repeated_ngrams(answers, n=4):
+    """The share of n-grams that have occurred before in the same answer."""
+    repeated = 0
+    total = 0
+    for answer in answers:
+        ngrams = [tuple(answer[i : i + n]) for i in range(len(answer) - n + 1)]
+        repeated += len(ngrams) - len(set(ngrams))
+        total += len(ngrams)
+    return repeated / max(1, total)
+
+
+# ---------------------------------------------------------------- models
+
+
+@contextmanager
+def attached(model, weights):
+    """Within the context, a model has an adapter: AdapterWeights, or None for the base alone."""
+    adapter = LoRA(model.base_model, weights=weights).eval() if weights else None
+    try:
+        yield adapter
+    finally:
+        if adapter:
+            adapter.remove()
+
+
+def score_model(
+    model, adapter, tokenizer, pairs, prompt, scorers, generation, tokens_per_pass=None
+):
+    """Score one model on pairs: how it rates their responses, and how it answers their prompts.
+
+    adapter: the LoRA that is attached to the model, or None; prompt: "plain", "positive" or
+    "negative"; scorers: {"judge" | "reward": scorer}; generation: GenerationSettings. Returns the
+    report {figure: number}, and the greedy and sampled answers as rows in AlpacaEval's form (but
+    for the generator's name), each with its scores.
+    """
+    pad_id = tokenizer.pad_token_id
+    accuracy, margin, chosen_nll = preferences(model, pairs, prompt, pad_id, tokens_per_pass)
+    report = {
+        "preference_accuracy": accuracy,
+        "preference_margin": margin,
+        "chosen_nll": chosen_nll,
+    }
+
+    dialogues = [pair.pair.prompt for pair in pairs]
+    prompts = [pair.prompts[prompt].tolist() for pair in pairs]
+    end_token = pairs[0].end_token
+    rows = []
+    answers = []
+    for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        new_answers = generate(
+            model, tokenizer, prompts, generation, sample=temperature > 0, end_token=end_token
+        )
+        replies = [text_of(tokenizer, answer) for answer in new_answers]
+        new_rows = [
+            {"instruction": question(turns), "output": reply, "temperature": temperature}
+            for turns, reply in zip(dialogues, replies)
+        ]
+        for name, scorer in scorers.items():
+            scores = scorer(dialogues, replies)
+            for row, score in zip(new_rows, scores):
+                row[name] = score
+            report[f"{name}_{decoding}"] = sum(scores) / len(scores)
+        rows += new_rows
+        answers += new_answers
+
+    with enable_only([adapter] if adapter else []):
+        base_nll = nll_under(model, pairs * 2, answers, pad_id, tokens_per_pass)
+    stops = stop_tokens(model, tokenizer, end_token)
+    report |= {
+        "own_nll_under_base": base_nll,
+        "repeated_ngrams": repeated_ngrams(answers),
+        "mean_length": sum(len(answer) for answer in answers) / len(answers),
+        "ended": sum(answer[-1] in stops for answer in answers) / len(answers),
+    }
+    return report, rows
+
+
+def score_models(model, adapters, tokenizer, pairs, scorers, generation, tokens_per_pass=None):
+    """score_model for several adapters on one base, {name: (AdapterWeights or None, prompt)}.
+
+    Returns {name: report} and all rows of samples.jsonl.
+    """
+    reports = {}
+    samples = []
+    bar = tqdm(adapters.items(), desc="score", unit="model")
+    for name, (weights, prompt) in bar:
+        bar.set_postfix_str(name)
+        with attached(model, weights) as adapter:
+            reports[name], rows = score_model(
+                model, adapter, tokenizer, pairs, prompt, scorers, generation, tokens_per_pass
+            )
+        samples += [{"generator": name, **row} for row in rows]
+    return reports, samples
+
+
+# ---------------------------------------------------------------- comparing models
+
+
+def signs_of_collapse(report, base):
+    """The signs of collapse in a model's report beside its base's, as text; "" without any."""
+    signs = []
+    nll = report["own_nll_under_base"]
+    base_nll = base["own_nll_under_base"]
+    if nll > 3 * base_nll:
+        signs.append(
+            "the base finds its answers strange "
+            f"(NLL {nll:.2f} per token, the base's own {base_nll:.2f})"
+        )
+    if report["repeated_ngrams"] > base["repeated_ngrams"] + 0.1:
+        signs.append(f"it repeats itself ({report['repeated_ngrams']:.0%} of the 4-grams)")
+    return " and ".join(signs)
+
+
+def win_rate(scores, base_scores, z=1.96):
+    """How often a model scores above its base, prompt by prompt; a tie counts half.
+
+    Returns (rate, low, high), with Wilson's 95% interval.
+    """
+    n = len(scores)
+    wins = sum((a > b) + (a == b) / 2 for a, b in zip(scores, base_scores))
+    rate = wins / n
+    center = rate + z * z / (2 * n)
+    half_width = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return rate, (center - half_width) / scale, (center + half_width) / scale
+
+
+def choose_best(reports):
+    """The best of several models beside their base, {"base" | name: report}, and why.
+
+    Models that show signs of collapse are out, unless all do. Of the others the highest reward or
+    judge's score wins (greedy and sampled averaged), or, without a scorer, the lowest NLL per
+    token of the chosen responses.
+    """
+    base = reports["base"]
+    candidates = [name for name in reports if name != "base"]
+    collapses = {name: signs_of_collapse(reports[name], base) for name in candidates}
+    sound = [name for name in candidates if not collapses[name]]
+
+    scorer = next((name for name in ("reward", "judge") if f"{name}_greedy" in base), None)
+    if scorer:
+        criterion = f"the best {scorer}"
+        figures = {
+            name: (report[f"{scorer}_greedy"] + report[f"{scorer}_sampled"]) / 2
+            for name, report in reports.items()
+        }
+        best = max(sound or candidates, key=figures.get)
+        better = figures[best] > figures["base"]
+    else:
+        criterion = "the lowest NLL of the chosen responses"
+        figures = {name: report["chosen_nll"] for name, report in reports.items()}
+        best = min(sound or candidates, key=figures.get)
+        better = figures[best] < figures["base"]
+
+    reasons = [f"with {criterion} ({figures[best]:.3f}; base {figures['base']:.3f})"]
+    if not better:
+        reasons.append("WARNING: it is no better than the base")
+    for name in candidates:
+        if collapses[name]:
+            reasons.append(f"{name} shows a collapse: {collapses[name]}")
+    return best, "; ".join(reasons)
+
+
+def markdown_table(reports):
+    """The reports of several models, {name: {column: number}}, as a Markdown table."""
+    columns = list(next(iter(reports.values())))
+    widths = [max(len(name) for name in reports)]
+    widths += [max(len(column), 6) for column in columns]
+    lines = [["", *columns], ["-" * width for width in widths]]
+    for name, report in reports.items():
+        lines.append([name, *(f"{report[column]:.3f}" for column in columns)])
+    padded = [map(str.rjust, line, widths) for line in lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in padded)

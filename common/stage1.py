@@ -1,0 +1,117 @@
+"""Stage 1 from both sides: what scit.py and dual.py start from, and how later stages open what
+they wrote."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import toy
+from common.config import UserError
+from common.data import choose_template, prepare_pairs
+from common.hf import (
+    choose_device,
+    choose_dtype,
+    choose_tokens_per_pass,
+    context_length,
+    load_model,
+    load_tokenizer,
+    model_digest,
+)
+from common.stages import choose_method, read_stage, verified
+from lora import LoRA, load_adapter
+
+# The adapters that each method trains: {method: {kind: folder in OUT/method}}.
+ADAPTER_FOLDERS = {"scit": {"scit": "adapter"}, "dual": {"good": "good", "bad": "bad"}}
+
+
+@dataclass
+class Stage1Inputs:
+    """What stage 1 trains on. pairs: {"train" | "valid": [EncodedPair]}. settings: those of the
+    stage, with what was chosen or computed filled in; they go into its manifest."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    pairs: dict
+    settings: dict
+    model_digest: str
+
+
+def prepare_stage1(config):
+    """Load model, tokenizer and pairs for scit.py or dual.py, and complete their settings.
+
+    Where neither --model nor --data is given, the embedded default is used (and made first).
+    """
+    torch.manual_seed(config.seed)
+    device = choose_device(config.device)
+    config.dtype = choose_dtype(config.dtype, device)
+    config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
+    source = toy.source_or_default(config)
+    tokenizer = load_tokenizer(source["model"])
+    config.template = choose_template(config.template, tokenizer)
+    config.max_length = min(config.max_length, context_length(source["model"]))
+    pairs = prepare_pairs(
+        source["data"],
+        ("train", "valid"),
+        tokenizer,
+        config.max_length,
+        config.seed,
+        config.limit,
+        config.positive,
+        config.negative,
+        config.template,
+    )
+    model = load_model(source["model"], config.dtype, device, config.gradient_checkpointing)
+    # later stages may take another seed, but never another split
+    settings = {**vars(config), **source, "split_seed": config.seed}
+    return Stage1Inputs(model, tokenizer, pairs, settings, model_digest(source["model"]))
+
+
+@dataclass
+class Stage1Output:
+    """What stage 1 wrote. folders and manifests by kind: scit, or good and bad."""
+
+    method: str
+    folders: dict
+    manifests: dict
+
+    @property
+    def manifest(self):
+        """One of the manifests: they agree in settings and model digest."""
+        return next(iter(self.manifests.values()))
+
+    def check_model(self, name):
+        """UserError unless a loaded model is the one that stage 1 trained on."""
+        if model_digest(name) != self.manifest["model_digest"]:
+            folders = " and ".join(map(str, self.folders.values()))
+            raise UserError(
+                f"--model {name} is not the model that {folders} was trained on: "
+                f"run `python {self.method}.py` again"
+            )
+
+    def load_adapters(self, trunk):
+        """The adapters {kind: LoRA} on a trunk, in evaluation mode."""
+        adapters = {}
+        for kind, folder in self.folders.items():
+            weights = load_adapter(verified(folder, self.manifests[kind]), trunk)
+            adapters[kind] = LoRA(trunk, weights=weights).eval()
+        return adapters
+
+
+def open_stage1(out, method):
+    """The Stage1Output in a folder. method: "scit", "dual", or None for the one that is there.
+
+    UserError if it is missing or unfinished, or if its adapters come from different runs.
+    """
+    required = {"scit": "adapter", "dual": "good"}
+    method = choose_method(out, method, required, ["python scit.py", "python dual.py"])
+    command = f"python {method}.py"
+    folders, manifests = {}, {}
+    for kind, name in ADAPTER_FOLDERS[method].items():
+        folders[kind] = Path(out) / method / name
+        manifests[kind] = read_stage(folders[kind], kind, command)
+    stage1 = Stage1Output(method, folders, manifests)
+    if any(m["settings"] != stage1.manifest["settings"] for m in manifests.values()):
+        names = " and ".join(map(str, folders.values()))
+        raise UserError(f"{names} come from different runs: run `{command}` again")
+    return stage1

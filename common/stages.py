@@ -1,0 +1,273 @@
+"""Stage folders: how one stage hands its files to the next.
+
+Every stage writes one folder. It is written under a temporary name, its `stage.json` (the
+manifest) goes in last, and the folder is renamed when it is complete, so that a folder with a
+`stage.json` is a complete one:
+
+    {"kind": "scit", "version": 6, "made_by": {...}, "settings": {...}, "digests": {file: sha256}}
+
+A later stage reads the manifest, checks kind, version and digests, and inherits the settings.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.config import UserError
+
+# The version of the files: a stage refuses any other.
+VERSION = 6
+MANIFEST = "stage.json"
+RESUME_KEY = "resume_key"
+
+# Settings that do not change what a run computes, beyond rounding: it may resume with others.
+IRRELEVANT = (
+    "out",
+    "device",
+    "alpha",
+    "strength",
+    "checkpoint_minutes",
+    "restart",
+    "judge",
+    "reward_model",
+    "max_new_tokens",
+    "tokens_per_pass",
+    "gradient_checkpointing",
+)
+
+
+def versions():
+    """The versions of Python and the libraries, to stand beside every file and figure."""
+    names = ("torch", "transformers", "safetensors", "numpy")
+    libraries = {name: importlib.metadata.version(name) for name in names}
+    return {"python": sys.version.split()[0], **libraries}
+
+
+def file_digest(path, part_size=2**23):
+    """sha256 over the sha256 of each 8 MB of a file, so that all cores work on a large one."""
+
+    def digest_part(start):
+        with open(path, "rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(part_size)).digest()
+
+    starts = range(0, os.path.getsize(path), part_size)
+    with ThreadPoolExecutor() as threads:
+        return hashlib.sha256(b"".join(threads.map(digest_part, starts))).hexdigest()
+
+
+# ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside `path`; what was written there is flushed and renamed."""
+    path = Path(path)
+    tmp_path = path.with_name(f".{path.name}.partial")
+    yield tmp_path
+    flush_to_disk(tmp_path)
+    tmp_path.rename(path)
+
+
+def flush_to_disk(path):
+    """Wait until the bytes of a file are on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path, value):
+    """Write a value as indented JSON, atomically."""
+    with atomic_write(path) as tmp_path:
+        tmp_path.write_text(json.dumps(value, indent=2))
+
+
+@contextmanager
+def write_stage(folder, kind, manifest, depends_on=None):
+    """Write a stage folder: yield a temporary folder, renamed to `folder` when complete.
+
+    The dict `manifest`, which the body may still extend, becomes stage.json. After an exception
+    the previous folder is still there. depends_on: a dict of everything that the content depends
+    on; an interrupted run then keeps its files, and one that depends on the same finds them.
+    """
+    folder = recover_folder(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    resumable = depends_on is not None
+    prepare_partial(partial, relevant_settings(depends_on) if resumable else None)
+    try:
+        yield partial
+        write_manifest(partial, kind, manifest)
+    except BaseException:
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    previous = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        folder.rename(previous)
+    partial.rename(folder)
+    (folder / RESUME_KEY).unlink(missing_ok=True)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def prepare_partial(partial, key):
+    """Make the temporary folder of a stage, or keep an interrupted run's with the same key."""
+    key_path = partial / RESUME_KEY
+    if key is not None and partial.exists():
+        if key_path.is_file() and key_path.read_text() == key:
+            print(f"{partial}: resuming")
+            return
+        print(f"{partial}: made with other settings, deleted")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if key is not None:
+        with atomic_write(key_path) as tmp_path:
+            tmp_path.write_text(key)
+
+
+def write_manifest(folder, kind, manifest):
+    """Flush all files of a folder, then write its stage.json with their digests."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    names = sorted(str(path.relative_to(folder)) for path in paths)
+    skipped = (RESUME_KEY, MANIFEST)
+    names = [name for name in names if name not in skipped and not name.endswith(".partial")]
+    for name in names:
+        flush_to_disk(folder / name)
+    digests = {name: file_digest(folder / name) for name in names}
+    header = {"kind": kind, "version": VERSION, "made_by": versions()}
+    write_json(folder / MANIFEST, {**header, **manifest, "digests": digests})
+
+
+def relevant_settings(settings):
+    """The settings that a result depends on, as text to compare."""
+    relevant = {name: value for name, value in settings.items() if name not in IRRELEVANT}
+    return json.dumps({"version": VERSION, **relevant}, sort_keys=True, default=str)
+
+
+def recover_folder(folder):
+    """The path of a stage folder, renamed back where a run was killed between two renames.
+
+    Such a run has left the previous folder as `.name.old` and none under `name`.
+    """
+    folder = Path(folder)
+    previous = folder.with_name(f".{folder.name}.old")
+    if previous.exists() and folder.exists():
+        shutil.rmtree(previous)
+    elif previous.exists():
+        previous.rename(folder)
+    return folder
+
+
+@contextmanager
+def open_log(folder, name):
+    """Yield FOLDER/NAME.log, open for JSON lines, its first line the versions.
+
+    A run that resumes from a checkpoint appends to its log.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    resumes = any(folder.glob(f".checkpoint-{name}*"))
+    with open(folder / f"{name}.log", "a" if resumes else "w", buffering=1) as log:
+        print(json.dumps(versions()), file=log)
+        yield log
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_stage(folder, kind, command):
+    """The manifest of a stage folder.
+
+    UserError if the folder is missing, unfinished, or of another kind or version; command: what
+    writes such a folder, for the message.
+    """
+    folder = recover_folder(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: run `{command}` first")
+    if not path.is_file():
+        raise UserError(f"{folder} is unfinished (no {MANIFEST}): run `{command}` again")
+    try:
+        manifest = json.loads(path.read_text())
+        written_as = (manifest["kind"], manifest["version"])
+        check_names(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message = f"{path} is not a valid stage manifest: run `{command}` again"
+        raise UserError(message) from None
+    if written_as != (kind, VERSION):
+        raise UserError(
+            f"{folder} is {written_as[0]} version {written_as[1]}, not {kind} version {VERSION}: "
+            f"run `{command}` again"
+        )
+    return manifest
+
+
+def check_names(manifest):
+    """ValueError unless a manifest has settings and all its files lie inside its folder."""
+    if not isinstance(manifest["settings"], dict):
+        raise ValueError("settings are not an object")
+    shards = manifest.get("shards", []) + manifest.get("validation_shards", [])
+    for name in [*manifest["digests"], *shards]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name} lies outside the folder")
+
+
+def verified(folder, manifest, name=""):
+    """The path of a file or folder inside a stage folder (or of all of it).
+
+    UserError if a file's digest is not the one in the manifest.
+    """
+    digests = {
+        file: digest for file, digest in manifest["digests"].items() if file.startswith(name)
+    }
+    for file, digest in digests.items() or {name: None}.items():
+        path = Path(folder) / file
+        if not path.is_file() or file_digest(path) != digest:
+            raise UserError(
+                f"{path} is missing or not the file that {MANIFEST} describes: run that stage again"
+            )
+    return Path(folder) / name
+
+
+# ---------------------------------------------------------------- from one stage to the next
+
+
+def inherit(config, settings, names, source):
+    """Fill the settings that the user left empty (None) from an earlier stage's; print them."""
+    inherited = [name for name in names if getattr(config, name) is None]
+    for name in inherited:
+        setattr(config, name, settings[name])
+    print(f"from {source}: " + ", ".join(f"{name} {settings[name]}" for name in inherited))
+
+
+def choose_method(out, method, required, commands):
+    """The method ("scit" or "dual") that a stage works on: as asked, or the one that is there.
+
+    required: {method: folder that must exist in OUT/method}; commands: what would write one.
+    """
+    present = [
+        name for name in required if recover_folder(Path(out) / name / required[name]).is_dir()
+    ]
+    if method is not None:
+        return method
+    if len(present) > 1:
+        options = " or ".join(f"--method {name}" for name in present)
+        raise UserError(f"{out} holds both {' and '.join(present)}: choose with {options}")
+    if not present:
+        options = " or ".join(f"`{command}`" for command in commands)
+        raise UserError(f"nothing in {out} to start from: run {options} first")
+    return present[0]
+
+
+def next_command(script, out, method=None):
+    """The line that names the next command, such as `next: python align.py --out run`."""
+    command = f"next: python {script}"
+    if out != "out":
+        command += f" --out {shlex.quote(str(out))}"
+    if method:
+        command += f" --method {method}"
+    return command

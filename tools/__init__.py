@@ -1,0 +1,1 @@
+"""Commands of their own that use the stages: survey, sweep, export, profile."""

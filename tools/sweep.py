@@ -1,0 +1,164 @@
+"""Which strength? Train one adapter for each value, score all of them, and keep the best.
+
+    python -m tools.sweep --strength 0.1 0.25 0.4        after collect.py
+    python -m tools.sweep --alpha 0.5 1 2 --reward-model PATH_OR_HUB_NAME
+
+Each adapter is the one that align.py would train for its value, from the same collection. They are
+scored on validation pairs. The best has the highest reward or judge's score, or without either
+the lowest NLL of the chosen responses; adapters that show signs of collapse are out. Writes all of
+them and their table to OUT/METHOD/sweep, and the best to OUT/METHOD/align.
+"""
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import align
+from common.config import TrainingDiverged, UserError, run, setting
+from common.data import prepare_pairs, sample
+from common.hf import choose_device, load_model, load_tokenizer
+from common.score import (
+    GenerationSettings,
+    check_reward_model,
+    choose_best,
+    load_judge,
+    load_reward_model,
+    markdown_table,
+    score_models,
+)
+from common.stages import (
+    MANIFEST,
+    next_command,
+    read_stage,
+    verified,
+    write_json,
+    write_stage,
+)
+from lora import load_adapter
+
+# the adapters are scored on at most this many validation pairs
+SCORED_PAIRS = 200
+
+
+@dataclass
+class Config(align.Config):
+    """The settings of align.py, with several values of strength or alpha."""
+
+    strength: list[float] | None = setting(None, "values of ρ, see align.py")
+    alpha: list[float] | None = setting(None, "values of α, see align.py")
+    judge: str | None = setting(
+        None, "module:function that scores (prompt, response); empty takes stage 1's"
+    )
+    reward_model: str | None = setting(
+        None, "sequence classifier of one label that scores the answers: folder or hub name"
+    )
+    max_new_tokens: int = setting(64, "longest answer in tokens", minimum=1)
+
+
+def plan_runs(config):
+    """{name: align.Config} of the adapters to train. UserError unless there are several values."""
+    if bool(config.strength) == bool(config.alpha):
+        raise UserError("give several values of --strength or of --alpha")
+    setting_name = "strength" if config.strength else "alpha"
+    values = config.strength or config.alpha
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(align.Config)}
+    runs = {}
+    for value in values:
+        run_settings = {**shared, "strength": None, "alpha": None, setting_name: value}
+        runs[f"{setting_name}_{value:g}"] = align.Config(**run_settings)
+    if len(runs) < len(values):
+        text = " ".join(f"{value:g}" for value in values)
+        raise UserError(f"--{setting_name} {text}: give each value once")
+    return runs
+
+
+def read_pairs(config, collected, tokenizer):
+    """The validation pairs on which the adapters are scored. collected: collect's settings."""
+    pairs = prepare_pairs(
+        collected["data"],
+        ("valid",),
+        tokenizer,
+        collected["max_length"],
+        collected["split_seed"],
+        None,
+        collected["positive"],
+        collected["negative"],
+        collected["template"],
+    )
+    return sample(pairs["valid"], SCORED_PAIRS, config.seed)
+
+
+def train_missing(runs, sweep_folder):
+    """Train the adapters that an interrupted sweep has not written yet. Returns the names of all
+    that are there: one whose training diverges is left out, with a warning."""
+    names = []
+    for name, run_config in runs.items():
+        if not (sweep_folder / name / MANIFEST).is_file():
+            print(f"{name}:")
+            try:
+                align.main(run_config, f"{sweep_folder.name}/{name}")
+            except TrainingDiverged as error:
+                print(f"WARNING: left out: {error}")
+                continue
+        names.append(name)
+    if not names:
+        raise UserError("no adapter of the sweep is left: lower --lr or the values")
+    return names
+
+
+def main(config):
+    # 1. the values, the collection, and everything that scoring will need: fail early
+    runs = plan_runs(config)
+    first = dataclasses.replace(next(iter(runs.values())))
+    manifest = align.open_collection(first)
+    collected, folder = manifest["settings"], Path(config.out) / first.method
+    for name in ("method", "model", "seed", "layers"):
+        setattr(config, name, getattr(first, name))
+    config.judge = config.judge or collected.get("judge")
+    scorers = {"judge": load_judge(config.judge)} if config.judge else {}
+    if config.reward_model:
+        check_reward_model(config.reward_model)
+    tokenizer = load_tokenizer(config.model)
+    pairs = read_pairs(config, collected, tokenizer)
+
+    # 2. train, where an earlier run of this sweep has not
+    settings = {**collected, **vars(config)}
+    depends_on = {**settings, "values": list(runs), "collected": manifest["digests"]}
+    result = {"settings": settings, "method": config.method}
+    with write_stage(folder / "sweep", "sweep", result, depends_on) as new:
+        names = train_missing(runs, new)
+
+        # 3. score
+        device, dtype = choose_device(config.device), collected["dtype"]
+        model = load_model(config.model, dtype, device)
+        if config.reward_model:
+            reward_model = load_reward_model(config.reward_model, dtype, device, config.batch_size)
+            scorers["reward"] = reward_model
+        adapters = {"base": (None, "plain")}
+        for name in names:
+            adapters[name] = (load_adapter(new / name, model.base_model), "plain")
+        generation = GenerationSettings(config.max_new_tokens, config.batch_size, config.seed)
+        reports, _ = score_models(
+            model, adapters, tokenizer, pairs, scorers, generation, config.tokens_per_pass
+        )
+        best, why = choose_best(reports)
+        text = f"{markdown_table(reports)}\n\nbest: {best}, {why}\n"
+        print(text)
+        summary = {"best": best, "why": why, "pairs": len(pairs), "models": reports}
+        write_json(new / "sweep.json", {**summary, "settings": settings})
+        (new / "sweep.md").write_text(text)
+
+    # 4. the best becomes the aligned adapter
+    source = folder / "sweep" / best
+    best_manifest = read_stage(source, "align", "python -m tools.sweep")
+    with write_stage(folder / "align", "align", best_manifest) as new:
+        for path in verified(source, best_manifest).glob("adapter*"):
+            shutil.copy(path, new)
+    print(f"wrote {folder / 'align'}: {best}; all adapters and their table: {folder / 'sweep'}")
+    align.print_warnings(folder, load_adapter(source, model.base_model))
+    print(next_command("evaluate.py", config.out))
+
+
+if __name__ == "__main__":
+    run(main, Config)
