@@ -13,6 +13,9 @@ import torch
 from common.config import Interrupted, TrainingDiverged, UserError, first_line
 from common.stages import atomic_write, relevant_settings
 
+# Steps from one line of the log, and one look at the loss, to the next.
+LOG_INTERVAL = 10
+
 
 class Signals:
     """Within the context SIGINT and SIGTERM are only noted; check() then raises Interrupted
@@ -100,26 +103,29 @@ class Checkpoint(Signals):
 
     def after_step(self, step, loss):
         """To be called after each step, with its loss (a tensor): saves when it is time, at a
-        signal and after the last step. TrainingDiverged at NaN or infinity; Interrupted at a
-        signal."""
+        signal and after the last step. Every tenth step, and before it saves, it raises
+        TrainingDiverged if the loss is NaN or infinite; more often would make the host wait for
+        the GPU. Interrupted at a signal."""
         last = step == self.steps
-        if not loss.isfinite() or (last and not self.adapter_is_finite()):
-            self.refuse(step, loss)
-        due = time.monotonic() - self.last_saved >= self.interval
-        if due or last or self.received:
+        due = last or self.received or time.monotonic() - self.last_saved >= self.interval
+        if due or step % LOG_INTERVAL == 0:
+            self.check_finite(step, loss, last)
+        if due:
             self.save(step)
         if self.received:
             raise Interrupted(self.received)
 
-    def adapter_is_finite(self):
-        return all(p.isfinite().all() for p in self.state["adapter"].parameters())
-
-    def refuse(self, step, loss):
-        """Remove the checkpoint, from which no run should resume, and raise."""
-        self.path.unlink(missing_ok=True)
-        what = "NaN or infinite numbers in the adapter"
+    def check_finite(self, step, loss, last):
+        """TrainingDiverged if the loss, or after the last step the adapter, is not finite. The
+        checkpoint is removed: no run should resume from it."""
+        what = None
         if not loss.isfinite():
             what = f"the loss is {loss.item()}"
+        elif last and not all(p.isfinite().all() for p in self.state["adapter"].parameters()):
+            what = "NaN or infinite numbers in the adapter"
+        if what is None:
+            return
+        self.path.unlink(missing_ok=True)
         name = self.path.name.removeprefix(".checkpoint-")
         raise TrainingDiverged(f"{name}: {what} at step {step}: lower --lr")
 
