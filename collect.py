@@ -171,7 +171,8 @@ def record_shard(path, passes, record, config):
         v = [p - m for p, m in zip(plus, minus)]  # v = h+ - h-
         norm_v = torch.stack([state.float().norm(dim=-1) for state in v])  # [L, T]
         norm_b = torch.stack([state.float().norm(dim=-1) for state in base])
-        check_finite(norm_v + norm_b, examples, config)
+        if not (norm_v + norm_b).isfinite().all():
+            refuse_states(norm_v + norm_b, examples, config)
         statistics += torch.stack([norm_v, norm_b, norm_v / norm_b]).sum(-1).cpu()
 
         stored = {"plus": plus, "minus": minus} if config.store == "full" else {"v": v}
@@ -195,10 +196,9 @@ def record_shard(path, passes, record, config):
         save_file({**tensors, "statistics": statistics}, tmp_path)
 
 
-def check_finite(norms, examples, config):
-    """UserError naming layer and response if a norm [L, T] of a pass is NaN or infinite."""
-    if norms.isfinite().all():
-        return
+def refuse_states(norms, examples, config):
+    """Raise the UserError that names layer and response of a pass's first norm, of [L, T], that is
+    NaN or infinite."""
     layer, position = (~norms.isfinite()).nonzero()[0].tolist()
     for pair, response in examples:
         position -= recorded_length(pair, response, config.last_prompt_token)

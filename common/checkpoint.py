@@ -104,27 +104,23 @@ class Checkpoint(Signals):
     def after_step(self, step, loss):
         """To be called after each step, with its loss (a tensor): saves when it is time, at a
         signal and after the last step. Every tenth step, and before it saves, it raises
-        TrainingDiverged if the loss is NaN or infinite; more often would make the host wait for
-        the GPU. Interrupted at a signal."""
+        TrainingDiverged if the loss is NaN or infinite (after the last step also if the adapter
+        is); more often would make the host wait for the GPU. Interrupted at a signal."""
         last = step == self.steps
         due = last or self.received or time.monotonic() - self.last_saved >= self.interval
         if due or step % LOG_INTERVAL == 0:
-            self.check_finite(step, loss, last)
+            parameters = self.state["adapter"].parameters()
+            if not loss.isfinite():
+                self.raise_diverged(step, f"the loss is {loss.item()}")
+            if last and not all(p.isfinite().all() for p in parameters):
+                self.raise_diverged(step, "NaN or infinite numbers in the adapter")
         if due:
             self.save(step)
         if self.received:
             raise Interrupted(self.received)
 
-    def check_finite(self, step, loss, last):
-        """TrainingDiverged if the loss, or after the last step the adapter, is not finite. The
-        checkpoint is removed: no run should resume from it."""
-        what = None
-        if not loss.isfinite():
-            what = f"the loss is {loss.item()}"
-        elif last and not all(p.isfinite().all() for p in self.state["adapter"].parameters()):
-            what = "NaN or infinite numbers in the adapter"
-        if what is None:
-            return
+    def raise_diverged(self, step, what):
+        """Remove the checkpoint, from which no run should resume, and raise TrainingDiverged."""
         self.path.unlink(missing_ok=True)
         name = self.path.name.removeprefix(".checkpoint-")
         raise TrainingDiverged(f"{name}: {what} at step {step}: lower --lr")

@@ -198,10 +198,11 @@ def make_rows(pairs, max_length, vocab_size):
         lengths = [draw(rng, PROMPT_LENGTHS), *(draw(rng, RESPONSE_LENGTHS) for _ in range(2))]
         if lengths[0] + max(lengths[1:]) > max_length:
             continue
-        row = {"split": "train" if len(rows) < pairs else "valid"}
+        row = {}
         for name, length in zip(("prompt", "chosen", "rejected"), lengths):
             words = [f"w{rng.randrange(vocab_size - 2)}" for _ in range(length)]
             row[name] = " ".join(words)
+        row["split"] = "train" if len(rows) < pairs else "valid"
         rows.append(row)
     return rows
 

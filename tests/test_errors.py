@@ -15,8 +15,8 @@ import dual
 import evaluate
 import scit
 from common import toy
-from common.config import GROUPS, Parser, UserError
 from common.collection import principal_directions
+from common.config import GROUPS, Parser, UserError
 from common.hf import choose_device
 from tools import export, profile, survey, sweep
 

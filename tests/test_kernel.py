@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 import align
+import collect
+import dual
 from kernels import bytes_moved, representation_loss, response_index, triton_unavailable_reason
 
 NATIVE = torch.cuda.is_available()
@@ -628,21 +630,14 @@ def test_on_the_cpu_auto_takes_torch_and_triton_is_refused():
     assert reason in error
 
 
-def test_align_trains_the_same_adapter_with_either_backend(tiny, tmp_path, monkeypatch):
-    import collect
-    import dual
-
+def test_align_trains_the_same_adapter_with_either_backend(tiny, tmp_path):
     source = ("--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path)
     go(dual, *source, "--steps", "20", "--device", DEVICE, "--dtype", "float32")
     go(collect, "--out", tmp_path, "--device", DEVICE)
+    options = ("--out", tmp_path, "--steps", "8", "--batch-size", "4", "--device", DEVICE)
     adapters = []
     for backend in BACKENDS:
-
-        def loss_by_this_backend(*arguments, backend_name=backend, **options):
-            return representation_loss(*arguments, **{**options, "backend": backend_name})
-
-        monkeypatch.setattr(align, "representation_loss", loss_by_this_backend)
-        go(align, "--out", tmp_path, "--steps", "8", "--batch-size", "4", "--device", DEVICE)
+        go(align, *options, "--backend", backend)
         adapters.append(load_file(tmp_path / "dual" / "align" / "adapter_model.safetensors"))
     by_torch, by_triton = adapters
     trained = [tensor for name, tensor in by_torch.items() if "lora_B" in name]

@@ -2,7 +2,6 @@
 just that they run."""
 
 import functools
-import gc
 import json
 import re
 import shutil
@@ -527,7 +526,6 @@ class PassMemory:
         monkeypatch.setattr(collect, "record_states", self.record)
 
     def record(self, *args):
-        gc.collect()
         alive = [state() for state in self.states]
         self.alive.append(sum(state.nbytes for state in alive if state is not None))
         del alive
