@@ -115,17 +115,17 @@ def logits_of(model, batch):
 def saved_bytes():
     """Yields a list of the sizes in bytes of the tensors that autograd keeps for the backward
     within the context."""
-    sizes = []
+    byte_counts = []
 
     def pack(tensor):
-        sizes.append(tensor.nbytes)
+        byte_counts.append(tensor.nbytes)
         return tensor
 
     def unpack(tensor):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield sizes
+        yield byte_counts
 
 
 def load_peft(base_folder, adapter_folder):
