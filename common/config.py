@@ -88,6 +88,12 @@ class SourceSettings:
         "empty takes the embedded default",
         group="data",
     )
+    columns: list[str] | None = setting(
+        None,
+        "what the fields of the rows mean, such as prompt=ask chosen=good rejected=bad "
+        "ignore=tools; empty goes by their names (see common/pairs.py)",
+        group="data",
+    )
     template: Literal["auto", "chat", "plain"] = setting(
         "auto",
         "how prompts are written: chat (the model's chat template), plain (Human: ... "

@@ -4,6 +4,7 @@ common/pairs.py reads the rows, common/chat.py writes dialogues as text.
 """
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass
 
@@ -13,10 +14,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.chat import render_chat, render_transcript, reply_delimiters
 from common.config import NEGATIVE, POSITIVE, UserError
-from common.pairs import Pair, load_pairs
+from common.pairs import NO_COLUMNS, Pair, parse_columns, read_pairs
 
 # Pairs tokenized in one call.
 CHUNK = 1000
+
+# A pair with more characters than this for each token that may be used is measured first. A token
+# of ordinary text has about four.
+LONG_TEXT = 8
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,28 @@ def digest_pairs(pairs):
 # ---------------------------------------------------------------- pairs of a run
 
 
+class PreparedPairs(dict):
+    """{split: [EncodedPair]}. source_digest: that of all pairs of the files, see digest_source."""
+
+    def __init__(self, source_digest):
+        super().__init__()
+        self.source_digest = source_digest
+
+
+def digest_source(pairs):
+    """sha256 over a list of Pairs with their splits.
+
+    It tells whether a later stage reads the same data with the same splits, whichever splits it
+    asks for and however many pairs it keeps: only then are its test pairs not those that stage 1
+    trained on.
+    """
+    digest = hashlib.sha256()
+    for pair in pairs:
+        values = [pair.prompt, pair.chosen, pair.rejected, pair.split]
+        digest.update(json.dumps(values).encode())
+    return digest.hexdigest()
+
+
 def sample(items, count, seed):
     """At most `count` of the items in random order: files are often sorted in some way."""
     generator = torch.Generator().manual_seed(seed)
@@ -174,18 +201,21 @@ def prepare_pairs(
     positive=POSITIVE,
     negative=NEGATIVE,
     template="plain",
+    columns=None,
 ):
     """Read and tokenize the pairs of the given splits, and print how many there are.
 
     paths: files, or hub:owner/name[:split]; splits: "train", "valid", "test" or "all".
     Pairs with an input of more than max_length tokens are left out. limit: the number of pairs to
-    keep of each split, drawn at random; None keeps all.
+    keep of each split, drawn at random; None keeps all. columns: the setting --columns.
 
-    Returns {split: [EncodedPair]}. UserError where a split is empty.
+    Returns PreparedPairs, {split: [EncodedPair]}. UserError where a split is empty.
     """
-    pairs, skipped = load_files(paths, seed, (tokenizer.bos_token, tokenizer.eos_token))
+    specials = (tokenizer.bos_token, tokenizer.eos_token)
+    pairs, skipped = load_files(paths, seed, specials, parse_columns(columns))
     left_out = [f"{count} {reason}" for reason, count in skipped.items()]
-    prepared = {}
+    prepared = PreparedPairs(digest_source(pairs))
+    max_characters = max_length * longest_token(tokenizer)
     for split in splits:
         selected = [pair for pair in pairs if split in (pair.split, "all")]
         if limit:
@@ -196,10 +226,11 @@ def prepare_pairs(
             if limit and len(prepared[split]) >= limit:
                 break
             chunk = selected[start : start + CHUNK]
-            encoded = encode_pairs(tokenizer, chunk, positive, negative, template)
+            possible = [p for p in chunk if could_fit(tokenizer, p, max_length, max_characters)]
+            encoded = encode_pairs(tokenizer, possible, positive, negative, template)
             fitting = [pair for pair in encoded if pair.max_length() <= max_length]
             prepared[split] += fitting
-            too_long += len(encoded) - len(fitting)
+            too_long += len(chunk) - len(fitting)
         prepared[split] = prepared[split][:limit]
         left_out.append(f"{too_long} of {split} over {max_length} tokens")
         if not prepared[split]:
@@ -212,18 +243,53 @@ def prepare_pairs(
     return prepared
 
 
-def load_files(paths, seed, specials):
-    """(pairs, {reason: count} of the rows left out) of several files; prints a line for each."""
-    specials = tuple(special for special in specials if special)
+def load_files(paths, seed, specials, columns=NO_COLUMNS):
+    """(pairs, {reason: count} of the rows left out) of several files; prints lines for each.
+
+    UserError where some files have a split and others do not: pairs of one dialogue could then
+    stand on both sides.
+    """
     pairs = []
     skipped = Counter()
+    # {whether a file has a split: its path}
+    paths_by_split = {}
     for path in paths:
-        file_pairs, file_skipped, form = load_pairs(path, seed, specials)
-        rows = len(file_pairs) + sum(file_skipped.values())
-        print(f"{path}: {rows:,} rows, form: {form}")
-        pairs += file_pairs
-        skipped.update(file_skipped)
+        file = read_pairs(path, seed, specials, columns)
+        print("\n".join(file.describe()))
+        pairs += file.pairs
+        skipped.update(file.skipped)
+        if file.has_split is not None:
+            paths_by_split[file.has_split] = path
+    if len(paths_by_split) == 2:
+        raise UserError(
+            f"--data {paths_by_split[True]} has a field 'split' and {paths_by_split[False]} has "
+            "none: give all files one, or draw all splits with --columns ignore=split"
+        )
     return pairs, skipped
+
+
+def could_fit(tokenizer, pair, max_length, max_characters):
+    """False for a pair that has more than max_length tokens for certain.
+
+    Long texts are measured without the ids of all inputs: by their characters, of which
+    max_characters are all that max_length tokens can have; where that does not decide, by
+    tokenizing them once. (Some tokenizers write a run of unknown characters as one token. A run
+    of this length is nothing to learn from.)
+    """
+    texts = [text for _, text in pair.prompt]
+    texts.append(max(pair.chosen, pair.rejected, key=len))
+    characters = sum(map(len, texts))
+    if characters <= LONG_TEXT * max_length:
+        return True
+    if characters > max_characters:
+        return False
+    # Texts side by side may have one token less at each seam.
+    return sum(map(len, tokenize(tokenizer, texts))) <= max_length + len(texts)
+
+
+def longest_token(tokenizer):
+    """The number of characters of the longest token in the vocabulary."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 # ---------------------------------------------------------------- batches
