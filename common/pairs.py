@@ -292,7 +292,8 @@ def reply_fields(row, reply):
     if not names:
         raise ValueError(
             f"field {reply!r} is missing: name the field that holds it with --columns "
-            f"{reply}=FIELD (the row has {quoted(row)})"
+            f"{reply}=FIELD, or, where the rows say in another field which reply is better, write "
+            f"the better one to 'chosen' (the row has {quoted(row)})"
         )
     return names
 
@@ -441,22 +442,29 @@ def parse_history(row, name):
     value = decode_history(row[name])
     if isinstance(value, tuple):
         return value
-    if is_list_of_texts(value) and len(value) % 2 == 0:
-        value = list(zip(value[::2], value[1::2]))
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         if any(first_value(turn, ROLE_FIELDS) for turn in value):
             return parse_turns(value, name)
-        value = [parse_exchange(exchange) for exchange in value]
-    if not isinstance(value, list) or not all(is_exchange(exchange) for exchange in value):
+    turns = []
+    for exchange in exchanges_of(value, name):
+        turns += [(role, tidy(text)) for role, text in zip(("user", "assistant"), exchange)]
+    return tuple(turns)
+
+
+def exchanges_of(value, name):
+    """A history without roles as pairs of texts. Raises ValueError where it is none."""
+    if is_list_of_texts(value) and len(value) % 2 == 0:
+        return list(zip(value[::2], value[1::2]))
+    exchanges = []
+    if isinstance(value, list):
+        exchanges = [parse_exchange(item) if isinstance(item, dict) else item for item in value]
+    if not exchanges or not all(is_exchange(exchange) for exchange in exchanges):
         raise ValueError(
             f"field {name!r} holds neither turns nor pairs of strings: name what it holds with "
             f"--columns (such as prompt={name} or input={name}), or leave it out with "
             f"--columns ignore={name}"
         )
-    turns = []
-    for exchange in value:
-        turns += [(role, tidy(text)) for role, text in zip(("user", "assistant"), exchange)]
-    return tuple(turns)
+    return exchanges
 
 
 def decode_history(value):
