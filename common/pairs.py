@@ -442,9 +442,9 @@ def parse_history(row, name):
     value = decode_history(row[name])
     if isinstance(value, tuple):
         return value
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        if any(first_value(turn, ROLE_FIELDS) for turn in value):
-            return parse_turns(value, name)
+    are_objects = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
+    if are_objects and any(first_value(turn, ROLE_FIELDS) for turn in value):
+        return parse_turns(value, name)
     turns = []
     for exchange in exchanges_of(value, name):
         turns += [(role, tidy(text)) for role, text in zip(("user", "assistant"), exchange)]
