@@ -31,6 +31,7 @@ from common.score import (
     load_reward_model,
     markdown_table,
     score_models,
+    stop_tokens,
     text_of,
     win_rate,
 )
@@ -164,11 +165,12 @@ def print_answers(model, tokenizer, adapters, config, template):
     encoded = encode_pairs(tokenizer, [pair], template=template)[0]
     prompt = encoded.prompts["plain"].tolist()
     generation = GenerationSettings(config.max_new_tokens, batch_size=1, seed=config.seed)
+    stops = stop_tokens(model, tokenizer, encoded.end_token)
     aligned = [name for name in adapters if name.endswith("aligned")]
     for name in ["base", *aligned]:
         with attached(model, adapters.get(name)):
             answers = generate(model, tokenizer, [prompt], generation, end_token=encoded.end_token)
-        print(f"{name:>12}: {text_of(tokenizer, answers[0])}")
+        print(f"{name:>12}: {text_of(tokenizer, answers[0], stops)}")
 
 
 def win_rates(samples, names, scorers):

@@ -7,9 +7,11 @@ A scorer is a callable (dialogues, replies) -> list of floats, where a dialogue 
 """
 
 import importlib
+import itertools
 import math
 import os
 import sys
+from bisect import bisect_left
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +24,13 @@ from transformers import (
     GenerationConfig,
 )
 
-from common.chat import render_chat, render_transcript
+from common.chat import (
+    OPEN_THOUGHTS,
+    chat_form,
+    has_thoughts,
+    render_chat,
+    render_transcript,
+)
 from common.config import UserError
 from common.data import collate, split_into_passes
 from common.hf import (
@@ -120,11 +128,12 @@ def load_reward_model(name, dtype, device, batch_size):
         batch_size = 1
     context = getattr(model.config, "max_position_embeddings", None) or UNLIMITED
     max_length = min(tokenizer.model_max_length, context)
+    form = chat_form(tokenizer) if tokenizer.chat_template else None
 
     def render(turns, reply):
         """The one or two texts that the tokenizer reads."""
-        if tokenizer.chat_template:
-            return [render_chat(tokenizer, turns, reply=reply)]
+        if form:
+            return [render_chat(tokenizer, turns, reply=reply, form=form)]
         if tokenizer.sep_token:
             return [question(turns), reply]
         return [f"{render_transcript(turns)} {reply}"]
@@ -219,7 +228,8 @@ def generate(model, tokenizer, prompts, settings, sample=False, end_token=None):
     """Answers to prompts (lists of ids), as lists of ids up to and with their stop token.
 
     sample: at temperature 1 from the model's full distribution, else greedy. end_token: the id
-    that ends a response in the chat template, if any. Answers end where the model's context does.
+    that ends a response in the chat template, if any. Answers end where the model's context does,
+    each where its own prompt leaves no more room.
     """
     stops = stop_tokens(model, tokenizer, end_token)
     options = {
@@ -231,24 +241,37 @@ def generate(model, tokenizer, prompts, settings, sample=False, end_token=None):
         options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
+    def room(i):
+        """The most tokens of an answer to prompts[i]."""
+        return max(1, min(settings.max_new_tokens, context - len(prompts[i])))
+
     torch.manual_seed(settings.seed)
-    # similar lengths together: less padding
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [None] * len(prompts)
-    for start in range(0, len(prompts), settings.batch_size):
-        indices = order[start : start + settings.batch_size]
+    for indices in generation_batches(prompts, room, settings.batch_size):
         ids, attention = left_pad([prompts[i] for i in indices], tokenizer.pad_token_id)
         width = ids.shape[1]
-        max_new_tokens = max(1, min(settings.max_new_tokens, context - width))
         with no_generation_config(model):
             output = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=attention.to(model.device),
-                generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **options),
+                generation_config=GenerationConfig(max_new_tokens=room(indices[0]), **options),
             )
         for i, new_ids in zip(indices, output[:, width:].tolist()):
             answers[i] = cut_after_stop(new_ids, stops)
     return answers
+
+
+def generation_batches(prompts, room, batch_size):
+    """Yield batches of indices into the prompts, from the shortest prompt to the longest.
+
+    The prompts of a batch have about the same length, so that there is little padding. They have
+    the same room for an answer: no answer is cut short because a neighbour's prompt is long.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for _, group in itertools.groupby(order, key=room):
+        indices = list(group)
+        for start in range(0, len(indices), batch_size):
+            yield indices[start : start + batch_size]
 
 
 def left_pad(prompts, pad_id):
@@ -281,10 +304,34 @@ def no_generation_config(model):
         model.generation_config = config
 
 
-def text_of(tokenizer, answer):
-    """An answer as text, cut where the model begins to write the next human turn."""
+def text_of(tokenizer, answer, stops=()):
+    """An answer as text, without the thoughts that it begins with and without its stop token.
+
+    It is cut where the model begins to write the next human turn. stops: the ids that end answers;
+    such a token may be an added one that is not special.
+    """
+    answer = answer_ids(tokenizer, answer)
+    if answer and answer[-1] in stops:
+        answer = answer[:-1]
     text = tokenizer.decode(answer, skip_special_tokens=True)
     return text.split("\n\nHuman:")[0].strip()
+
+
+def answer_ids(tokenizer, answer):
+    """An answer's ids after its block of thoughts; [] where that does not end.
+
+    The tags of the block may be special tokens, which are lost when only the text is decoded.
+    """
+    text = tokenizer.decode(answer)
+    if not OPEN_THOUGHTS.match(text):
+        return answer
+    if not has_thoughts(text):
+        return []
+    # the number of ids with which the block is closed
+    count = bisect_left(
+        range(len(answer)), True, key=lambda n: has_thoughts(tokenizer.decode(answer[:n]))
+    )
+    return answer[count:]
 
 
 def repeated_ngrams(answers, n=4):
@@ -333,13 +380,14 @@ def score_model(
     dialogues = [pair.pair.prompt for pair in pairs]
     prompts = [pair.prompts[prompt].tolist() for pair in pairs]
     end_token = pairs[0].end_token
+    stops = stop_tokens(model, tokenizer, end_token)
     rows = []
     answers = []
     for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         new_answers = generate(
             model, tokenizer, prompts, generation, sample=temperature > 0, end_token=end_token
         )
-        replies = [text_of(tokenizer, answer) for answer in new_answers]
+        replies = [text_of(tokenizer, answer, stops) for answer in new_answers]
         new_rows = [
             {"instruction": question(turns), "output": reply, "temperature": temperature}
             for turns, reply in zip(dialogues, replies)
@@ -354,7 +402,6 @@ def score_model(
 
     with enable_only([adapter] if adapter else []):
         base_nll = nll_under(model, pairs * 2, answers, pad_id, tokens_per_pass)
-    stops = stop_tokens(model, tokenizer, end_token)
     report |= {
         "own_nll_under_base": base_nll,
         "repeated_ngrams": repeated_ngrams(answers),

@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from conftest import SHARED
+from helpers import SHARED
 from templates import CHATML, NO_SYSTEM, SILENT, STRICT
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
