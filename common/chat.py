@@ -44,11 +44,11 @@ STAND_INS = re.compile(r"@@literal-(\d+)@@")
 # What begins and ends a block of thoughts.
 OPEN = (
     r"(?:<(?:\w+:)?think(?::\w+)?>|\[THINK\]|<\|START_THINKING\|>|<\|inner_prefix\|>"
-    r"|<\|channel>thought)"
+    r"|<\|channel>thought|<\|open\|>think<\|sep\|>)"
 )
 CLOSE = (
     r"(?:</(?:\w+:)?think(?::\w+)?>|\[/THINK\]|<\|END_THINKING\|>|<\|inner_suffix\|>"
-    r"|<channel\|>)"
+    r"|<channel\|>|<\|close\|>think<\|sep\|>(?:<\|open\|>response<\|sep\|>)?)"
 )
 # A reply that begins with thoughts, and one that also ends them.
 OPEN_THOUGHTS = re.compile(rf"\s*{OPEN}")
@@ -341,7 +341,10 @@ def blank_before_reply(tokenizer, before):
         # close_block() ends the prompt
         return ""
     generated = render_or_nothing(tokenizer, (("user", QUESTION),), expects_reply=True)
-    return before[max(shared_length(before, generated), len(before.rstrip())) :]
+    # what stands before the question may differ
+    opening = before.rpartition(QUESTION)[2]
+    asked = generated.rpartition(QUESTION)[2]
+    return opening[max(shared_length(opening, asked), len(opening.rstrip())) :]
 
 
 def end_of_reply(tokenizer, before, tail, next_tail):
@@ -465,7 +468,7 @@ def closing_tag(tag):
     if tag == "<|channel>thought":
         return "<channel|>"
     if tag.startswith("<|"):
-        return tag.replace("START", "END").replace("prefix", "suffix")
+        return tag.replace("START", "END").replace("prefix", "suffix").replace("open", "close")
     return f"{tag[0]}/{tag[1:]}"
 
 

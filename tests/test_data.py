@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import SHARED
 from templates import CHATML, NO_SYSTEM, SILENT, STRICT
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common import pairs as pairs_module
@@ -492,15 +492,6 @@ def test_turns_of_one_role_are_joined_for_strict_templates(chat_tokenizer):
         render_chat(chat_tokenizer, (("assistant", "A."), ("user", "And?")))
 
 
-def test_an_open_think_block_is_closed_in_the_prompt(chat_tokenizer):
-    thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    chat_tokenizer.chat_template = thinking.replace("<|im_end|>\n", "<|im_end|>\n<|end|>")
-    encoded = encode_chat(chat_tokenizer, ("user", "And?"))
-    plain = chat_tokenizer.decode(encoded.prompts["plain"])
-    assert plain.endswith("assistant\n<think>\n\n</think>\n\n")
-    assert chat_tokenizer.decode(encoded.responses["chosen"]) == "Good.<|end|>"
-
-
 def test_a_reply_ends_with_the_first_special_token_after_it(chat_tokenizer):
     """Generation stops at that token."""
     chat_tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "<|im_end|>\n<|end|>")
@@ -620,6 +611,9 @@ def test_response_that_the_tokenizer_would_merge_with_the_prompt():
     vocab = {token: i for i, token in enumerate(["<s>", *characters, ": "])}
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[(":", " ")]))
     bpe.decoder = decoders.Fuse()
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
+    )
     merging = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<s>", bos_token="<s>")
     encoded = encode_one(merging, "Yes.", "No.")
     prompt = encoded.prompts["plain"]

@@ -1,0 +1,1 @@
+"""What was measured: run by hand, `python -m studies.NAME`, and written to studies/results."""
