@@ -41,6 +41,9 @@ NEXT_QUESTION = "@@next question@@"
 STAND_IN = "@@literal-{}@@"
 STAND_INS = re.compile(r"@@literal-(\d+)@@")
 
+# Texts that are masked as a whole.
+SHORT = re.compile(r"[^/\n@]{1,12}")
+
 # What begins and ends a block of thoughts.
 OPEN = (
     r"(?:<(?:\w+:)?think(?::\w+)?>|\[THINK\]|<\|START_THINKING\|>|<\|inner_prefix\|>"
@@ -237,23 +240,43 @@ def control_tokens(tokenizer, written=""):
 def literal_pattern(controls):
     """What is masked in the turns of a dialogue: a pattern.
 
-    The texts of control tokens; the ends of blocks of thoughts, at which templates cut a turn; our
-    own stand-ins; and short texts as a whole, because only a stand-in shows whether a template has
-    written them: "user" is also the name of a role. Switches such as /no_think stay visible.
+    The texts of control tokens; the ends of blocks of thoughts, at which templates cut a turn; and
+    our own stand-ins.
     """
-    texts = sorted(filter(None, controls.values()), key=len, reverse=True)
-    own = [STAND_INS.pattern, re.escape(REPLY)]
-    short = r"\A[^/\n@]{1,12}\Z"
-    return re.compile("|".join([short, *map(re.escape, texts), OPEN, CLOSE, *own]))
+    others = [OPEN, CLOSE, STAND_INS.pattern, re.escape(REPLY)]
+    return either(controls.values(), others, first="<[@")
+
+
+def control_pattern(controls):
+    """The texts of control tokens: a pattern."""
+    return either(controls.values())
+
+
+def either(texts, patterns=(), first=""):
+    """One pattern for texts and patterns. first: the characters that the patterns begin with."""
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    # A vocabulary may have thousands of texts: most characters are passed over at one glance.
+    firsts = re.escape("".join(sorted({*first, *(text[0] for text in longest_first)})))
+    if not firsts:
+        # matches nothing
+        return re.compile(r"(?!)")
+    parts = [*map(re.escape, longest_first), *patterns]
+    return re.compile(f"(?=[{firsts}])(?:{'|'.join(parts)})")
 
 
 def mask(text, pattern, originals):
-    """The text with a stand-in for each match of the pattern; the matches go to `originals`."""
+    """The text with a stand-in for each match of the pattern; the matches go to `originals`.
+
+    Short texts are masked as a whole, because only a stand-in shows whether a template has written
+    them: "user" is also the name of a role. Switches such as /no_think stay visible.
+    """
 
     def stand_in(match):
         originals.append(match[0])
         return STAND_IN.format(len(originals) - 1)
 
+    if SHORT.fullmatch(text):
+        return SHORT.sub(stand_in, text)
     return pattern.sub(stand_in, text)
 
 

@@ -17,6 +17,7 @@ from common.chat import (
     chat_form,
     chat_prompt,
     chat_reply,
+    control_pattern,
     control_tokens,
     has_thoughts,
     ids_after,
@@ -145,8 +146,9 @@ def tokenize(tokenizer, texts, controls):
     """
     strings = [text.text for text in texts]
     ids = tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
+    pattern = control_pattern(controls)
     for i, text in enumerate(texts):
-        if text.literals and not controls.keys().isdisjoint(ids[i]):
+        if any(pattern.search(text.text, start, end) for start, end in text.literals):
             ids[i] = spell_out(tokenizer, text, controls)
     return [np.array(text_ids, np.int32) for text_ids in ids]
 

@@ -27,9 +27,9 @@ from transformers import (
 from common.chat import (
     OPEN_THOUGHTS,
     chat_form,
-    has_thoughts,
     render_chat,
     render_transcript,
+    without_thoughts,
 )
 from common.config import UserError
 from common.data import collate, split_into_passes
@@ -325,11 +325,12 @@ def answer_ids(tokenizer, answer):
     text = tokenizer.decode(answer)
     if not OPEN_THOUGHTS.match(text):
         return answer
-    if not has_thoughts(text):
-        return []
-    # the number of ids with which the block is closed
+    block = text.removesuffix(without_thoughts(text))
+    # the number of ids that write the block
     count = bisect_left(
-        range(len(answer)), True, key=lambda n: has_thoughts(tokenizer.decode(answer[:n]))
+        range(len(answer)),
+        True,
+        key=lambda n: tokenizer.decode(answer[:n]).startswith(block),
     )
     return answer[count:]
 

@@ -33,7 +33,8 @@ LEFT_OPEN = (
 # writes a token behind every reply but the last (Apertus)
 ENDED_LATER = LEFT_OPEN.replace(
     "{{ m['content'] }}",
-    "{{ m['content'] }}{% if m['role'] != 'assistant' or not loop.last %}<|end_of_turn|>{% endif %}",
+    "{{ m['content'] }}"
+    "{% if m['role'] != 'assistant' or not loop.last %}<|end_of_turn|>{% endif %}",
 )
 
 # writes a channel before a reply that the generation prompt leaves to the model (gpt-oss)
