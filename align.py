@@ -1,4 +1,4 @@
-"""Stage 3: train a LoRA whose hidden states land at b + α (h+ - h-) (paper section 3.3).
+"""Stage 3: train a LoRA that moves the hidden states to b + α (h+ - h-) (paper section 3.3).
 
     python align.py                                      after collect.py
     python align.py --alpha 1                            as in the paper: one α for all layers
@@ -8,14 +8,16 @@ On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same
     loss = mean over target layers l and recorded tokens of
            || A(π_lora, <q, r>, l) - (b_l + α_l (h+_l - h-_l)) ||_2
 
-Two things go beyond the paper. An α does not carry over between models, a strength ρ does better:
+Two things go beyond the paper. The best α differs between models, the best strength ρ less so:
 α_l = ρ / mean(|v_l| / |b_l|) with v = h+ - h-, so that states move by a share ρ of their length.
-And --rank replaces v by v U^T U, its part in the span of the layer's top principal directions U.
+And --rank projects v on the layer's top principal directions U: v U^T U.
 
-The LoRA is on blocks 0 to the highest target layer; nothing above is loaded or run. One collection
-serves many α. Writes OUT/METHOD/align, a PEFT adapter for the original base model.
+The LoRA is on blocks 0 to the highest target layer; nothing above is loaded or run ("trunk" means
+a model without its head). One collection serves many α. Writes OUT/METHOD/align, a PEFT adapter for
+the original base model.
 """
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -26,10 +28,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from common.checkpoint import Checkpoint
-from common.collection import Collection
+from common.collection import Collection, principal_directions
 from common.config import TrainingSettings, UserError, run, setting
 from common.data import shuffled_batches, split_into_passes
 from common.hf import (
+    check_same_model,
     choose_device,
     choose_layers,
     choose_tokens_per_pass,
@@ -37,8 +40,6 @@ from common.hf import (
     load_config,
     load_tokenizer,
     load_trunk,
-    model_digest,
-    principal_directions,
 )
 from common.stages import (
     choose_method,
@@ -46,7 +47,7 @@ from common.stages import (
     next_command,
     open_log,
     read_stage,
-    verified,
+    verified_path,
     write_stage,
 )
 from common.training import memory_summary, progress_bar
@@ -63,15 +64,15 @@ class Config(TrainingSettings):
 
     strength: float | None = setting(
         None,
-        f"ρ: α of each layer such that α|v|/|h| is ρ on average; empty takes {STRENGTH}, "
-        "unless --alpha is given",
+        f"ρ: states move by this share of their length, on average over the tokens of each layer; "
+        f"empty takes {STRENGTH}, unless --alpha is given",
     )
     alpha: float | None = setting(
         None, "α, the same for every layer, as in the paper; empty takes what --strength says"
     )
     rank: int | None = setting(
         None,
-        "use the part of v in this many top directions of each layer; empty takes all of v",
+        "project v on this many top principal directions of each layer; empty takes all of v",
         minimum=1,
     )
     kind: Literal["l2", "mse"] = setting(
@@ -83,7 +84,7 @@ class Config(TrainingSettings):
     )
     steps: int = setting(150, "optimizer steps", minimum=1)
     batch_size: int = setting(16, "responses in a step", minimum=1)
-    lr: float = setting(1e-3, "learning rate, constant", minimum=0)
+    lr: float = setting(1e-3, "learning rate, constant as in the authors' code", minimum=0)
     method: Literal["scit", "dual"] | None = setting(
         None, "whose collection to use; empty takes the one that is there"
     )
@@ -98,7 +99,14 @@ class Config(TrainingSettings):
     )
     out: str = setting("out", "folder that all stages write to", group="run")
     seed: int | None = setting(
-        None, "seed of the adapter and the order; empty takes collect's", group="run"
+        None,
+        "seed of the adapter's first weights and of the order of responses; empty takes collect's",
+        group="run",
+    )
+    backend: Literal["auto", "torch", "triton"] = setting(
+        "auto",
+        "what computes the loss; auto takes the Triton kernel on a GPU where it runs, else PyTorch",
+        group="run",
     )
     device: str | None = setting(
         None, "cpu, cuda or cuda:1; empty takes the GPU where there is one", group="run"
@@ -125,6 +133,7 @@ def read_batch(collection, indices, trunk, adapter):
     the adapter off."""
     batch = collection.read(indices, trunk.device)
     if batch.base is None:
+        # of this one adapter enable none
         with torch.no_grad(), enable_only([adapter]):
             states = hidden_states(trunk, collection.layers, batch.ids)
         batch.base = [h[batch.recorded] for h in states]
@@ -145,26 +154,27 @@ def validation_distances(trunk, adapter, validation, alphas, tokens_per_pass):
     return torch.cat(norms, 1).mean(1).tolist()
 
 
-def train(trunk, adapter, collection, alphas, config, checkpoint_path, inputs, log):
-    """Train the adapter until its hidden states are at their targets."""
+def train(trunk, adapter, collection, alphas, config, checkpoint_path, depends_on, log):
+    """Train the adapter to move the hidden states to their targets."""
     layers, lengths = collection.layers, collection.lengths
+    backend = choose_backend(config.backend, trunk)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
-    state = {"adapter": adapter, "optimizer": optimizer}
-    checkpoint = Checkpoint(checkpoint_path, config, inputs, **state)
+    checkpoint = Checkpoint(
+        checkpoint_path, config, depends_on, adapter=adapter, optimizer=optimizer
+    )
     batches = shuffled_batches(lengths, config.batch_size, config.seed, skip=checkpoint.step)
-    upcoming = split_into_passes(next(batches), lengths, config.tokens_per_pass)
-    batch = read_batch(collection, upcoming[0], trunk, adapter)
-    backend = choose_backend(trunk)
     bar = progress_bar("align", checkpoint.step, config.steps)
     adapter.train()
     with checkpoint:
         for step in bar:
-            passes = upcoming
-            upcoming = split_into_passes(next(batches), lengths, config.tokens_per_pass)
-            tokens = sum(collection.recorded_lengths[i] for part in passes for i in part)
+            responses = next(batches)
+            tokens = sum(collection.recorded_lengths[i] for i in responses)
             loss = 0.0
-            for following in [*passes[1:], upcoming[0]]:
-                # A(π_lora, <q, r>, l): L x [B, S, D], against b + α (h+ - h-): L x [T, D]
+            for part in split_into_passes(responses, lengths, config.tokens_per_pass):
+                # on a GPU this overlaps with the backward pass before, which is still running
+                batch = read_batch(collection, part, trunk, adapter)
+                # || A(π_lora, <q, r>, l) - (b + α (h+ - h-)) ||: L x [B, S, D] against L x [T, D].
+                # To change the loss, edit torch_loss in kernels/ and take --backend torch.
                 hidden = hidden_states(trunk, layers, batch.ids)
                 part_loss, _ = representation_loss(
                     hidden,
@@ -179,9 +189,8 @@ def train(trunk, adapter, collection, alphas, config, checkpoint_path, inputs, l
                 )
                 part_loss.backward()
                 loss += part_loss.detach()
-                # while the GPU still computes, read the next pass; first free this one
+                # free them before the next pass is read
                 hidden = batch = None
-                batch = read_batch(collection, following, trunk, adapter)
             clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -193,8 +202,10 @@ def train(trunk, adapter, collection, alphas, config, checkpoint_path, inputs, l
     adapter.eval()
 
 
-def choose_backend(trunk):
-    """What computes the loss: the Triton kernel on a GPU where it runs, else plain PyTorch."""
+def choose_backend(backend, trunk):
+    """ "torch" or "triton", of the setting."""
+    if backend != "auto":
+        return backend
     if trunk.device.type == "cpu":
         return "torch"
     reason = triton_unavailable_reason(trunk.config.get_text_config().hidden_size, trunk.device)
@@ -203,35 +214,37 @@ def choose_backend(trunk):
     return "torch" if reason else "triton"
 
 
-def main(config, name="align"):
-    """Train an adapter and write it to OUT/METHOD/name; tools choose another name."""
+def main(config, target=None):
+    """Train an adapter and write it to the folder target, by default OUT/METHOD/align."""
     # 1. what collect recorded
-    manifest = open_collection(config)
+    manifest = complete_settings(config)
     collected, layers = manifest["settings"], config.layers
-    folder, target = Path(config.out) / config.method, Path(config.out) / config.method / name
+    folder = Path(config.out) / config.method
     device = choose_device(config.device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
     ratios = [manifest["ratio"][collected["layers"].index(layer)] for layer in layers]
     alphas = alpha_per_layer(config, ratios)
     pad_id = load_tokenizer(config.model).pad_token_id
-    collections = {}
-    for key in ("shards", "validation_shards"):
-        paths = [verified(folder / "collect", manifest, shard) for shard in manifest[key]]
-        collections[key] = Collection(paths, layers, collected["store"], pad_id)
-    collection, validation = collections.values()
+    shards = [verified_path(folder / "collect", manifest, name) for name in manifest["shards"]]
+    collection = Collection(shards, layers, collected["store"], pad_id)
+    shards = [
+        verified_path(folder / "collect", manifest, name) for name in manifest["validation_shards"]
+    ]
+    validation = Collection(shards, layers, collected["store"], pad_id)
     if config.limit:
         collection.keep_random(config.limit, config.seed)
 
-    # 2. the model up to the highest target layer, with the instructed model's adapter if b is of it
+    # 2. the model up to the highest target layer, with stage 1's adapter if b is of that model
     trunk = load_trunk(
         config.model, layers[-1] + 1, collected["dtype"], device, config.gradient_checkpointing
     )
-    check_model(config, manifest)
-    base_weights = None
+    check_same_model(config.model, manifest, folder / "collect")
+    stage1_weights = None
     if collected["base"] == "instructed":
-        base_folder = verified(folder / "collect", manifest, "base_adapter")
-        base_weights = load_adapter(base_folder, trunk)
-        LoRA(trunk, weights=base_weights).requires_grad_(False).eval()
+        stage1_folder = verified_path(folder / "collect", manifest, "base_adapter")
+        stage1_weights = load_adapter(stage1_folder, trunk)
+        # its hooks keep it on the trunk, where it is part of the base model from here on
+        LoRA(trunk, weights=stage1_weights).requires_grad_(False).eval()
     shares = project_on_directions(collection, validation, config, device)
     torch.manual_seed(config.seed)
     adapter = LoRA(
@@ -240,19 +253,22 @@ def main(config, name="align"):
     print_plan(config, alphas, ratios, shares, manifest, collection, trunk, adapter)
 
     # 3. train
+    target = Path(target or folder / "align")
     layer_alphas = torch.tensor(alphas, device=device)
-    measured = (trunk, adapter, validation, layer_alphas, config.tokens_per_pass)
-    distance_start = validation_distances(*measured)
-    inputs = {**collected, "alphas": alphas, "collected": manifest["digests"]}
+    measure = functools.partial(
+        validation_distances, trunk, adapter, validation, layer_alphas, config.tokens_per_pass
+    )
+    distance_start = measure()
     checkpoint_path = target.with_name(f".checkpoint-{target.name}")
+    depends_on = {**collected, "alphas": alphas, "collected": manifest["digests"]}
     with open_log(target.parent, target.name) as log:
-        train(trunk, adapter, collection, layer_alphas, config, checkpoint_path, inputs, log)
-    distance_end = validation_distances(*measured)
+        train(trunk, adapter, collection, layer_alphas, config, checkpoint_path, depends_on, log)
+    distance_end = measure()
 
-    # 4. save: the written adapter applies to the original base model alone
+    # 4. save: stage 1's adapter is stacked in, so that the original base model is all it needs
     weights = adapter.weights()
-    if base_weights is not None:
-        weights = stack(base_weights, weights)
+    if stage1_weights is not None:
+        weights = stack(stage1_weights, weights)
     result = {
         "settings": {**collected, **vars(config)},
         "method": config.method,
@@ -265,14 +281,14 @@ def main(config, name="align"):
         save_adapter(new, weights, trunk, config.model, config.lora_dropout)
     checkpoint_path.unlink(missing_ok=True)
     print_distances(layers, distance_start, distance_end)
-    if name == "align":
+    if target == folder / "align":
         print(f"wrote {target}")
         print_warnings(folder, weights)
         print(next_command("evaluate.py", config.out))
 
 
-def open_collection(config):
-    """The manifest of the collection that config chooses; completes config from it.
+def complete_settings(config):
+    """Fill the empty settings from the collection that they choose. Returns its manifest.
 
     UserError where the settings contradict each other or the collection.
     """
@@ -304,15 +320,6 @@ def open_collection(config):
             f"--rank {config.rank}: hidden states of width {width} have {width} directions"
         )
     return manifest
-
-
-def check_model(config, manifest):
-    """UserError unless the model is the one that was recorded."""
-    if model_digest(config.model) != manifest["model_digest"]:
-        raise UserError(
-            f"{config.out}/{config.method}/collect was made with another model than "
-            f"--model {config.model}: run `python collect.py` again"
-        )
 
 
 def project_on_directions(collection, validation, config, device):

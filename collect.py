@@ -1,4 +1,4 @@
-"""Stage 2: record the hidden states of the two stimuli, h+ and h- (paper section 3.2).
+"""Stage 2: record hidden states of preferred and dispreferred behaviour (paper section 3.2).
 
     python collect.py                                    after scit.py or dual.py
     python collect.py --layers 10 12 14 16 18 --max-gb 200
@@ -11,8 +11,8 @@ For each response r, chosen and rejected, and each target layer l, at the same t
 
 A(π, x, l) is the output of decoder block l, counted from 0. The states are recorded at the
 response's tokens and at the last prompt token, whose state predicts the response's first token.
-Nothing above the highest target layer is loaded or run. Writes OUT/METHOD/collect, which is all
-that align.py needs besides the base model.
+Nothing above the highest target layer is loaded or run ("trunk": a model without its head).
+Writes OUT/METHOD/collect, which is all that align.py needs besides the base model.
 """
 
 import shutil
@@ -31,6 +31,7 @@ from common.collection import recorded_length, recorded_mask
 from common.config import UserError, run, setting
 from common.data import collate, digest_pairs, prepare_pairs, sample, split_into_passes
 from common.hf import (
+    check_same_model,
     choose_device,
     choose_layers,
     choose_tokens_per_pass,
@@ -42,7 +43,7 @@ from common.hf import (
 from common.stage1 import open_stage1
 from common.stages import atomic_write, inherit, next_command, write_stage
 from common.training import memory_summary
-from lora import CONFIG, WEIGHTS, enable_only
+from lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, enable_only
 
 # at most this many validation pairs are recorded, for the distances that align.py reports
 VALIDATION_PAIRS = 64
@@ -133,7 +134,7 @@ def record_states(trunk, adapters, config, examples, pad_id):
     L tensors [T, D], T the recorded positions of all examples, one example after the other.
     """
 
-    def states(prompt, *enabled):
+    def states(prompt, enabled):
         inputs = [pair.example(prompt, response) for pair, response in examples]
         batch = collate(inputs, pad_id, trunk.device)
         with enable_only(adapters.values(), *enabled):
@@ -142,16 +143,17 @@ def record_states(trunk, adapters, config, examples, pad_id):
         return [h[mask] for h in dense]  # L x [T, D]
 
     if config.method == "scit":
-        positive_model = negative_model = adapters["scit"]
+        plus_adapters = minus_adapters = [adapters["scit"]]
     else:
-        positive_model, negative_model = adapters["good"], adapters["bad"]
-    positive, negative = "plain", "plain"
+        plus_adapters, minus_adapters = [adapters["good"]], [adapters["bad"]]
+    base_adapters = plus_adapters if config.base == "instructed" else []
+    plus_prompt, minus_prompt = "plain", "plain"
     if config.stimulus == "instructed":
-        positive, negative = "positive", "negative"
+        plus_prompt, minus_prompt = "positive", "negative"
 
-    base = states("plain", *([positive_model] if config.base == "instructed" else []))  # b
-    plus = states(positive, positive_model)  # h+
-    minus = states(negative, negative_model)  # h-
+    base = states("plain", base_adapters)  # b
+    plus = states(plus_prompt, plus_adapters)  # h+
+    minus = states(minus_prompt, minus_adapters)  # h-
     return base, plus, minus
 
 
@@ -169,7 +171,8 @@ def record_shard(path, passes, record, config):
         v = [p - m for p, m in zip(plus, minus)]  # v = h+ - h-
         norm_v = torch.stack([state.float().norm(dim=-1) for state in v])  # [L, T]
         norm_b = torch.stack([state.float().norm(dim=-1) for state in base])
-        check_finite(norm_v + norm_b, examples, config)
+        if not (norm_v + norm_b).isfinite().all():
+            refuse_states(norm_v + norm_b, examples, config)
         statistics += torch.stack([norm_v, norm_b, norm_v / norm_b]).sum(-1).cpu()
 
         stored = {"plus": plus, "minus": minus} if config.store == "full" else {"v": v}
@@ -193,10 +196,9 @@ def record_shard(path, passes, record, config):
         save_file({**tensors, "statistics": statistics}, tmp_path)
 
 
-def check_finite(norms, examples, config):
-    """UserError naming layer and response if a norm [L, T] of a pass is NaN or infinite."""
-    if norms.isfinite().all():
-        return
+def refuse_states(norms, examples, config):
+    """Raise the UserError that names layer and response of a pass's first norm, of [L, T], that is
+    NaN or infinite."""
     layer, position = (~norms.isfinite()).nonzero()[0].tolist()
     for pair, response in examples:
         position -= recorded_length(pair, response, config.last_prompt_token)
@@ -280,8 +282,9 @@ def plan_shards(examples, config, bytes_per_token):
 def plan_passes(shard, examples, config):
     """The examples of one shard (indices) in forward passes: lists of (EncodedPair, response)."""
     lengths = input_lengths(examples, config)
+    # split_into_passes goes from short to long, a shard from long to short
     passes = split_into_passes(shard[::-1], lengths, config.tokens_per_pass)
-    return [[examples[i] for i in part[::-1]] for part in passes[::-1]]
+    return [[examples[i] for i in reversed(part)] for part in reversed(passes)]
 
 
 def input_lengths(examples, config):
@@ -319,7 +322,7 @@ def main(config):
     device = choose_device(config.device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
     trunk = load_trunk(config.model, config.layers[-1] + 1, config.dtype, device)
-    stage1.check_model(config.model)
+    check_same_model(config.model, stage1.manifest, f"{config.out}/{config.method}")
     adapters = stage1.load_adapters(trunk)
 
     # 3. what it will take
@@ -343,16 +346,21 @@ def main(config):
         "settings": {**settings, **vars(config)},
         "method": config.method,
         "model_digest": stage1.manifest["model_digest"],
-        "adapters": {kind: m["digests"][WEIGHTS] for kind, m in stage1.manifests.items()},
+        "adapters": {kind: m["digests"][ADAPTER_WEIGHTS] for kind, m in stage1.manifests.items()},
         "hidden_size": width,
         "token_bytes": bytes_per_token,
+        **names,
     }
-    depends_on = {**manifest["settings"], **manifest, "settings": None}
-    depends_on["pairs"] = digest_pairs(pairs)
-    manifest |= names
-    bar = tqdm(total=sum(map(len, files.values())), desc="collect", unit="pass")
+    depends_on = {
+        **manifest["settings"],
+        "model_digest": manifest["model_digest"],
+        "adapters": manifest["adapters"],
+        "pairs": digest_pairs(pairs),
+    }
+    n_passes = sum(map(len, files.values()))
     with (
         Signals() as signals,
+        tqdm(total=n_passes, desc="collect", unit="pass") as bar,
         write_stage(folder / "collect", "collect", manifest, depends_on) as new,
     ):
 
@@ -367,7 +375,6 @@ def main(config):
                 bar.update(len(passes))
             else:
                 record_shard(new / name, passes, record, config)
-        bar.close()
         if config.base == "instructed":
             # align then needs no folder of stage 1
             copy_adapter(next(iter(stage1.folders.values())), new / "base_adapter")
@@ -423,7 +430,7 @@ def count_recorded(examples, config):
 def copy_adapter(source, target):
     """Copy an adapter's two files."""
     target.mkdir(exist_ok=True)
-    for name in (CONFIG, WEIGHTS):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copy(source / name, target / name)
 
 

@@ -12,6 +12,7 @@ good model is preferred-SFT, the usual baseline. Writes OUT/dual/good and OUT/du
 of collect.py.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,10 +106,11 @@ def main(config):
     # 1. pairs, base model and two adapters
     inputs = prepare_stage1(config)
     model, tokenizer, pairs = inputs.model, inputs.tokenizer, inputs.pairs
+    trunk = model.base_model
     adapters = {}
     for name in ("good", "bad"):
         adapters[name] = LoRA(
-            model.base_model,
+            trunk,
             config.lora_rank,
             config.lora_alpha,
             config.lora_dropout,
@@ -128,24 +130,31 @@ def main(config):
     results = {}
     with open_log(folder, "dual") as log:
         for name, response in (("good", "chosen"), ("bad", "rejected")):
-            measured = (model, valid, response, tokenizer.pad_token_id, config.tokens_per_pass)
+            measure = functools.partial(
+                validation_nll,
+                model,
+                valid,
+                response,
+                tokenizer.pad_token_id,
+                config.tokens_per_pass,
+            )
             with enable_only(adapters.values(), adapters[name]):
-                nll_start = validation_nll(*measured)
+                nll_start = measure()
                 try:
                     train(name, response, adapters[name], inputs, config, log)
                 except TrainingDiverged:
                     # with another --lr neither model can resume
                     remove_checkpoints(folder, "dual")
                     raise
-                results[name] = {"nll_start": nll_start, "nll_end": validation_nll(*measured)}
+                results[name] = {"nll_start": nll_start, "nll_end": measure()}
 
     # 3. save
     for name, adapter in adapters.items():
         manifest = {"settings": inputs.settings, "model_digest": inputs.model_digest}
         manifest["validation"] = results[name]
         with write_stage(folder / name, name, manifest) as new:
-            base_model = inputs.settings["model"]
-            save_adapter(new, adapter.weights(), model.base_model, base_model, config.lora_dropout)
+            model_name = inputs.settings["model"]
+            save_adapter(new, adapter.weights(), trunk, model_name, config.lora_dropout)
         start, end = results[name]["nll_start"], results[name]["nll_end"]
         print(f"wrote {folder / name}; validation NLL per token {start:.3f} -> {end:.3f}")
     remove_checkpoints(folder, "dual")

@@ -40,7 +40,7 @@ from common.stages import (
     inherit,
     read_stage,
     recover_folder,
-    verified,
+    verified_path,
     versions,
     write_json,
     write_stage,
@@ -152,7 +152,7 @@ def load_adapters(out, manifests, model, model_name):
                 f"{folder} was made for another model than {model_name}: "
                 "run its stage again or use another --out"
             )
-        adapters[name] = load_adapter(verified(folder, manifest), model.base_model)
+        adapters[name] = load_adapter(verified_path(folder, manifest), model.base_model)
     return adapters
 
 

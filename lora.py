@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from common.hf import find_blocks, find_linears, is_linear
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -80,6 +80,7 @@ class LoRA(nn.Module):
         x = F.dropout(args[0], self.dropout, self.training)  # [..., in_features]
         low_rank = F.linear(x, self.A[i].to(x.dtype)) * self.scale  # s A x: [..., rank]
         B = self.B[i].to(x.dtype)
+        # addmm makes no second tensor of the output's size
         total = torch.addmm(output.flatten(0, -2), low_rank.flatten(0, -2), B.T)
         return total.view(output.shape)
 
@@ -145,9 +146,9 @@ def stack(first, second):
 # ---------------------------------------------------------------- PEFT's files
 
 
-def save_adapter(folder, weights, trunk, base_model, dropout=0.0):
+def save_adapter(folder, weights, trunk, model_name, dropout=0.0):
     """Write AdapterWeights as PEFT does. The trunk, which may be cut, gives paths and layouts;
-    base_model: its name, for PEFT."""
+    model_name: the base model's folder or hub name, for PEFT."""
     prefix = f"base_model.model.{trunk.base_model_prefix}."
     tensors = {}
     for name, (A, B) in weights.tensors.items():
@@ -158,7 +159,7 @@ def save_adapter(folder, weights, trunk, base_model, dropout=0.0):
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": model_name,
         "r": weights.rank,
         "lora_alpha": weights.alpha,
         "lora_dropout": dropout,
@@ -170,8 +171,8 @@ def save_adapter(folder, weights, trunk, base_model, dropout=0.0):
         "inference_mode": True,
         "modules_to_save": None,
     }
-    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-    (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2))
+    save_file(tensors, Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (Path(folder) / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def block_number(name, path):
@@ -209,10 +210,10 @@ def target_modules(paths, others):
 
 def load_adapter(folder, trunk):
     """The AdapterWeights that save_adapter wrote."""
-    config = json.loads((Path(folder) / CONFIG).read_text())
+    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())
     prefix = f"base_model.model.{trunk.base_model_prefix}."
     matrices = {}
-    for key, tensor in load_file(Path(folder) / WEIGHTS).items():
+    for key, tensor in load_file(Path(folder) / ADAPTER_WEIGHTS).items():
         name, _, matrix = key.removeprefix(prefix).removesuffix(".weight").rpartition(".lora_")
         matrices.setdefault(name, {})[matrix] = tensor
     tensors = {name: (pair["A"], pair["B"]) for name, pair in matrices.items()}

@@ -7,11 +7,11 @@ This is contrastive instruction tuning. Every pair gives two examples, (p+, q, r
 (p-, q, r_l): the instruction asks for the kind of response that it comes with. The model learns
 the response (NLL), and that the opposite instruction p~ makes it less likely (contrast):
 
-    loss = -log π(r | p, q) - log( e^P(p) / (e^P(p) + e^P(p~)) )
+    loss = -log π(r | p, q) + (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~))
     P(p) = mean over the response's tokens of log π(r_t | p, q, r_<t)
 
-Unlike in the paper, P is a mean over tokens and the contrast is smoothed, as in the authors' code;
-a LoRA is trained instead of all weights; and some examples without an instruction anchor the plain
+In the paper ε is 0 and P is a sum; the mean and ε are the authors' code. Two things are ours: a
+LoRA is trained instead of all weights, and some examples without an instruction anchor the plain
 prompt (see `anchor`), on which align.py builds. Writes OUT/scit/adapter, the input of collect.py.
 """
 
@@ -82,8 +82,8 @@ def contrast_loss(P, P_opposite, smoothing):
 def scit_loss(model, pairs, anchors, pad_id, smoothing):
     """The two parts of SCIT's loss for n pairs, a of which (`anchors`) also come plain.
 
-    Returns the NLL summed over the response tokens of the right-instruction and plain examples;
-    their number of tokens; the contrast; and P [n, right | opposite, chosen | rejected].
+    Returns the NLL summed over the response tokens of the right-instruction and plain examples,
+    the contrast, and P [n, right | opposite, chosen | rejected].
     """
     examples = [pair.example(*names) for pair in pairs for names in INSTRUCTED]
     for pair in anchors:
@@ -91,15 +91,13 @@ def scit_loss(model, pairs, anchors, pad_id, smoothing):
     logprobs, mask = response_logprobs(model, collate(examples, pad_id, model.device))
 
     # -log π(r | p, q): the first two of each pair's four examples, and the anchors
-    n_instructed = 4 * len(pairs)
-    learned = torch.arange(len(examples), device=model.device) % 4 < 2  # [4n + 2a]
-    learned[n_instructed:] = True
-    nll = -logprobs[learned].sum()
+    learned = [True, True, False, False] * len(pairs) + [True, True] * len(anchors)
+    nll = -logprobs[torch.tensor(learned, device=model.device)].sum()
 
     # the contrast compares P under the right instruction with P under the opposite one
-    P = token_mean(logprobs, mask)[:n_instructed].view(-1, 2, 2)
+    P = token_mean(logprobs, mask)[: 4 * len(pairs)].view(-1, 2, 2)
     contrast = contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), smoothing)
-    return nll, mask[learned].sum(), contrast, P.detach()
+    return nll, contrast, P.detach()
 
 
 @torch.no_grad()
@@ -151,7 +149,7 @@ def train(adapter, inputs, config, log):
             for part in split_into_passes(batch, max_lengths, config.tokens_per_pass // 6):
                 anchors = [pairs[i] for i in part if i in anchored]
                 part_pairs = [pairs[i] for i in part]
-                nll, _, part_contrast, _ = scit_loss(
+                nll, part_contrast, _ = scit_loss(
                     model, part_pairs, anchors, pad_id, config.smoothing
                 )
                 part_contrast = part_contrast * len(part) / len(batch)
@@ -176,8 +174,9 @@ def main(config):
     # 1. pairs, base model and adapter
     inputs = prepare_stage1(config)
     model, tokenizer, pairs = inputs.model, inputs.tokenizer, inputs.pairs
+    trunk = model.base_model
     adapter = LoRA(
-        model.base_model,
+        trunk,
         config.lora_rank,
         config.lora_alpha,
         config.lora_dropout,
@@ -203,8 +202,8 @@ def main(config):
     manifest = {"settings": inputs.settings, "model_digest": inputs.model_digest}
     manifest["validation"] = validation
     with write_stage(folder / "adapter", "scit", manifest) as new:
-        base_model = inputs.settings["model"]
-        save_adapter(new, adapter.weights(), model.base_model, base_model, config.lora_dropout)
+        model_name = inputs.settings["model"]
+        save_adapter(new, adapter.weights(), trunk, model_name, config.lora_dropout)
     remove_checkpoints(folder, "scit")
     contrast, margin, accuracy = validation.values()
     print(

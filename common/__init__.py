@@ -1,1 +1,1 @@
-"""Plumbing shared by the stages. Nothing in here is specific to the method."""
+"""Plumbing shared by the stages: settings, files, rows, models, scores."""

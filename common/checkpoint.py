@@ -13,6 +13,9 @@ import torch
 from common.config import Interrupted, TrainingDiverged, UserError, first_line
 from common.stages import atomic_write, relevant_settings
 
+# Steps from one line of the log, and one look at the loss, to the next.
+LOG_INTERVAL = 10
+
 
 class Signals:
     """Within the context SIGINT and SIGTERM are only noted; check() then raises Interrupted
@@ -100,26 +103,25 @@ class Checkpoint(Signals):
 
     def after_step(self, step, loss):
         """To be called after each step, with its loss (a tensor): saves when it is time, at a
-        signal and after the last step. TrainingDiverged at NaN or infinity; Interrupted at a
-        signal."""
+        signal and after the last step. Every tenth step, and before it saves, it raises
+        TrainingDiverged if the loss is NaN or infinite (after the last step also if the adapter
+        is); more often would make the host wait for the GPU. Interrupted at a signal."""
         last = step == self.steps
-        if not loss.isfinite() or (last and not self.adapter_is_finite()):
-            self.refuse(step, loss)
-        due = time.monotonic() - self.last_saved >= self.interval
-        if due or last or self.received:
+        due = last or self.received or time.monotonic() - self.last_saved >= self.interval
+        if due or step % LOG_INTERVAL == 0:
+            parameters = self.state["adapter"].parameters()
+            if not loss.isfinite():
+                self.raise_diverged(step, f"the loss is {loss.item()}")
+            if last and not all(p.isfinite().all() for p in parameters):
+                self.raise_diverged(step, "NaN or infinite numbers in the adapter")
+        if due:
             self.save(step)
         if self.received:
             raise Interrupted(self.received)
 
-    def adapter_is_finite(self):
-        return all(p.isfinite().all() for p in self.state["adapter"].parameters())
-
-    def refuse(self, step, loss):
-        """Remove the checkpoint, from which no run should resume, and raise."""
+    def raise_diverged(self, step, what):
+        """Remove the checkpoint, from which no run should resume, and raise TrainingDiverged."""
         self.path.unlink(missing_ok=True)
-        what = "NaN or infinite numbers in the adapter"
-        if not loss.isfinite():
-            what = f"the loss is {loss.item()}"
         name = self.path.name.removeprefix(".checkpoint-")
         raise TrainingDiverged(f"{name}: {what} at step {step}: lower --lr")
 

@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
+from common.config import UserError
 from common.data import sample, split_into_passes
 
 # At most this many responses are read to find the principal directions of v.
@@ -141,3 +142,29 @@ def project(plus, minus, directions):
     for v, U in zip(difference(plus, minus), directions):
         projected.append((v @ U.T @ U).to(plus[0].dtype))
     return projected
+
+
+def principal_directions(batches, k):
+    """The top k uncentred principal directions of v, per layer.
+
+    batches: iterable of lists of L tensors v [T, D]. They come from the second moment Σ v v^T
+    [D, D], summed in fp32. Returns L orthonormal U [k, D], and L lists of the cumulative shares
+    of Σ|v|² that the first 1, 2, ... D directions hold. UserError where v is NaN or infinite.
+    """
+    moments = None
+    for batch in batches:
+        if moments is None:
+            moments = [torch.zeros(v.shape[1], v.shape[1], device=v.device) for v in batch]
+        for moment, v in zip(moments, batch):
+            moment.addmm_(v.float().T, v.float())
+    directions, shares = [], []
+    for moment in moments:
+        if not moment.isfinite().all():
+            # eigh would fail with a less helpful message
+            raise UserError("h+ - h- is NaN or infinite: train stage 1 at a lower --lr")
+        # eigenvalues ascend
+        values, vectors = torch.linalg.eigh(moment)
+        directions.append(vectors.flip(1)[:, :k].T.contiguous())
+        total = values.sum().clamp(min=1e-30)
+        shares.append((values.flip(0).cumsum(0) / total).tolist())
+    return directions, shares

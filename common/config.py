@@ -6,6 +6,7 @@ The settings that several scripts share stand here too.
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import math
@@ -155,12 +156,18 @@ class TrainingSettings:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one; "empty takes ..." in the help says the rest."""
+    """Shows a default where there is one; "empty takes ..." in the help says the rest. Of
+    HfArgumentParser's two spellings, --batch_size and --batch-size, it shows the second."""
 
     def _get_help_string(self, action):
         if action.default in (None, "", argparse.SUPPRESS):
             return action.help
         return super()._get_help_string(action)
+
+    def _format_action_invocation(self, action):
+        action = copy.copy(action)
+        action.option_strings = [name for name in action.option_strings if "_" not in name]
+        return super()._format_action_invocation(action)
 
 
 class Parser(HfArgumentParser):
@@ -168,11 +175,15 @@ class Parser(HfArgumentParser):
 
     def __init__(self, config_class, **options):
         self.sections = {}
-        super().__init__(config_class, allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        options |= {"allow_abbrev": False, "formatter_class": HelpFormatter}
+        super().__init__(config_class, usage="%(prog)s [--SETTING VALUE ...]", **options)
 
     def add_argument(self, *names, group=None, minimum=-math.inf, maximum=math.inf, **options):
         if options.get("type") in (int, float):
             options["type"] = bounded(options["type"], minimum, maximum)
+        if names[0].startswith("--no_"):
+            # of a true setting HfArgumentParser makes --no-x beside --x False: enough to list one
+            options["help"] = argparse.SUPPRESS
         if group is None:
             return super().add_argument(*names, **options)
         if not self.sections:

@@ -88,9 +88,9 @@ def load_config(name):
     return config.get_text_config()
 
 
-def context_length(name):
-    """The longest input that the model was made for."""
-    return getattr(load_config(name), "max_position_embeddings", None) or UNLIMITED
+def context_length(config):
+    """The longest input, in tokens, that a model of this configuration was made for."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
 
 def load_tokenizer(name):
@@ -108,7 +108,7 @@ def load_model(name, dtype, device, gradient_checkpointing=False):
     """
     model = load_weights(AutoModelForCausalLM, name, dtype).eval().to(device)
     check_decoder_only(name, model)
-    return freeze(model, model.base_model, gradient_checkpointing)
+    return prepare_model(model, model.base_model, gradient_checkpointing)
 
 
 def load_trunk(name, n_blocks, dtype, device, gradient_checkpointing=False):
@@ -122,7 +122,7 @@ def load_trunk(name, n_blocks, dtype, device, gradient_checkpointing=False):
     with quiet_transformers():
         trunk = load_weights(AutoModel, name, dtype, config=config)
     drop_final_norm(trunk)
-    return freeze(trunk.to(device), trunk, gradient_checkpointing)
+    return prepare_model(trunk.to(device), trunk, gradient_checkpointing)
 
 
 def load_weights(auto_class, name, dtype, **options):
@@ -151,9 +151,9 @@ def quiet_transformers():
         logging.set_verbosity(verbosity)
 
 
-def freeze(model, trunk, gradient_checkpointing):
-    """The model in evaluation mode, its weights fixed. Optionally checkpoint each block of the
-    trunk: the backward keeps only the block's input and runs the block again."""
+def prepare_model(model, trunk, gradient_checkpointing):
+    """The model in evaluation mode, its weights fixed. With gradient checkpointing the backward
+    keeps only the input of each block of the trunk, and runs the block again."""
     if gradient_checkpointing:
         # transformers' own switch does nothing in evaluation mode
         for block in find_blocks(trunk)[1]:
@@ -172,8 +172,6 @@ def check_decoder_only(name, model):
         prefix = model.base_model_prefix
         raise UserError(f"--model {name}: {kind} has no trunk under the name {prefix!r}")
     path, _ = find_blocks(model.base_model)
-    if model.get_decoder() is not model.base_model.get_submodule(path.rpartition(".")[0]):
-        raise UserError(f"--model {name}: {kind} has more around its blocks than a decoder")
     ids = torch.tensor([[2, 3], [2, 4]], device=model.device)
     first, second = model(input_ids=ids, use_cache=False).logits[:, 0].float()
     if (first - second).norm() > 1e-2 * first.norm():
@@ -181,6 +179,8 @@ def check_decoder_only(name, model):
             f"--model {name}: {kind} looks ahead: its output at a token depends on later ones; "
             "a decoder-only model is needed"
         )
+    if model.get_decoder() is not model.base_model.get_submodule(path.rpartition(".")[0]):
+        raise UserError(f"--model {name}: {kind} has more around its blocks than a decoder")
 
 
 def drop_final_norm(trunk):
@@ -206,6 +206,16 @@ def model_digest(name):
         for path in sorted(folder.glob("pytorch_model*.bin")):
             digest.update(f"{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()
+
+
+def check_same_model(name, manifest, folder):
+    """UserError unless a model is the one that a stage folder, with this manifest, was made with.
+    To be called after the model is loaded: only then its files are sure to be at hand."""
+    if model_digest(name) != manifest["model_digest"]:
+        raise UserError(
+            f"--model {name} is another model than {folder} was made with: give that one, "
+            "or run the earlier stages again"
+        )
 
 
 def update_digest(digest, path):
@@ -258,8 +268,11 @@ def find_linears(trunk, targets="all-linear"):
     path, blocks = find_blocks(trunk)
     modules = {f"{path}.{name}": module for name, module in blocks.named_modules() if name}
     linears = {name: module for name, module in modules.items() if is_linear(module)}
+    # Jamba has whole blocks with Attention in the name of their class
     attention_prefixes = tuple(
-        f"{name}." for name, module in modules.items() if "Attention" in type(module).__name__
+        f"{name}."
+        for name, module in modules.items()
+        if "Attention" in type(module).__name__ and module not in blocks
     )
     in_attention = {
         name: linear for name, linear in linears.items() if name.startswith(attention_prefixes)
@@ -364,6 +377,7 @@ def response_logprobs(model, batch):
         replaced = type(output)(**{**output, "last_hidden_state": states[None]})
         decoder.forward = lambda *args, **kwargs: replaced
         try:
+            # any ids will do: the decoder does not read them
             logits = model(input_ids=targets[None], use_cache=False).logits[0]
         finally:
             del decoder.forward
@@ -385,29 +399,3 @@ def response_logprobs(model, batch):
 def token_mean(values, mask):
     """Mean over the marked tokens of each example: [B, S], bool [B, S] -> [B]."""
     return (values * mask).sum(1) / mask.sum(1)
-
-
-def principal_directions(batches, k):
-    """The top k uncentred principal directions of v, per layer.
-
-    batches: iterable of lists of L tensors v [T, D]. They come from the second moment Σ v v^T
-    [D, D], summed in fp32. Returns L orthonormal U [k, D], and L lists of the cumulative shares
-    of Σ|v|² that the first 1, 2, ... D directions hold. UserError where v is NaN or infinite.
-    """
-    moments = None
-    for batch in batches:
-        if moments is None:
-            moments = [torch.zeros(v.shape[1], v.shape[1], device=v.device) for v in batch]
-        for moment, v in zip(moments, batch):
-            moment.addmm_(v.float().T, v.float())
-    directions, shares = [], []
-    for moment in moments:
-        if not moment.isfinite().all():
-            # eigh would fail with a less helpful message
-            raise UserError("h+ - h- is NaN or infinite: train stage 1 at a lower --lr")
-        # eigenvalues ascend
-        values, vectors = torch.linalg.eigh(moment)
-        directions.append(vectors.flip(1)[:, :k].T.contiguous())
-        total = values.sum().clamp(min=1e-30)
-        shares.append((values.flip(0).cumsum(0) / total).tolist())
-    return directions, shares

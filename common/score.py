@@ -34,8 +34,8 @@ from common.chat import (
 from common.config import UserError
 from common.data import collate, split_into_passes
 from common.hf import (
-    UNLIMITED,
     choose_tokens_per_pass,
+    context_length,
     load_or_refuse,
     response_logprobs,
     token_mean,
@@ -126,7 +126,7 @@ def load_reward_model(name, dtype, device, batch_size):
     if pad_id is None or pad_id != model.config.pad_token_id:
         # a classifier that does not know the padding cannot read padded batches
         batch_size = 1
-    context = getattr(model.config, "max_position_embeddings", None) or UNLIMITED
+    context = context_length(model.config)
     max_length = min(tokenizer.model_max_length, context)
     form = chat_form(tokenizer) if tokenizer.chat_template else None
 
@@ -239,7 +239,7 @@ def generate(model, tokenizer, prompts, settings, sample=False, end_token=None):
     }
     if sample:
         options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
+    context = context_length(model.config)
 
     def room(i):
         """The most tokens of an answer to prompts[i]."""

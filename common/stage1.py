@@ -14,11 +14,12 @@ from common.hf import (
     choose_dtype,
     choose_tokens_per_pass,
     context_length,
+    load_config,
     load_model,
     load_tokenizer,
     model_digest,
 )
-from common.stages import choose_method, read_stage, verified
+from common.stages import choose_method, read_stage, verified_path
 from lora import LoRA, load_adapter
 
 # The adapters that each method trains: {method: {kind: folder in OUT/method}}.
@@ -49,7 +50,7 @@ def prepare_stage1(config):
     source = toy.source_or_default(config)
     tokenizer = load_tokenizer(source["model"])
     config.template = choose_template(config.template, tokenizer)
-    config.max_length = min(config.max_length, context_length(source["model"]))
+    config.max_length = min(config.max_length, context_length(load_config(source["model"])))
     pairs = prepare_pairs(
         source["data"],
         ("train", "valid"),
@@ -80,20 +81,11 @@ class Stage1Output:
         """One of the manifests: they agree in settings and model digest."""
         return next(iter(self.manifests.values()))
 
-    def check_model(self, name):
-        """UserError unless a loaded model is the one that stage 1 trained on."""
-        if model_digest(name) != self.manifest["model_digest"]:
-            folders = " and ".join(map(str, self.folders.values()))
-            raise UserError(
-                f"--model {name} is not the model that {folders} was trained on: "
-                f"run `python {self.method}.py` again"
-            )
-
     def load_adapters(self, trunk):
         """The adapters {kind: LoRA} on a trunk, in evaluation mode."""
         adapters = {}
         for kind, folder in self.folders.items():
-            weights = load_adapter(verified(folder, self.manifests[kind]), trunk)
+            weights = load_adapter(verified_path(folder, self.manifests[kind]), trunk)
             adapters[kind] = LoRA(trunk, weights=weights).eval()
         return adapters
 

@@ -27,7 +27,8 @@ VERSION = 6
 MANIFEST = "stage.json"
 RESUME_KEY = "resume_key"
 
-# Settings that do not change what a run computes, beyond rounding: it may resume with others.
+# Settings that do not change what a run computes, beyond rounding: it may resume with others. Of
+# alpha and strength the resulting α of each layer counts, which align.py adds.
 IRRELEVANT = (
     "out",
     "device",
@@ -40,6 +41,7 @@ IRRELEVANT = (
     "max_new_tokens",
     "tokens_per_pass",
     "gradient_checkpointing",
+    "backend",
 )
 
 
@@ -104,7 +106,8 @@ def write_stage(folder, kind, manifest, depends_on=None):
         yield partial
         write_manifest(partial, kind, manifest)
     except BaseException:
-        if not resumable:
+        # a run that failed before its first file leaves nothing to resume from
+        if not resumable or os.listdir(partial) == [RESUME_KEY]:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     previous = folder.with_name(f".{folder.name}.old")
@@ -208,15 +211,16 @@ def read_stage(folder, kind, command):
 
 def check_names(manifest):
     """ValueError unless a manifest has settings and all its files lie inside its folder."""
-    if not isinstance(manifest["settings"], dict):
-        raise ValueError("settings are not an object")
+    for name in ("settings", "digests"):
+        if not isinstance(manifest[name], dict):
+            raise ValueError(f"{name} is not an object")
     shards = manifest.get("shards", []) + manifest.get("validation_shards", [])
     for name in [*manifest["digests"], *shards]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{name} lies outside the folder")
 
 
-def verified(folder, manifest, name=""):
+def verified_path(folder, manifest, name=""):
     """The path of a file or folder inside a stage folder (or of all of it).
 
     UserError if a file's digest is not the one in the manifest.
@@ -224,7 +228,8 @@ def verified(folder, manifest, name=""):
     digests = {
         file: digest for file, digest in manifest["digests"].items() if file.startswith(name)
     }
-    for file, digest in digests.items() or {name: None}.items():
+    # a file that the manifest does not know has no digest, and is refused
+    for file, digest in (digests or {name: None}).items():
         path = Path(folder) / file
         if not path.is_file() or file_digest(path) != digest:
             raise UserError(

@@ -36,7 +36,7 @@ except ImportError:
     # Triton has no wheels for macOS and Windows: there the torch backend does the work.
     triton = None
 
-# A program holds a whole row in registers: above this hidden size it would spill.
+# A program holds a whole row in registers: up to this hidden size it compiles without spills.
 MAX_HIDDEN_SIZE = 16384
 
 # Triton builds its launchers with a C compiler, at run time.

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -82,3 +83,21 @@ def done(tiny, tmp_path_factory):
         go(collect, "--out", out, "--method", method, "--layers", "1", *CPU)
         go(align, "--out", out, "--method", method, *quick)
     return out
+
+
+@pytest.fixture
+def fails(capfd):
+    """A function that runs a stage that must stop: (exit code, lines on standard error without
+    progress bars)."""
+
+    def run(stage, *args):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            go(stage, *args)
+        lines = capfd.readouterr().err.splitlines()
+        return stop.value.code, [line for line in lines if line.strip() and not is_bar(line)]
+
+    def is_bar(line):
+        return bool(re.search(r"\d+%\|", line))
+
+    return run

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import config
@@ -109,6 +111,41 @@ def logits_of(model, batch):
     return output.logits[batch.attention]
 
 
+@contextlib.contextmanager
+def saved_bytes():
+    """Yields a list of the sizes in bytes of the tensors that autograd keeps for the backward
+    within the context."""
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    def unpack(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield sizes
+
+
+def load_peft(base_folder, adapter_folder):
+    """A model folder with an adapter as PEFT loads it, in evaluation mode."""
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, adapter_folder).eval()
+
+
+def adapted_by_peft(peft_model, trunk):
+    """The paths in the trunk of the modules that PEFT has put LoRA on."""
+    prefix = f"base_model.model.{trunk.base_model_prefix}."
+    layers = [name for name, m in peft_model.named_modules() if isinstance(m, LoraLayer)]
+    return {name.removeprefix(prefix) for name in layers}
+
+
+def stage1_source(world, out):
+    """Arguments of stage 1 on the model and the pairs of a folder such as `tiny`."""
+    return ["--model", world / "model", "--data", world / "pairs.jsonl", "--out", out]
+
+
 def arguments(settings):
     """{"steps": 3} as ["--steps", "3"]."""
     flags = []
@@ -138,9 +175,8 @@ def go(stage, *args):
 def call(stage, *args, cwd=ROOT, **env):
     """Run a stage or tool of the project as a user would, in an interpreter of its own."""
     command = [sys.executable, *script_of(stage), *map(str, args)]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}
-    )
+    env = {**os.environ, **env}
+    return subprocess.run(command, cwd=cwd, env=env, check=False, capture_output=True, text=True)
 
 
 def succeed(stage, *args, **options):

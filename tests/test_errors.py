@@ -1,60 +1,49 @@
-"""Bad input ends with one clear line on standard error, exit code 2, no traceback, and nothing half-written."""
+"""Bad input ends with one clear line on standard error and exit code 2, and changes no file."""
+
+import dataclasses
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from helpers import CPU, call, go, listing, make_model, without_logs
 
 import align
 import collect
 import dual
 import evaluate
-import files
 import scit
-import toy
-from conftest import call, go, make_model
-from model import pick_device, principal_directions
+from common import toy
+from common.collection import principal_directions
+from common.config import GROUPS, Parser, UserError
+from common.hf import choose_device
+from tools import export, profile, survey, sweep
 
-QUICK = ["--steps", "2", "--batch-size", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def done(tiny, tmp_path_factory):
-    """A folder in which all stages of both methods have run, two steps each."""
-    out = tmp_path_factory.mktemp("done")
-    source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", out]
-    for stage, args in [(scit, [*source, *QUICK]), (dual, [*source, *QUICK])]:
-        go(stage, *args)
-    for method in ("scit", "dual"):
-        go(collect, "--out", out, "--method", method, "--layers", "1", "--device", "cpu")
-        go(align, "--out", out, "--method", method, *QUICK)
-    return out
+QUICK = ["--steps", "2", "--batch-size", "2", *CPU]
+SCIT = ["--method", "scit"]
 
 
-@pytest.mark.parametrize("stage", [scit, dual, collect, align, evaluate, toy])
-def test_help_is_printed(stage):
-    assert "--seed" in files.Parser(stage.Config, allow_abbrev=False).format_help()
-
-
-def listing(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def name_of(stage):
+    """What the messages of a stage or tool begin with."""
+    return f"{stage.__name__.rpartition('.')[2]}.py"
 
 
 @pytest.fixture
-def refused(capfd, tmp_path):
-    """Call a stage that must refuse: one line on standard error that holds the words; the folder as it was."""
-    def check(stage, *args, words, folder=None):
-        folder = folder or tmp_path
+def refused(fails, tmp_path):
+    """A function that calls a stage which must refuse its input: one line on standard error that
+    holds all the words, and every file in the folder as it was."""
+
+    def check(stage, *args, words, folder=tmp_path):
         before = listing(folder)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            go(stage, *args)
-        lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
-        assert stop.value.code == 2
-        assert len(lines) == 1 and lines[0].startswith(f"{stage.__name__}.py: error: "), lines
-        for word in words if isinstance(words, tuple) else (words,):
+        code, lines = fails(stage, *args)
+        assert code == 2
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(f"{name_of(stage)}: error: ")
+        for word in [words] if isinstance(words, str) else words:
             assert word in lines[0]
         assert listing(folder) == before
+
     return check
 
 
@@ -65,165 +54,324 @@ def copy(done, tmp_path):
     return tmp_path / "out"
 
 
-def test_as_a_user_sees_it(tmp_path):
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    "stage", [scit, dual, collect, align, evaluate, toy, sweep, survey, profile, export]
+)
+def test_help_is_in_sections(stage):
+    """The method's own settings first, then model and data, then those of the run."""
+    text = Parser(stage.Config).format_help()
+    # "options" (--help itself), title, settings, title, settings ...
+    _, *parts = re.split(r"^(\S.*):$", text, flags=re.MULTILINE)
+    sections = dict(zip(parts[::2], parts[1::2]))
+    present = [title for title in GROUPS.values() if title in sections]
+    assert list(sections) == ["options", *present]
+    assert {GROUPS["method"], GROUPS["data"], GROUPS["run"]} <= set(sections)
+    for field in dataclasses.fields(stage.Config):
+        section = sections[GROUPS[field.metadata["group"]]]
+        assert f"  --{field.name.replace('_', '-')}" in section
+    assert "default: None" not in text
+
+
+@pytest.mark.parametrize("stage", [collect, sweep, toy])
+def test_help_as_a_user_sees_it(stage):
+    result = call(stage, "--help")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    summary = stage.__doc__.split("\n\n")[0]
+    # line breaks may differ
+    assert summary.split() == result.stdout.partition("\n\n")[2].split()[: len(summary.split())]
+    assert "--seed" in result.stdout
+
+
+def test_an_error_as_a_user_sees_it(tmp_path):
     """One case through a real interpreter: exit code 2, one line, no traceback."""
-    result = call("collect.py", "--out", tmp_path)
-    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
-    assert "run `python scit.py` or `python dual.py` first" in result.stderr
+    for stage, words in [
+        (collect, "run `python scit.py` or `python dual.py` first"),
+        (sweep, "give several values of --strength or of --alpha"),
+    ]:
+        result = call(stage, "--out", tmp_path)
+        assert result.returncode == 2
+        assert result.stdout == ""
+        assert result.stderr.count("\n") == 1
+        assert words in result.stderr
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--stepz", "3"], ("--stepz", "did you mean --steps?")),
-    (["--steps", "many"], ("--steps", "many")), (["--steps", "0"], ("--steps", "less than 1")), (["--lr", "-1"], "--lr"),
-    (["--lr", "nan"], "nan is no number"), (["--anchor", "1.5"], ("--anchor", "more than 1")), (["--lora-dropout", "2"], "more than 1"),
-    (["--dtype", "int8"], "--dtype"), (["--device", "tpu"], "--device tpu"),
-    (["--model", "somewhere"], "--data go together"),
-    (["--model", "./nowhere", "--data", "x"], ("--model ./nowhere", "no such folder"))])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--stepz", "3"], ["--stepz", "did you mean --steps?"]),
+        (["--steps", "many"], ["--steps", "many"]),
+        (["--steps", "0"], ["--steps", "less than 1"]),
+        (["--lr", "-1"], ["--lr"]),
+        (["--lr", "nan"], ["nan is not a number"]),
+        (["--anchor", "1.5"], ["--anchor", "more than 1"]),
+        (["--lora-dropout", "2"], ["more than 1"]),
+        (["--dtype", "int8"], ["--dtype"]),
+        (["--dtype", "float16"], ["--dtype"]),
+        (["--device", "tpu"], ["--device tpu"]),
+        (["--device", "mps"], ["--device mps", "only cpu and cuda"]),
+        (["--model", "somewhere"], ["--data go together"]),
+        (["--model", "./nowhere", "--data", "x"], ["--model ./nowhere", "no such folder"]),
+    ],
+)
 def test_settings(refused, tmp_path, args, words):
     refused(scit, "--out", tmp_path, *args, words=words)
 
 
-@pytest.mark.parametrize("content, words", [
-    (None, "No such file"), (b"\xff\xfe\x00", "utf-8"), (b"\x1f\x8bgarbage", "rows.jsonl"), (b"not json\n", ("line 1", "not JSON")), (b'[{"chosen": ', "not JSON"),
-    (b'{"chosen": "a"}\n', ("line 1", "'rejected' is missing")), (b'{"prompt": "q", "chosen": "a", "rejected": 3}\n', ("line 1", "'rejected' holds '3'")),
-    (b"", "no train pair is left"), (b'{"prompt": "q", "chosen": "a", "rejected": "a"}\n', ("no train pair is left", "1 identical"))])
+@pytest.mark.parametrize(
+    "stage, remedy",
+    [
+        (
+            scit,
+            "lower --tokens-per-pass, or lower --batch-size, or set --gradient-checkpointing True",
+        ),
+        (toy, "use --device cpu"),
+        (collect, "lower --tokens-per-pass"),
+        (evaluate, "lower --tokens-per-pass, or lower --batch-size"),
+    ],
+)
+def test_a_full_gpu_names_settings_that_the_stage_has(stage, remedy, tmp_path, monkeypatch, fails):
+    def run_out_of_memory(config):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(stage, "main", run_out_of_memory)
+    code, lines = fails(stage, "--out", tmp_path)
+    assert code == 1
+    assert lines == [f"{name_of(stage)}: error: out of GPU memory: {remedy}"]
+
+
+@pytest.mark.parametrize(
+    "name, set_devices",
+    [
+        (None, []),
+        ("cuda", []),
+        ("cuda:1", [torch.device("cuda:1")]),
+    ],
+)
+def test_a_gpu_is_chosen_by_its_number(name, set_devices, monkeypatch):
+    empty = torch.empty
+    calls = []
+
+    def empty_on_cpu(size, device):
+        return empty(size)
+
+    monkeypatch.setattr(torch.cuda, "is_available", always)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch, "empty", empty_on_cpu)
+    assert choose_device(name) == torch.device(name or "cuda")
+    assert calls == set_devices
+
+
+def always():
+    return True
+
+
+# ---------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "No such file"),
+        (b"\xff\xfe\x00", "utf-8"),
+        (b"\x1f\x8bgarbage", "rows.jsonl"),
+        (b"not json\n", ["line 1", "not JSON"]),
+        (b'[{"chosen": ', "not JSON"),
+        (b'{"chosen": "a"}\n', ["line 1", "'rejected' is missing"]),
+        (
+            b'{"prompt": "q", "chosen": "a", "rejected": 3}\n',
+            ["line 1", "'rejected' holds '3'"],
+        ),
+        (b"", "no train pair is left"),
+        (
+            b'{"prompt": "q", "chosen": "a", "rejected": "a"}\n',
+            ["no train pair is left", "1 identical"],
+        ),
+    ],
+)
 def test_rows(refused, tiny, tmp_path, content, words):
     path = tmp_path / "rows.jsonl"
     if content is not None:
         path.write_bytes(content)
+    source = ["--model", tiny / "model", "--data", path]
     for stage in (scit, dual):
-        refused(stage, "--model", tiny / "model", "--data", path, "--out", tmp_path, words=words)
+        refused(stage, *source, "--out", tmp_path, words=words)
 
 
 def test_nothing_left_after_max_length(refused, tiny, tmp_path):
-    refused(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--max-length", "5", words=("no train pair is left", "over 5 tokens", "--max-length"))
+    source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path]
+    words = ["no train pair is left", "over 5 tokens", "--max-length"]
+    refused(dual, *source, "--max-length", "5", words=words)
+
+
+def test_worlds_that_cannot_be(refused, tmp_path):
+    out = ["--out", tmp_path]
+    refused(toy, *out, "--kinds", "tool,boat", words=["--kinds boat", "island,sum"])
+    refused(toy, *out, "--width", "12", words=["--width 12", "multiple of 8"])
+
+
+# ---------------------------------------------------------------- what an earlier stage wrote
 
 
 def test_missing_earlier_stage_names_the_command(refused, tmp_path):
-    refused(collect, "--out", tmp_path, "--method", "dual", words="run `python dual.py` first")
-    refused(align, "--out", tmp_path, words="run `python collect.py` first")
-    refused(align, "--out", tmp_path, "--method", "scit", words="run `python collect.py` first")
-    refused(evaluate, "--out", tmp_path, words="run `python scit.py` or `python dual.py` first")
+    out = ["--out", tmp_path]
+    refused(collect, *out, "--method", "dual", words="run `python dual.py` first")
+    refused(align, *out, words="run `python collect.py` first")
+    refused(align, *out, *SCIT, words="run `python collect.py` first")
+    refused(evaluate, *out, words="run `python scit.py` or `python dual.py` first")
+    refused(survey, *out, words="run `python scit.py` or `python dual.py` first")
+    refused(sweep, *out, "--alpha", "1", words="run `python collect.py` first")
+    refused(profile, *out, words="run `python collect.py` first")
+    refused(export, *out, words="run `python align.py` first")
 
 
 def test_both_methods_need_a_choice(refused, done):
-    for stage in (collect, align):
-        refused(stage, "--out", done, words=("--method scit", "--method dual"), folder=done)
+    words = ["--method scit", "--method dual"]
+    for stage in (collect, align, survey, profile, export):
+        refused(stage, "--out", done, words=words, folder=done)
+    refused(sweep, "--out", done, "--alpha", "1", words=words, folder=done)
 
 
 def test_layers_out_of_range_or_not_collected(refused, done):
-    refused(collect, "--out", done, "--method", "scit", "--layers", "4", words=("--layers 4", "0 to 3"), folder=done)
-    refused(align, "--out", done, "--method", "scit", "--layers", "0", words=("--layers 0", "holds layers [1]"), folder=done)
+    out = ["--out", done, *SCIT]
+    refused(collect, *out, "--layers", "4", words=["--layers 4", "0 to 3"], folder=done)
+    words = ["--layers upper", "middle, last, all"]
+    refused(collect, *out, "--layers", "upper", words=words, folder=done)
+    words = ["--layers 0", "holds layers [1]"]
+    refused(align, *out, "--layers", "0", words=words, folder=done)
 
 
-def test_strengths_and_ranks(refused, done, tmp_path):
-    refused(align, "--out", done, "--method", "scit", "--alpha", "1", "--strength", "0.2", words=("--alpha", "--strength"), folder=done)
-    refused(align, "--out", done, "--method", "scit", "--rank", "33", words=("--rank 33", "32 directions"), folder=done)
-    refused(collect, "--out", done, "--method", "scit", "--store", "lowrank", "--rank", "33", words=("--rank 33", "32 wide"), folder=done)
-    refused(collect, "--out", done, "--method", "scit", "--rank", "3", words="--store lowrank", folder=done)
-    refused(collect, "--out", done, "--method", "scit", "--layers", "upper", words=("--layers upper", "middle, last, all"), folder=done)
+def test_strengths_and_ranks(refused, done):
+    out = ["--out", done, *SCIT]
+    both = ["--alpha", "1", "--strength", "0.2"]
+    for stage in (align, sweep):
+        refused(stage, *out, *both, words=["--alpha", "--strength"], folder=done)
+    refused(align, *out, "--rank", "33", words=["--rank 33", "32 directions"], folder=done)
+    refused(align, *out, "--strength", "inf", words=["--strength inf", "finite"], folder=done)
+    # before the first adapter is trained
+    words = ["--strength 0.1 inf", "finite"]
+    refused(sweep, *out, "--strength", "0.1", "inf", words=words, folder=done)
+    words = ["--alpha 1 1", "once"]
+    refused(sweep, *out, "--alpha", "1", "1", words=words, folder=done)
 
 
 def test_unknown_linears(refused, done):
-    refused(align, "--out", done, "--method", "scit", "--lora-targets", "q_porj", words=("q_porj", "blocks have q_proj, k_proj"), folder=done)
+    words = ["q_porj", "blocks have q_proj, k_proj"]
+    args = ["--out", done, *SCIT, "--lora-targets", "q_porj"]
+    refused(align, *args, words=words, folder=done)
+    refused(sweep, *args, "--alpha", "1", words=words, folder=done)
 
 
 def test_strength_where_nothing_differs(refused, copy):
     path = copy / "scit" / "collect" / "stage.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps({**record, "ratio": [0.0]} | {"seal": files.seal({**record, "ratio": [0.0]})}))
-    refused(align, "--out", copy, "--method", "scit", "--strength", "0.2", words=("--strength", "h+ and h- must differ"), folder=copy)
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "ratio": [0.0]}))
+    words = ["--strength", "h+ and h- must differ"]
+    refused(align, "--out", copy, *SCIT, "--strength", "0.2", words=words, folder=copy)
 
 
 def test_unfinished_other_kind_other_version(refused, copy):
     path = copy / "scit" / "collect" / "stage.json"
-    record = json.loads(path.read_text())
-    for change, words in [({"version": 99}, "version 99"), ({"kind": "align"}, "is align")]:
-        path.write_text(json.dumps({**record, **change}))
-        refused(align, "--out", copy, "--method", "scit", words=(words, "python collect.py"), folder=copy)
-    path.write_text(json.dumps({**record, "ratio": [0.0]}))
-    refused(align, "--out", copy, "--method", "scit", words="has been changed since it was written", folder=copy)
-    path.write_text("{")
-    refused(align, "--out", copy, "--method", "scit", words="not a stage record", folder=copy)
-    path.unlink()
-    refused(align, "--out", copy, "--method", "scit", words="unfinished", folder=copy)
+    manifest = json.loads(path.read_text())
+    for content, problem in [
+        (json.dumps({**manifest, "version": 99}), "version 99"),
+        (json.dumps({**manifest, "kind": "align"}), "is align"),
+        ("{", "not a valid stage manifest"),
+        (None, "unfinished"),
+    ]:
+        if content is None:
+            path.unlink()
+        else:
+            path.write_text(content)
+        words = [problem, "run `python collect.py` again"]
+        refused(align, "--out", copy, *SCIT, words=words, folder=copy)
 
 
-def test_changed_files_are_noticed(refused, copy):
-    for name, stage in [("scit/adapter/adapter_model.safetensors", collect), ("scit/collect/shard-00000.safetensors", align),
-                        ("scit/collect/base_adapter/adapter_model.safetensors", align), ("scit/align/adapter_model.safetensors", evaluate)]:
-        whole = (copy / name).read_bytes()
-        (copy / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        refused(stage, "--out", copy, *(["--method", "scit"] if stage is not evaluate else []), words=name.rpartition("/")[2], folder=copy)
-        (copy / name).write_bytes(whole)
+@pytest.mark.parametrize(
+    "name, stage",
+    [
+        ("scit/adapter/adapter_model.safetensors", collect),
+        ("scit/collect/shard-00000.safetensors", align),
+        ("scit/collect/base_adapter/adapter_model.safetensors", align),
+        ("scit/align/adapter_model.safetensors", evaluate),
+        ("scit/align/adapter_model.safetensors", export),
+    ],
+)
+def test_changed_files_are_noticed(refused, copy, name, stage):
+    content = bytearray((copy / name).read_bytes())
+    content[-1] ^= 1
+    (copy / name).write_bytes(content)
+    method = [] if stage is evaluate else SCIT
+    words = name.rpartition("/")[2]
+    refused(stage, "--out", copy, *method, words=words, folder=copy)
 
 
 def test_another_model(refused, done, tmp_path, tokenizer):
-    make_model("llama", seed=1).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    for stage in (collect, align):
-        refused(stage, "--out", done, "--method", "scit", "--model", tmp_path / "other", words=("another model" if stage is align else "is not the model"), folder=done)
-    refused(evaluate, "--out", done, "--model", tmp_path / "other", words="another model", folder=done)
+    other = tmp_path / "other"
+    make_model("llama", seed=1).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    args = ["--out", done, "--model", other]
+    for stage in (collect, align, survey, export):
+        refused(stage, *args, *SCIT, words="another model", folder=done)
+    refused(sweep, *args, *SCIT, "--alpha", "1", words="another model", folder=done)
+    refused(evaluate, *args, words="another model", folder=done)
 
 
 def test_not_enough_disk(refused, done, monkeypatch):
     usage = shutil.disk_usage(done)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    refused(collect, "--out", done, "--method", "dual", words=("GB are free", "--max-gb"), folder=done)
-    refused(collect, "--out", done, "--method", "dual", "--max-gb", "1e-9", words="--max-gb", folder=done)
+
+    def almost_full(path):
+        return usage._replace(free=1000)
+
+    monkeypatch.setattr(shutil, "disk_usage", almost_full)
+    out = ["--out", done, "--method", "dual"]
+    refused(collect, *out, words=["GB are free", "--limit", "--store diff"], folder=done)
+    refused(collect, *out, "--max-gb", "1e-9", words=["--max-gb", "--limit"], folder=done)
 
 
-def test_worlds_that_cannot_be(refused, tmp_path):
-    refused(toy, "--out", tmp_path, "--kinds", "tool,boat", words=("--kinds boat", "island,sum"))
-    refused(toy, "--out", tmp_path, "--width", "12", words=("--width 12", "multiple of 8"))
+def test_nan_in_v_is_named():
+    v = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])
+    with pytest.raises(UserError, match="NaN or infinite"):
+        principal_directions([[v]], 1)
 
 
-@pytest.mark.parametrize("stage, words", [(scit, "lower --tokens-per-pass, or lower --batch-size, or set --gradient-checkpointing True"), (toy, "take --device cpu"),
-                                          (collect, "lower --tokens-per-pass"), (evaluate, "lower --tokens-per-pass, or lower --batch-size")])
-def test_a_full_gpu_names_settings_that_there_are(stage, words, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(stage, "main", lambda config: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(SystemExit) as stop:
-        go(stage, "--out", tmp_path)
-    assert stop.value.code == 1 and capfd.readouterr().err == f"{stage.__name__}.py: error: out of GPU memory: {words}\n"
-
-
-@pytest.mark.parametrize("name, chosen", [(None, []), ("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
-def test_a_gpu_is_taken_by_its_number(name, chosen, monkeypatch):
-    own, taken = torch.empty, []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "empty", lambda size, device: own(size))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(device))
-    assert pick_device(name) == torch.device(name or "cuda") and taken == chosen
-
-
-def test_nan_in_the_directions_is_said():
-    with pytest.raises(files.UserError, match="NaN or infinite"):
-        principal_directions([[torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])]], 1)
-
-
-@pytest.mark.parametrize("judge", ["nonsense", "toy:nothing", "no_such_module:f"])
+@pytest.mark.parametrize("judge", ["nonsense", "common.toy:nothing", "no_such_module:f"])
 def test_judge(refused, done, judge):
-    refused(evaluate, "--out", done, "--judge", judge, words=("--judge", "module:function"), folder=done)
+    words = ["--judge", "module:function"]
+    refused(evaluate, "--out", done, "--judge", judge, words=words, folder=done)
+    sweep_args = ["--out", done, *SCIT, "--alpha", "1", "--judge", judge]
+    refused(sweep, *sweep_args, words=words, folder=done)
 
 
-def test_a_failing_stage_leaves_what_was_there(copy, monkeypatch):
-    """A crash while writing: the earlier folder stays whole, nothing half-written stays beside it."""
-    before = listing(copy)
-    monkeypatch.setattr(align, "save_adapter", lambda *args: 1 / 0)
+# ---------------------------------------------------------------- a stage that fails
+
+
+def test_a_failing_stage_keeps_the_earlier_output(copy, monkeypatch):
+    """A crash while writing: the earlier folder is complete, nothing unfinished is beside it."""
+    before = without_logs(listing(copy))
+
+    def crash(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(align, "save_adapter", crash)
     with pytest.raises(ZeroDivisionError):
-        go(align, "--out", copy, "--method", "scit", *QUICK)
-    after = listing(copy)
-    after.pop("scit/align.log"), before.pop("scit/align.log"), after.pop("scit/.checkpoint-align-strength_0.25")     # from which it goes on
+        go(align, "--out", copy, *SCIT, *QUICK)
+    after = without_logs(listing(copy))
+    # a run would resume from it
+    after.pop("scit/.checkpoint-align")
     assert after == before
 
 
-def test_a_loss_that_is_not_finite_ends_the_stage_and_saves_nothing(refused, done, tmp_path):
-    shutil.copytree(done, tmp_path / "out")
-    before = listing(tmp_path / "out")
-    for stage in (scit, dual, align):
-        more = ["--method", "scit"] if stage is align else ["--model", json.loads(before["scit/adapter/stage.json"])["settings"]["model"],
-                                                               "--data", json.loads(before["scit/adapter/stage.json"])["settings"]["data"][0]]
-        with pytest.raises(SystemExit):
-            go(stage, "--out", tmp_path / "out", *more, "--lr", "1e30", "--steps", "12", "--device", "cpu")
-    after = listing(tmp_path / "out")
-    assert {name: after[name] for name in after if not name.endswith(".log")} == {name: before[name] for name in before if not name.endswith(".log")}
+@pytest.mark.parametrize("stage", [scit, dual, align])
+def test_a_loss_that_is_not_finite_ends_the_stage_and_saves_nothing(stage, copy, tiny, fails):
+    before = without_logs(listing(copy))
+    args = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl"]
+    if stage is align:
+        args = SCIT
+    code, lines = fails(stage, "--out", copy, *args, "--lr", "1e30", "--steps", "12", *CPU)
+    assert code == 2
+    assert "lower --lr" in lines[-1]
+    assert without_logs(listing(copy)) == before

@@ -4,17 +4,20 @@ Triton compiles for the GPU where there is one; without a GPU its interpreter ru
 """
 
 import json
+import operator
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, go
+from helpers import ROOT, go
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 import align
+import collect
+import dual
 from kernels import bytes_moved, representation_loss, response_index, triton_unavailable_reason
 
 NATIVE = torch.cuda.is_available()
@@ -57,6 +60,11 @@ def random_case(L=2, B=3, S=5, D=7, dtype=torch.float64, mask=None):
 
 def all_responses(B, S):
     return torch.ones(B, S, dtype=torch.bool, device=DEVICE)
+
+
+def take(rows, *packed):
+    """The given rows of packed states: for each of base, plus, minus a list of L tensors."""
+    return [list(map(operator.itemgetter(rows), states)) for states in packed]
 
 
 def formula(hidden, base, plus, minus, mask, alpha, kind):
@@ -162,7 +170,7 @@ def test_strided_states(view, backend):
     hidden, *packed, _ = random_case(B=6, D=14, mask=torch.ones(6, 5, dtype=torch.bool))
     views = [view(h.detach()).requires_grad_() for h in hidden]
     mask = all_responses(*views[0].shape[:2])
-    base, plus, minus = ([s[: mask.numel(), 3:10] for s in states] for states in packed)
+    base, plus, minus = take((slice(mask.numel()), slice(3, 10)), *packed)
     case = (views, base, plus, minus, mask)
     compare_with_formula(case, backend=backend)
 
@@ -185,6 +193,24 @@ def test_layers_with_different_strides(backend):
     wide[:, :, :64] = hidden[1].detach()
     mixed = [hidden[0], wide[:, :, :64].requires_grad_(), hidden[2]]
     compare_with_formula((mixed, *packed, mask), backend=backend)
+
+
+@both_backends
+def test_packed_rows_in_any_order(backend):
+    hidden, base, plus, minus, mask = random_case(D=64)
+    T = int(mask.sum())
+    order = torch.randperm(T, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    index = response_index(mask)
+    shuffled_index = index.clone()
+    # the token that had row order[i] now has row i
+    shuffled_index[mask.flatten()] = order.argsort().to(torch.int32)
+    shuffled = take(order, base, plus, minus)
+    loss, norms = representation_loss(hidden, base, plus, minus, index, 0.5, backend=backend)
+    other, other_norms = representation_loss(
+        hidden, *shuffled, shuffled_index, 0.5, backend=backend
+    )
+    assert other.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert torch.equal(other_norms, norms[:, order])
 
 
 @both_backends
@@ -345,9 +371,8 @@ def test_gradient_accumulation(backend):
     denom = 2 * mask.numel()
 
     def gradient(first, last):
-        rows = slice(first * 5, last * 5)
         states = [head(h[first:last]) for h in hidden]
-        packed = [[state[rows] for state in layers] for layers in (base, plus, minus)]
+        packed = take(slice(first * 5, last * 5), base, plus, minus)
         index = response_index(mask[first:last])
         loss, _ = representation_loss(states, *packed, index, 0.5, denom=denom, backend=backend)
         return torch.autograd.grad(loss, head.weight)[0]
@@ -605,21 +630,14 @@ def test_on_the_cpu_auto_takes_torch_and_triton_is_refused():
     assert reason in error
 
 
-def test_align_trains_the_same_adapter_with_either_backend(tiny, tmp_path, monkeypatch):
-    import collect
-    import dual
-
+def test_align_trains_the_same_adapter_with_either_backend(tiny, tmp_path):
     source = ("--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path)
     go(dual, *source, "--steps", "20", "--device", DEVICE, "--dtype", "float32")
     go(collect, "--out", tmp_path, "--device", DEVICE)
+    options = ("--out", tmp_path, "--steps", "8", "--batch-size", "4", "--device", DEVICE)
     adapters = []
     for backend in BACKENDS:
-
-        def loss_by_this_backend(*arguments, backend_name=backend, **options):
-            return representation_loss(*arguments, **{**options, "backend": backend_name})
-
-        monkeypatch.setattr(align, "representation_loss", loss_by_this_backend)
-        go(align, "--out", tmp_path, "--steps", "8", "--batch-size", "4", "--device", DEVICE)
+        go(align, *options, "--backend", backend)
         adapters.append(load_file(tmp_path / "dual" / "align" / "adapter_model.safetensors"))
     by_torch, by_triton = adapters
     trained = [tensor for name, tensor in by_torch.items() if "lora_B" in name]

@@ -1,56 +1,101 @@
-"""The losses of the three stages against plain formulas in float64, and what must not change them."""
+"""The losses of the three stages against plain formulas in float64, and what must not change
+them."""
+
+import itertools
 import math
 import random
 
 import pytest
 import torch
+from helpers import CPU, go, make_model, random_adapter, stage1_source
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import align
 import collect
-import data
 import dual
 import scit
-import toy
-from conftest import go, make_model
+from common import toy
+from common.collection import recorded_length
+from common.data import (
+    collate,
+    encode_pairs,
+    prepare_pairs,
+    shuffled_batches,
+    split_into_passes,
+)
+from common.hf import hidden_states, load_model, load_tokenizer
+from common.pairs import parse_row
+from common.stages import read_stage
 from kernels import representation_loss, response_index
-from lora import LoRA
-from pairs import parse_row
+from lora import LoRA, enable_only, load_adapter
+
+METHODS = {"scit": scit, "dual": dual}
 
 
 @pytest.fixture(scope="module")
 def pairs(tokenizer):
-    rows = toy.preference_rows(toy.split_requests(list(toy.ASK), 0), 40, random.Random(0))
-    return data.encode(tokenizer, [parse_row(row, 0)[0] for row in rows[:12]])
+    requests = toy.split_requests(list(toy.ASK), 0)
+    rows = toy.preference_rows(requests, 40, random.Random(0))
+    return encode_pairs(tokenizer, [parse_row(row, 0)[0] for row in rows[:12]])
 
 
-def log_p(model, ids, start):
-    """[log π(r_t | everything before)] over the response, one unpadded forward, in float64."""
-    with torch.no_grad():
-        logprobs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    return [logprobs[t - 1, ids[t]].item() for t in range(start, len(ids))]
+def log_probabilities(model, ids, start):
+    """log π(r_t | everything before) over the response, [T] in float64: one unpadded forward."""
+    logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    targets = torch.tensor(ids[start:])
+    return logits.log_softmax(-1)[start - 1 : -1].gather(1, targets[:, None])[:, 0]
 
 
-def mean(values):
-    return sum(values) / len(values)
+# ---------------------------------------------------------------- stage 1
 
 
-def test_scit_loss_by_the_equation(pairs):
-    """NLL (token mean over own-instruction and anchor examples) + (1-ε) softplus(P~ - P) + ε softplus(P - P~)."""
-    model, chosen, anchors, eps = make_model("llama").double(), pairs[:3], pairs[:1], 0.2
-    terms, tokens = [], []
-    for pair in chosen:
-        for own, other, response in (("positive", "negative", "chosen"), ("negative", "positive", "rejected")):
-            P, P_other = (mean(log_p(model, *pair.example(prompt, response))) for prompt in (own, other))
-            terms.append((1 - eps) * math.log1p(math.exp(P_other - P)) + eps * math.log1p(math.exp(P - P_other)))
-            tokens += log_p(model, *pair.example(own, response))
+def scit_reference(model, pairs, anchors, smoothing):
+    """SCIT's loss one example at a time: (NLL per token, contrast).
+
+    The NLL is over own-instruction and anchor examples; the contrast is
+    (1-ε) softplus(P~ - P) + ε softplus(P - P~).
+    """
+    contrasts, learned = [], []
+    for pair in pairs:
+        for prompt, opposite, response in (
+            ("positive", "negative", "chosen"),
+            ("negative", "positive", "rejected"),
+        ):
+            logprobs = log_probabilities(model, *pair.example(prompt, response))
+            P = logprobs.mean()
+            P_opposite = log_probabilities(model, *pair.example(opposite, response)).mean()
+            right = torch.log1p(torch.exp(P_opposite - P))
+            wrong = torch.log1p(torch.exp(P - P_opposite))
+            contrasts.append((1 - smoothing) * right + smoothing * wrong)
+            learned.append(logprobs)
     for pair in anchors:
         for response in ("chosen", "rejected"):
-            tokens += log_p(model, *pair.example("plain", response))
-    loss, contrast, P = scit.batch_loss(model, chosen, anchors, 1, eps)
-    assert contrast.item() == pytest.approx(mean(terms), rel=1e-5)
-    assert loss.item() == pytest.approx(mean(terms) - mean(tokens), rel=1e-5)
-    assert P[0, 1, 0].item() == pytest.approx(mean(log_p(model, *chosen[0].example("negative", "chosen"))), rel=1e-5)
+            learned.append(log_probabilities(model, *pair.example("plain", response)))
+    return -torch.cat(learned).mean(), torch.stack(contrasts).mean()
+
+
+def dual_reference(model, pairs, response):
+    """DUAL's loss, the NLL per token, one example at a time."""
+    parts = [log_probabilities(model, *pair.example("plain", response)) for pair in pairs]
+    return -torch.cat(parts).mean()
+
+
+def response_tokens(pairs):
+    """The tokens of both responses of some pairs."""
+    return sum(len(ids) for pair in pairs for ids in pair.responses.values())
+
+
+@torch.no_grad()
+def test_scit_loss_by_the_equation(pairs):
+    model = make_model("llama").double()
+    expected_nll, expected_contrast = scit_reference(model, pairs[:3], pairs[:1], 0.2)
+    nll, contrast, P = scit.scit_loss(model, pairs[:3], pairs[:1], 1, 0.2)
+    tokens = response_tokens(pairs[:3]) + response_tokens(pairs[:1])
+    assert contrast.item() == pytest.approx(expected_contrast.item(), rel=1e-5)
+    assert (nll / tokens).item() == pytest.approx(expected_nll.item(), rel=1e-5)
+    P_opposite = log_probabilities(model, *pairs[0].example("negative", "chosen")).mean()
+    assert P[0, 1, 0].item() == pytest.approx(P_opposite.item(), rel=1e-5)
 
 
 def test_scit_contrast_at_no_difference_is_ln_2():
@@ -58,135 +103,305 @@ def test_scit_contrast_at_no_difference_is_ln_2():
     assert scit.contrast_loss(P, P, 0.2).item() == pytest.approx(math.log(2))
 
 
-def test_dual_loss_by_the_equation(pairs):
+@torch.no_grad()
+@pytest.mark.parametrize("response", ["chosen", "rejected"])
+def test_dual_loss_by_the_equation(response, pairs):
     model = make_model("llama").double()
-    for response in ("chosen", "rejected"):
-        tokens = [x for pair in pairs for x in log_p(model, *pair.example("plain", response))]
-        nll, count = dual.response_nll(model, pairs, response, 1)
-        assert (nll / count).item() == pytest.approx(-mean(tokens), rel=1e-5)
+    nll, tokens = dual.response_nll(model, pairs, response, 1)
+    expected = dual_reference(model, pairs, response)
+    assert (nll / tokens).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
 def test_order_and_batch_size_change_no_stage_1_loss(family, pairs):
     """Sums over one batch of 8, over its reverse, and over batches of 1 (no padding) agree."""
     model, some = make_model(family), pairs[:8]
-    with torch.no_grad():
-        whole = scit.batch_loss(model, some, some[:3], 1, 0.2)
-        back = scit.batch_loss(model, some[::-1], some[:3][::-1], 1, 0.2)
-        single = torch.cat([scit.batch_loss(model, [pair], [], 1, 0.2)[2] for pair in some])
-        assert torch.allclose(whole[0], back[0], atol=1e-5) and torch.allclose(whole[2], single, atol=1e-5)
-        one = dual.response_nll(model, some, "chosen", 1)
-        many = [dual.response_nll(model, [pair], "chosen", 1) for pair in some]
-        assert torch.allclose(one[0], sum(nll for nll, _ in many), rtol=1e-5) and one[1] == sum(n for _, n in many)
+    nll, contrast, P = scit.scit_loss(model, some, some[:3], 1, 0.2)
+    reversed_nll, reversed_contrast, _ = scit.scit_loss(model, some[::-1], some[:3][::-1], 1, 0.2)
+    assert torch.allclose(nll, reversed_nll, rtol=1e-5)
+    assert torch.allclose(contrast, reversed_contrast, atol=1e-5)
+    single_P = [scit.scit_loss(model, [pair], [], 1, 0.2)[-1] for pair in some]
+    assert torch.allclose(P, torch.cat(single_P), atol=1e-5)
+
+    nll, tokens = dual.response_nll(model, some, "chosen", 1)
+    singles = [dual.response_nll(model, [pair], "chosen", 1) for pair in some]
+    assert torch.allclose(nll, sum(single_nll for single_nll, _ in singles), rtol=1e-5)
+    assert tokens == sum(count for _, count in singles)
+
+
+def test_a_share_of_the_pairs_is_anchored_and_a_single_one_too(tiny, tmp_path, monkeypatch):
+    scit_loss = scit.scit_loss
+    counts = []
+
+    def counting(model, pairs, anchors, *others):
+        counts.append((len(pairs), len(anchors)))
+        return scit_loss(model, pairs, anchors, *others)
+
+    monkeypatch.setattr(scit, "scit_loss", counting)
+    source = stage1_source(tiny, tmp_path)
+    options = ["--steps", "1", "--tokens-per-pass", 10**6, *CPU]
+    for batch_size, anchor, expected in ((1, 0.375, 1), (8, 0.375, 3), (4, 1, 4), (4, 0, 0)):
+        counts.clear()
+        go(scit, *source, *options, "--batch-size", batch_size, "--anchor", anchor)
+        # the first is the step, the others are the validation
+        assert counts[0] == (batch_size, expected)
+
+
+# ---------------------------------------------------------------- stages 2 and 3
 
 
 def test_padding_and_batch_size_change_no_alignment_loss(pairs):
-    """The alignment loss of 8 responses together equals the token-weighted mean of each alone."""
+    """The alignment loss of 8 responses together is the token-weighted mean of each alone."""
     model = make_model("llama")
-    trunk, layers = model.base_model, [1, 2]
+    layers = [1, 2]
     examples = [pair.example("plain", "chosen") for pair in pairs[:8]]
     torch.manual_seed(0)
-    collected = []                            # random b, h+, h- for every recorded position of every response
+    # random b, h+, h- [T, D] for each response and layer
+    recorded = []
     for ids, start in examples:
-        n = len(ids) - start + 1
-        collected.append([[torch.randn(n, 32) for _ in layers] for _ in range(3)])
+        shape = (3, len(layers), len(ids) - start + 1, 32)
+        recorded.append(torch.randn(shape))
 
-    def loss(indices, kind):
-        batch = data.collate([(examples[i][0], examples[i][1] - 1) for i in indices], 1)
-        hidden = align.hidden_states(trunk, layers, batch.ids)
-        states = [[torch.cat([collected[i][k][j] for i in indices]) for j in range(len(layers))] for k in range(3)]
-        value, norms = representation_loss(hidden, *states, response_index(batch.response), 0.5, kind=kind)
-        return value, norms
+    def loss_and_norms(indices, kind):
+        # the last prompt token is recorded too
+        batch = collate([(examples[i][0], examples[i][1] - 1) for i in indices], 1)
+        hidden = hidden_states(model.base_model, layers, batch.ids)
+        packed = torch.cat([recorded[i] for i in indices], 2)
+        base, plus, minus = (list(states) for states in packed)
+        index = response_index(batch.response)
+        return representation_loss(hidden, base, plus, minus, index, 0.5, kind=kind)
+
     for kind in ("l2", "mse"):
         with torch.no_grad():
-            whole, norms = loss(range(8), kind)
-            parts = [loss([i], kind) for i in range(8)]
-        weights = torch.tensor([p[1].shape[1] for p in parts], dtype=torch.float)
-        assert whole.item() == pytest.approx(((torch.stack([p[0] for p in parts]) * weights).sum() / weights.sum()).item(), rel=1e-5)
-        assert torch.allclose(norms, torch.cat([p[1] for p in parts], 1), atol=1e-4)
+            whole, norms = loss_and_norms(range(8), kind)
+            singles = [loss_and_norms([i], kind) for i in range(8)]
+        weighted = sum(loss * part.shape[1] for loss, part in singles) / norms.shape[1]
+        assert whole.item() == pytest.approx(weighted.item(), rel=1e-5)
+        assert torch.allclose(norms, torch.cat([part for _, part in singles], 1), atol=1e-4)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("method", ["scit", "dual"])
 def test_recorded_states_are_those_of_unpadded_inputs(method, pairs):
-    """h+, h-, b of a padded batch against one forward of each response alone, with the adapters that each needs."""
+    """h+, h-, b of a padded batch against one forward of each response alone, with the adapters
+    that it needs."""
     model = make_model("llama")
-    adapters = {}
-    for name in {"scit": ["scit"], "dual": ["good", "bad"]}[method]:
-        adapters[name] = LoRA(model.base_model).eval()
-        for B in adapters[name].B:
-            torch.nn.init.normal_(B, std=0.05)
-    config = collect.Config(layers=[1, 2], stimulus="instructed", base="original")
-    some = [(pair, response) for pair in pairs[:4] for response in ("chosen", "rejected")]
-    with torch.no_grad():
-        base, plus, minus = collect.record_states(model.base_model, adapters, method, config, some, 1)
-        at = 0
-        for pair, response in some:
-            up, down = list(adapters.values())[0], list(adapters.values())[-1]
-            for states, on, prompt in ((base, [], "plain"), (plus, [up], "positive"), (minus, [down], "negative")):
-                ids, start = pair.example(prompt, response)
-                with collect.only(adapters.values(), *on):
-                    alone = collect.hidden_states(model.base_model, [1, 2], torch.tensor([ids]))
-                for layer in range(2):
-                    expected = alone[layer][0, start - 1:]       # the last prompt token and the response
-                    assert torch.allclose(states[layer][at:at + len(expected)], expected, atol=1e-4)
-            at += len(expected)
-    assert at == len(base[0])
+    kinds = ["scit"] if method == "scit" else ["good", "bad"]
+    adapters = {kind: random_adapter(model, seed) for seed, kind in enumerate(kinds)}
+    positive_adapter, negative_adapter = adapters[kinds[0]], adapters[kinds[-1]]
+    config = collect.Config(
+        method=method, layers=[1, 2], stimulus="instructed", base="original", device="cpu"
+    )
+    examples = collect.examples_of(pairs[:4])
+    base, plus, minus = collect.record_states(model.base_model, adapters, config, examples, 1)
+    stimuli = (
+        (base, [], "plain"),
+        (plus, [positive_adapter], "positive"),
+        (minus, [negative_adapter], "negative"),
+    )
+    row = 0
+    for pair, response in examples:
+        for states, enabled, prompt in stimuli:
+            ids, start = pair.example(prompt, response)
+            with enable_only(adapters.values(), *enabled):
+                alone = hidden_states(model.base_model, [1, 2], torch.tensor([ids]))
+            for layer in range(2):
+                # the last prompt token and the response
+                expected = alone[layer][0, start - 1 :]
+                recorded = states[layer][row : row + len(expected)]
+                assert torch.allclose(recorded, expected, atol=1e-4)
+        row += recorded_length(pair, response, last_prompt_token=True)
+    assert row == len(base[0])
 
 
-def test_micro_batches_hold_a_batch_within_a_budget():
+def test_passes_hold_a_batch_within_a_budget():
     lengths = [5, 3, 9, 4, 2, 9]
-    parts = data.micro_batches([0, 1, 2, 3, 5], lengths, 12)
-    assert parts == [[1, 3], [0], [2], [5]] and data.micro_batches([4, 0, 1], lengths, 15) == [[4, 0, 1]]
-    assert data.micro_batches([2], lengths, 1) == [[2]]
+    assert split_into_passes([0, 1, 2, 3, 5], lengths, 12) == [[1, 3], [0], [2], [5]]
+    assert split_into_passes([4, 0, 1], lengths, 15) == [[4, 0, 1]]
+    assert split_into_passes([2], lengths, 1) == [[2]]
 
 
 def test_shards_hold_the_same_whatever_a_pass_holds_and_begin_with_the_longest(pairs):
-    examples = [(pair, response) for pair in pairs for response in ("chosen", "rejected")]
+    examples = collect.examples_of(pairs)
     lengths = [pair.length("plain", response) for pair, response in examples]
-    plans = [collect.plan_shards(examples, lengths, collect.Config(shard_mb=0.01, tokens_per_pass=tokens), 100) for tokens in (10**6, 60)]
-    one, many = ([sum(shard, []) for shard in plan] for plan in plans)
-    assert one == many and len(one) >= 3 and max(map(len, plans[0])) == 1 < max(map(len, plans[1]))
-    ordered = [pair.length("plain", response) for shard in one for pair, response in shard]
-    assert ordered == sorted(lengths, reverse=True)
-    assert all(sum(data.recorded_length(example, collect.Config()) * 100 for example in shard) <= 10_000 for shard in one)
+    plans, pass_counts = [], []
+    for tokens in (10**6, 60):
+        config = collect.Config(shard_mb=0.01, tokens_per_pass=tokens)
+        shards = collect.plan_shards(examples, config, 100)
+        plans.append(shards)
+        pass_counts.append([])
+        for shard in shards:
+            passes = collect.plan_passes(shard, examples, config)
+            assert list(itertools.chain(*passes)) == [examples[i] for i in shard]
+            pass_counts[-1].append(len(passes))
+    assert plans[0] == plans[1]
+    assert max(pass_counts[0]) == 1 < max(pass_counts[1])
+    assert len(plans[0]) >= 3
+
+    in_order = [lengths[i] for i in itertools.chain(*plans[0])]
+    assert in_order == sorted(lengths, reverse=True)
+    for shard in plans[0]:
+        recorded = sum(recorded_length(*examples[i], last_prompt_token=True) for i in shard)
+        assert recorded * 100 <= 10_000
 
 
-@pytest.mark.parametrize("method", ["scit", "dual"])
+# ---------------------------------------------------------------- the steps of whole stages
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_parts_of_a_step_train_the_same_adapter(method, tiny, tmp_path):
-    """Steps in many forward passes: adapters of all stages within rounding of those of one pass a step."""
-    found = {}
+    """Steps in many forward passes: the adapters of all stages are within rounding those of one
+    pass a step."""
+    adapters = []
     for tokens in (10**6, 150):
         out = tmp_path / str(tokens)
-        more = ["--out", out, "--steps", "4", "--tokens-per-pass", tokens, "--device", "cpu"]
-        go(scit if method == "scit" else dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", *more)
-        go(collect, "--out", out, "--device", "cpu")
-        go(align, *more)
-        found[tokens] = [load_file(path) for path in sorted(out.rglob("adapter_model.safetensors"))]
-    assert len(found[150]) == 3
-    for one, many in zip(*found.values()):
-        for name in one:
-            assert (one[name] - many[name]).abs().max() <= 2e-3 * one[name].abs().max(), name
+        options = ["--steps", "4", "--tokens-per-pass", tokens, *CPU]
+        go(METHODS[method], *stage1_source(tiny, out), *options)
+        go(collect, "--out", out, *CPU)
+        go(align, "--out", out, *options)
+        paths = sorted(out.rglob("adapter_model.safetensors"))
+        adapters.append([load_file(path) for path in paths])
+    assert len(adapters[0]) == 3
+    for one_pass, many_passes in zip(*adapters):
+        for name, tensor in one_pass.items():
+            assert (tensor - many_passes[name]).abs().max() <= 2e-3 * tensor.abs().max(), name
 
 
-def test_a_share_of_the_pairs_is_anchored_and_of_a_single_one_it(tiny, tmp_path, monkeypatch):
-    own, seen = scit.batch_loss, []
-    monkeypatch.setattr(scit, "batch_loss", lambda *args: seen.append((len(args[1]), len(args[2]))) or own(*args))
-    for size, share, anchors in ((1, 0.375, 1), (8, 0.375, 3), (4, 1, 4), (4, 0, 0)):
-        seen.clear()
-        go(scit, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", "--batch-size", size, "--anchor", share,
-           "--tokens-per-pass", 10**6, "--device", "cpu")
-        assert seen[0] == (size, anchors)
+@pytest.fixture
+def steps():
+    """A list of (weights, gradients) of the trained adapter at each optimizer step."""
+    steps = []
+
+    def before_step(optimizer, args, kwargs):
+        parameters = optimizer.param_groups[0]["params"]
+        weights = [p.detach().clone() for p in parameters]
+        steps.append((weights, [p.grad.clone() for p in parameters]))
+
+    hook = register_optimizer_step_pre_hook(before_step)
+    yield steps
+    hook.remove()
 
 
-def test_reading_ahead_keeps_the_order_and_ends(monkeypatch):
-    made = []
+# of the adapters whose gradients are checked: a small scale, so that they are not clipped
+LORA_ALPHA = 2
 
-    def make(item):
-        made.append(item)
-        return (item,)
-    got = []
-    for (item,) in data.one_ahead(make, iter(range(1, 6)), torch.device("cpu")):
-        got.append((item, len(made)))
-    assert [item for item, _ in got] == [1, 2, 3, 4, 5] and made == [1, 2, 3, 4, 5] and got[-1][1] == 5
-    with pytest.raises(ZeroDivisionError):
-        list(data.one_ahead(lambda item: 1 / 0, iter([1]), torch.device("cpu")))
+
+def check_gradients(step, adapter, loss_of):
+    """Compare a step's gradients with those of loss_of() in float64.
+
+    adapter: one on a float64 model; it gets the step's weights.
+    """
+    weights, gradients = step
+    parameters = list(adapter.double().parameters())
+    with torch.no_grad():
+        for parameter, weight in zip(parameters, weights):
+            parameter.copy_(weight)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss_of(), parameters)])
+    # clipping would hide a wrong scale
+    assert 0 < expected.norm() < 1
+    gradient = torch.cat([g.flatten() for g in gradients]).double()
+    assert (gradient - expected).norm() <= 1e-4 * expected.norm()
+
+
+def training_pairs(tiny):
+    paths, tokenizer = [tiny / "pairs.jsonl"], load_tokenizer(str(tiny / "model"))
+    return prepare_pairs(paths, ("train",), tokenizer, 128, 0)["train"]
+
+
+def test_gradients_of_scits_steps(tiny, tmp_path, steps):
+    """In steps of several passes; the last pass is smaller, and the anchors are in some of them."""
+    options = ["--steps", "3", "--batch-size", "5", "--tokens-per-pass", "900"]
+    scale = ["--lora-alpha", LORA_ALPHA]
+    go(scit, *stage1_source(tiny, tmp_path), *options, *scale, *CPU)
+    model = load_model(str(tiny / "model"), "float32", "cpu").double()
+    adapter = LoRA(model.base_model, alpha=LORA_ALPHA)
+    pairs = training_pairs(tiny)
+    lengths = [pair.length("positive", "chosen") for pair in pairs]
+    assert len(steps) == 3
+    for step, indices in zip(steps, shuffled_batches(lengths, 5, seed=0)):
+        batch = [pairs[i] for i in indices]
+
+        def loss(batch=batch):
+            # two anchors: 0.375 of five, rounded up
+            return sum(scit_reference(model, batch, batch[:2], 0.2))
+
+        check_gradients(step, adapter, loss)
+
+
+def test_gradients_of_duals_steps(tiny, tmp_path, steps):
+    options = ["--steps", "3", "--batch-size", "5", "--tokens-per-pass", "150"]
+    scale = ["--lora-alpha", LORA_ALPHA]
+    go(dual, *stage1_source(tiny, tmp_path), *options, *scale, *CPU)
+    model = load_model(str(tiny / "model"), "float32", "cpu").double()
+    adapter = LoRA(model.base_model, alpha=LORA_ALPHA)
+    pairs = training_pairs(tiny)
+    assert len(steps) == 6
+    # the good model's steps come first
+    for response, its_steps in (("chosen", steps[:3]), ("rejected", steps[3:])):
+        lengths = [pair.length("plain", response) for pair in pairs]
+        for step, indices in zip(its_steps, shuffled_batches(lengths, 5, seed=0)):
+            batch = [pairs[i] for i in indices]
+
+            def loss(batch=batch, response=response):
+                return dual_reference(model, batch, response)
+
+            check_gradients(step, adapter, loss)
+
+
+def read_responses(folder, layers):
+    """What collect recorded, in float64: for each response (ids, first recorded position,
+    b, h+ and h- [3, L, T, D])."""
+    responses = []
+    for name in read_stage(folder, "collect", "")["shards"]:
+        shard = load_file(folder / name)
+        id_start = row = 0
+        for length, first in zip(shard["lengths"].tolist(), shard["starts"].tolist()):
+            ids = shard["ids"][id_start : id_start + length].long()
+            rows = slice(row, row + length - first)
+            states = []
+            for kind, layer in itertools.product(("base", "plus", "minus"), layers):
+                states.append(shard[f"{kind}.{layer}"][rows].double())
+            responses.append((ids, first, torch.stack(states).unflatten(0, (3, len(layers)))))
+            id_start += length
+            row = rows.stop
+    return responses
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["l2", "mse"])
+def test_gradients_of_aligns_steps(kind, method, tiny, tmp_path, steps):
+    """Against states that transformers returns for one unpadded response at a time."""
+    go(METHODS[method], *stage1_source(tiny, tmp_path), "--steps", "5", "--lr", "1e-2", *CPU)
+    go(collect, "--out", tmp_path, "--layers", "0", "2", *CPU)
+    options = ["--steps", "3", "--batch-size", "5", "--tokens-per-pass", "150", "--kind", kind]
+    steps.clear()
+    go(align, "--out", tmp_path, *options, "--lora-alpha", LORA_ALPHA, *CPU)
+    model = load_model(str(tiny / "model"), "float32", "cpu").double()
+    if method == "scit":
+        # b is of the instructed model
+        folder = tmp_path / "scit" / "adapter"
+        weights = load_adapter(folder, model.base_model)
+        LoRA(model.base_model, weights=weights).double().requires_grad_(False)
+    # its blocks 0 to 2 alone have an adapter
+    adapter = random_adapter(model, blocks=3, alpha=LORA_ALPHA)
+    alphas = torch.tensor(read_stage(tmp_path / method / "align", "align", "")["alphas"])
+    responses = read_responses(tmp_path / method / "collect", [0, 2])
+
+    def distances(ids, first, states):
+        """r = A(π_lora, <q, r>, l) - (b + α (h+ - h-)), [L, T, D]."""
+        output = model.base_model(input_ids=ids[None], output_hidden_states=True)
+        hidden = [output.hidden_states[layer + 1][0, first:] for layer in (0, 2)]
+        base, plus, minus = states
+        return torch.stack(hidden) - (base + alphas[:, None, None] * (plus - minus))
+
+    lengths = [len(ids) for ids, _, _ in responses]
+    assert len(steps) == 3
+    for step, indices in zip(steps, shuffled_batches(lengths, 5, seed=0)):
+        batch = [responses[i] for i in indices]
+
+        def loss(batch=batch):
+            r = torch.cat([distances(*response) for response in batch], 1)
+            return r.norm(dim=-1).mean() if kind == "l2" else r.square().mean()
+
+        check_gradients(step, adapter, loss)

@@ -1,6 +1,7 @@
-"""Whole runs by command line, on a smaller world and on the real tiny model: their numbers, not that they run."""
+"""Whole runs by command line, on a smaller world and on the real tiny model: their numbers, not
+just that they run."""
+
 import functools
-import gc
 import json
 import re
 import shutil
@@ -8,327 +9,553 @@ import weakref
 
 import pytest
 import torch
+from helpers import CPU, SHARED, go, listing, make_model, stage1_source, succeed
 from safetensors.torch import load_file
 
 import align
 import collect
-import data
 import dual
 import evaluate
 import scit
-import toy
-from conftest import SHARED, go, make_model, succeed
-from files import read_stage
+from common import stage1, toy
+from common.collection import Collection, principal_directions
+from common.hf import hidden_states, load_model
+from common.pairs import load_pairs
+from common.stages import read_stage
 from lora import LoRA, load_adapter
-from model import hidden_states, load_model
-from pairs import load_pairs
+from tools import profile, sweep
 
-CPU = ["--device", "cpu"]
-
-
-def report(out, *args):
-    succeed("evaluate.py", "--out", out, "--judge", "toy:judge", "--limit", "90", *CPU, *args)
-    return json.loads((out / "evaluate" / "report.json").read_text())
+METHODS = ("scit", "dual")
+LAYERS = ["--layers", "1", "2"]
 
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
-    """Both methods, run on the smaller world: (folder, what align printed for each method)."""
-    out, source = tmp_path_factory.mktemp("runs"), ["--model", world[0], "--data", world[1]]
-    succeed("dual.py", *source, "--out", out, "--steps", "100", *CPU)
-    succeed("collect.py", "--out", out, "--layers", "1", "2", *CPU)
-    said = {"dual": succeed("align.py", "--out", out, *CPU)}
-    succeed("scit.py", *source, "--out", out, "--steps", "200", *CPU)
-    succeed("collect.py", "--out", out, "--method", "scit", "--layers", "1", "2", *CPU)
-    said["scit"] = succeed("align.py", "--out", out, "--method", "scit", *CPU)
-    return out, said
+    """Both methods, run on the smaller world: (folder, what align printed for both methods). Not
+    to be changed."""
+    out = tmp_path_factory.mktemp("runs")
+    source = ["--model", world[0], "--data", world[1], "--out", out]
+    outputs = {}
+    for stage, method, steps in ((dual, "dual", 100), (scit, "scit", 200)):
+        succeed(stage, *source, "--steps", steps, *CPU)
+        later = ["--out", out, "--method", method, *CPU]
+        succeed(collect, *later, *LAYERS)
+        outputs[method] = succeed(align, *later)
+    return out, outputs
+
+
+@pytest.fixture
+def collected(runs, tmp_path):
+    """A folder with the collections of the runs alone, in which a test may run align."""
+    out, _ = runs
+    for method in METHODS:
+        shutil.copytree(out / method / "collect", tmp_path / method / "collect")
+    return tmp_path
+
+
+def manifest_of(folder, kind="align"):
+    return read_stage(folder, kind, "")
+
+
+def adapted_model(world, folder):
+    """The base model of the smaller world with a written adapter."""
+    model = load_model(str(world[0]), "float32", "cpu")
+    LoRA(model.base_model, weights=load_adapter(folder, model.base_model)).eval()
+    return model
+
+
+@torch.no_grad()
+def adapted_logits(world, folder):
+    """Logits [1, 198, V] of the base model with a written adapter, at some ids."""
+    ids = torch.arange(2, 200)[None]
+    return adapted_model(world, folder)(input_ids=ids).logits
+
+
+def relative_difference(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ---------------------------------------------------------------- does it work?
 
 
 def test_alignment_works(runs):
     """Aligned models answer right and politely much more often than the base of their LoRA."""
     out, _ = runs
-    found = report(out)
-    models = found["models"]
-    assert set(models) == {"base", "scit_plus", "scit_minus", "scit_plain", "scit_aligned", "good", "bad", "dual_aligned"}
+    succeed(evaluate, "--out", out, "--judge", "common.toy:judge", "--limit", "90", *CPU)
+    models = json.loads((out / "evaluate" / "report.json").read_text())["models"]
+    scit_models = {"scit_plus", "scit_minus", "scit_plain", "scit_aligned"}
+    assert set(models) == {"base", *scit_models, "good", "bad", "dual_aligned"}
     for model in models.values():
-        assert set(model) == {"preference_accuracy", "preference_margin", "chosen_nll", "judge_greedy", "judge_sampled",
-                              "own_nll_under_base", "repeated_ngrams", "mean_length", "ended"}
+        assert set(model) == {
+            "preference_accuracy",
+            "preference_margin",
+            "chosen_nll",
+            "judge_greedy",
+            "judge_sampled",
+            "own_nll_under_base",
+            "repeated_ngrams",
+            "mean_length",
+            "ended",
+        }
     greedy = {name: model["judge_greedy"] for name, model in models.items()}
-    assert greedy["base"] <= 0.65 and greedy["scit_minus"] <= 0.1
-    assert greedy["scit_aligned"] >= greedy["scit_plain"] + 0.1 and greedy["dual_aligned"] >= greedy["base"] + 0.3
-    for name, least in (("scit_plus", 0.4), ("scit_aligned", 0.6), ("good", 0.8), ("dual_aligned", 0.7)):
-        assert greedy[name] >= least and models[name]["preference_accuracy"] >= 0.9, (name, models[name])
-        assert models[name]["repeated_ngrams"] < 0.05
-    assert models["bad"]["preference_accuracy"] < 0.5 and models["scit_minus"]["preference_margin"] < 0
-    samples = [json.loads(line) for line in open(out / "evaluate" / "samples.jsonl")]
+    assert greedy["base"] <= 0.65
+    assert greedy["scit_minus"] <= 0.1
+    assert greedy["scit_aligned"] >= greedy["scit_plain"] + 0.1
+    assert greedy["dual_aligned"] >= greedy["base"] + 0.3
+    minima = {"scit_plus": 0.4, "scit_aligned": 0.6, "good": 0.8, "dual_aligned": 0.7}
+    for name, minimum in minima.items():
+        assert greedy[name] >= minimum, (name, models[name])
+        assert models[name]["preference_accuracy"] >= 0.9, (name, models[name])
+        assert models[name]["repeated_ngrams"] < 0.05, (name, models[name])
+    assert models["bad"]["preference_accuracy"] < 0.5
+    assert models["scit_minus"]["preference_margin"] < 0
+
+    lines = (out / "evaluate" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
     assert len(samples) == 8 * 2 * 90
-    rows = [row["judge"] for row in samples if row["generator"] == "dual_aligned" and row["temperature"] == 0]
-    assert sum(rows) / len(rows) == pytest.approx(greedy["dual_aligned"])
+    scores = [
+        row["judge"]
+        for row in samples
+        if row["generator"] == "dual_aligned" and row["temperature"] == 0
+    ]
+    assert sum(scores) / len(scores) == pytest.approx(greedy["dual_aligned"])
 
 
-def test_held_out_states_reach_their_target(runs):
-    out, said = runs
-    for method in ("scit", "dual"):
-        record = read_stage(out / method / "align", "align", "")
-        assert all(end < 0.6 * start for start, end in zip(record["distance_start"], record["distance_end"]))
-        collected = read_stage(out / method / "collect", "collect", "")
-        for layer, ratio, alpha in zip(collected["settings"]["layers"], collected["ratio"], record["alphas"]):
-            assert alpha == pytest.approx(0.25 / ratio) and f"layer {layer}: α {alpha:.3g}, α|v|/|h| 0.25" in said[method]
+def test_validation_states_reach_their_target(runs):
+    out, outputs = runs
+    for method in METHODS:
+        manifest = manifest_of(out / method / "align")
+        for start, end in zip(manifest["distance_start"], manifest["distance_end"]):
+            assert end < 0.6 * start
+        collection = manifest_of(out / method / "collect", "collect")
+        layers = collection["settings"]["layers"]
+        for layer, ratio, alpha in zip(layers, collection["ratio"], manifest["alphas"]):
+            assert alpha == pytest.approx(0.25 / ratio)
+            assert f"layer {layer}: α {alpha:.3g}, α|v|/|h| 0.25" in outputs[method]
 
 
-def test_written_adapter_applies_to_the_original_base_alone(runs, world):
-    """Distances measured afresh, from the written adapter on the whole original model, are those that align reported."""
+@pytest.mark.parametrize("method", METHODS)
+def test_the_written_adapter_applies_to_the_original_base_alone(method, runs, world):
+    """Distances measured afresh, one response at a time, from the written adapter on the whole
+    original model, are those that align reported."""
     out, _ = runs
-    for method in ("scit", "dual"):
-        record, folder = read_stage(out / method / "align", "align", ""), out / method / "collect"
-        model = load_model(str(world[0]), torch.float32, "cpu")
-        LoRA(model.base_model, factors=load_adapter(out / method / "align", model.base_model)).eval()
-        held, layers, alphas = load_file(folder / "held_out-00000.safetensors"), record["settings"]["layers"], record["alphas"]
-        sums, at_id, at = torch.zeros(len(layers)), 0, 0
-        for length, start in zip(held["lengths"].tolist(), held["starts"].tolist()):
-            ids = held["ids"][at_id:at_id + length].long()[None]
-            with torch.no_grad():
-                states = hidden_states(model.base_model, layers, ids)
-            for i, layer in enumerate(layers):
-                b, p, m = (held[f"{name}.{layer}"][at:at + length - start] for name in ("base", "plus", "minus"))
-                sums[i] += (states[i][0, start:] - b - alphas[i] * (p - m)).norm(dim=1).sum()
-            at_id, at = at_id + length, at + length - start
-        assert sums.tolist() == pytest.approx([d * at for d in record["distance_end"]], rel=1e-3)
-
-
-def test_difference_alone_trains_the_same_adapter(runs, world, tmp_path):
-    """--store diff: two thirds of the bytes, the same logits within 1e-5."""
-    out, _ = runs
-    shutil.copytree(out / "dual", tmp_path / "dual")
-    go(collect, "--out", tmp_path, "--store", "diff", "--layers", "1", "2", *CPU)
-    go(align, "--out", tmp_path, *CPU)
-    assert read_stage(tmp_path / "dual" / "collect", "collect", "")["token_bytes"] < \
-        0.7 * read_stage(out / "dual" / "collect", "collect", "")["token_bytes"]
-    found = []
-    for folder in (out, tmp_path):
-        model = load_model(str(world[0]), torch.float32, "cpu")
-        LoRA(model.base_model, factors=load_adapter(folder / "dual" / "align", model.base_model)).eval()
+    manifest = manifest_of(out / method / "align")
+    layers, alphas = manifest["settings"]["layers"], manifest["alphas"]
+    model = adapted_model(world, out / method / "align")
+    shard = load_file(out / method / "collect" / "validation-shard-00000.safetensors")
+    sums = torch.zeros(len(layers))
+    id_start = row_start = 0
+    for length, first in zip(shard["lengths"].tolist(), shard["starts"].tolist()):
+        ids = shard["ids"][id_start : id_start + length].long()[None]
+        rows = slice(row_start, row_start + length - first)
         with torch.no_grad():
-            found.append(model(input_ids=torch.arange(2, 200)[None]).logits)
-    assert (found[0] - found[1]).abs().max() <= 1e-5 * found[0].abs().max()
-
-
-def logits_of(world, folder):
-    model = load_model(str(world[0]), torch.float32, "cpu")
-    LoRA(model.base_model, factors=load_adapter(folder, model.base_model)).eval()
-    with torch.no_grad():
-        return model(input_ids=torch.arange(2, 200)[None]).logits
-
-
-def test_all_directions_and_alpha_are_the_papers_form(runs, world, tmp_path):
-    """--rank D --alpha: the same adapter as without directions, within rounding; a smaller rank is another one."""
-    out, _ = runs
-    shutil.copytree(out / "dual" / "collect", tmp_path / "dual" / "collect")
-    found = {}
-    for name, more in (("paper", []), ("all", ["--rank", "128"]), ("two", ["--rank", "2"])):
-        go(align, "--out", tmp_path, "--alpha", "1", "--steps", "40", *more, *CPU)
-        found[name] = logits_of(world, tmp_path / "dual" / "align")
-    size = found["paper"].abs().max()
-    assert (found["all"] - found["paper"]).abs().max() <= 1e-4 * size < (found["two"] - found["paper"]).abs().max()
-
-
-def test_low_rank_without_base_trains_the_same_adapter(runs, world, tmp_path):
-    """Coefficients alone on disk, b from the model with the adapter off, for both methods: the full collection's adapter at that rank."""
-    out, _ = runs
-    for method in ("dual", "scit"):
-        shutil.copytree(out / method, tmp_path / method)
-        go(align, "--out", tmp_path, "--method", method, "--rank", "8", "--steps", "40", *CPU)
-        full, record = logits_of(world, tmp_path / method / "align"), read_stage(tmp_path / method / "align", "align", "")
-        said = go(collect, "--out", tmp_path, "--method", method, "--store", "lowrank", "--rank", "16", "--store-base", "no", "--layers", "1", "2", *CPU)
-        collected = read_stage(tmp_path / method / "collect", "collect", "")
-        assert collected["token_bytes"] == 2 * 16 * 4 and len(re.findall(r"16 directions hold \d+% of", said)) == 2
-        go(align, "--out", tmp_path, "--method", method, "--rank", "8", "--steps", "40", *CPU)
-        again = read_stage(tmp_path / method / "align", "align", "")
-        assert (logits_of(world, tmp_path / method / "align") - full).abs().max() <= 1e-3 * full.abs().max()
-        assert again["distance_start"] == pytest.approx(record["distance_start"], rel=1e-3)
-        assert again["distance_end"] == pytest.approx(record["distance_end"], rel=1e-2)
-
-
-def test_directions_are_those_of_numpy(runs, tmp_path):
-    """U, its share of |v|² and |v|/|h| against a singular value decomposition and a mean, from the shards."""
-    out, _ = runs
-    shutil.copytree(out / "dual", tmp_path / "dual")
-    shards = [load_file(path) for path in sorted((out / "dual" / "collect").glob("*.safetensors"))]
-    go(collect, "--out", tmp_path, "--store", "lowrank", "--rank", "3", "--layers", "1", "2", *CPU)
-    stored, record = load_file(tmp_path / "dual" / "collect" / "directions.safetensors"), read_stage(tmp_path / "dual" / "collect", "collect", "")
-    for i, layer in enumerate((1, 2)):
-        v = torch.cat([shard[f"plus.{layer}"] - shard[f"minus.{layer}"] for shard in shards if len(shard["lengths"]) > 128]).double()
-        _, values, vectors = torch.linalg.svd(v, full_matrices=False)
-        U = stored[f"directions.{layer}"].double()
-        assert torch.allclose((U @ vectors[:3].T).abs(), torch.eye(3, dtype=torch.double), atol=1e-3)
-        assert record["energy"][i] == pytest.approx((values[:3].square().sum() / values.square().sum()).item(), rel=1e-3)
-        ratio = torch.cat([(shard[f"plus.{layer}"] - shard[f"minus.{layer}"]).norm(dim=1) / shard[f"base.{layer}"].norm(dim=1) for shard in shards]).mean()
-        assert record["ratio"][i] == pytest.approx(ratio.item(), rel=1e-4)
-
-
-def test_strength_is_the_mean_share_of_length(runs, tmp_path):
-    out, _ = runs
-    shutil.copytree(out / "dual" / "collect", tmp_path / "dual" / "collect")
-    said = go(align, "--out", tmp_path, "--strength", "0.3", "--steps", "1", *CPU)
-    ratio, alphas = read_stage(out / "dual" / "collect", "collect", "")["ratio"], read_stage(tmp_path / "dual" / "align", "align", "")["alphas"]
-    assert alphas == pytest.approx([0.3 / r for r in ratio]) and said.count("α|v|/|h| 0.30") == 2
-    held = load_file(out / "dual" / "collect" / "held_out-00000.safetensors")              # the fresh adapter is the identity: it starts α |v| away
-    away = [alpha * (held[f"plus.{layer}"] - held[f"minus.{layer}"]).norm(dim=1).mean().item() for alpha, layer in zip(alphas, (1, 2))]
-    go(align, "--out", tmp_path, "--strength", "0.3", "--steps", "1", *CPU)
-    assert read_stage(tmp_path / "dual" / "align", "align", "")["distance_start"] == pytest.approx(away, rel=1e-3)
+            states = hidden_states(model.base_model, layers, ids)
+        for i, layer in enumerate(layers):
+            b, plus, minus = (shard[f"{name}.{layer}"][rows] for name in ("base", "plus", "minus"))
+            target = b + alphas[i] * (plus - minus)
+            sums[i] += (states[i][0, first:] - target).norm(dim=1).sum()
+        id_start += length
+        row_start = rows.stop
+    assert (sums / row_start).tolist() == pytest.approx(manifest["distance_end"], rel=1e-3)
 
 
 def test_prompt_shows_base_and_aligned_side_by_side(runs):
     out, _ = runs
-    said = go(evaluate, "--out", out, "--prompt", "Hello, I am Ada.", *CPU)
-    assert re.findall(r"^ *(\w+): \S", said, re.M) == ["base", "scit_aligned", "dual_aligned"]
-
-
-def test_profile_traces_steps_and_trains_nothing(runs, tmp_path):
-    """A trace that a browser reads, with the steps in it; figures that hold together; no adapter."""
-    out, _ = runs
-    shutil.copytree(out / "dual" / "collect", tmp_path / "dual" / "collect")
-    said = go(align, "--out", tmp_path, "--profile", "True", *CPU)
-    step, part, share, moved, rate = map(float, re.search(r"a step (\S+) ms; loss and gradient (\S+) ms of it \((\S+)%\), (\S+) MB at (\S+) GB/s", said).groups())
-    assert 0 < part < step and share == pytest.approx(100 * part / step, rel=0.02, abs=0.06) and rate == pytest.approx(moved / part, rel=0.02)
-    events = json.loads((tmp_path / "dual" / "align_trace.json").read_text())["traceEvents"]
-    assert sum(event.get("name") == "step" and event.get("cat") == "user_annotation" for event in events) == 5
-    assert not (tmp_path / "dual" / "align").exists()
-
-
-def test_alpha_0_starts_at_the_target(runs, tmp_path):
-    """The collected base states are the base's: at α = 0 the first distance is at most 1e-6 |h| in fp32; 0 where they are run again."""
-    out, _ = runs
-    for method in ("scit", "dual"):
-        shutil.copytree(out / method / "collect", tmp_path / method / "collect")
-        go(align, "--out", tmp_path, "--method", method, "--alpha", "0", "--steps", "1", "--lr", "0", *CPU)
-        start = read_stage(tmp_path / method / "align", "align", "")["distance_start"]
-        norms = read_stage(out / method / "collect", "collect", "")["norm_h"]
-        assert all(d <= 1e-6 * h for d, h in zip(start, norms))
-    shutil.copytree(out / "dual", tmp_path / "again" / "dual")
-    go(collect, "--out", tmp_path / "again", "--store-base", "no", "--layers", "1", "2", *CPU)
-    go(align, "--out", tmp_path / "again", "--alpha", "0", "--steps", "1", "--lr", "0", *CPU)
-    assert read_stage(tmp_path / "again" / "dual" / "align", "align", "")["distance_start"] == [0.0, 0.0]
-
-
-def test_same_seed_same_bytes_another_seed_not(tiny, tmp_path):
-    """All stages of both methods: adapters byte-equal for one seed on one machine, different for another."""
-    def adapters(name, seed):
-        out = tmp_path / name
-        source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", out, "--seed", seed, "--steps", "5", *CPU]
-        go(scit, *source), go(dual, *source)
-        for method in ("scit", "dual"):
-            go(collect, "--out", out, "--method", method, *CPU)
-            go(align, "--out", out, "--method", method, "--steps", "5", *CPU)
-        return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.safetensors")}
-    first, again, other = adapters("a", 0), adapters("b", 0), adapters("c", 1)
-    assert len(first) == 10 and first == again
-    assert all(first[name] != other[name] for name in first)
-
-
-def test_paper_settings_and_stimuli_run(tiny, tmp_path):
-    """Settings away from the defaults: squared loss, instructed DUAL, the good model as base, no last prompt token, several shards."""
-    out = tmp_path
-    go(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", out, "--steps", "2", "--lora-targets", "q_proj,v_proj", *CPU)
-    go(collect, "--out", out, "--stimulus", "instructed", "--base", "instructed", "--last-prompt-token", "False",
-            "--layers", "0", "-1", "--shard-mb", "0.1", "--tokens-per-pass", "300", *CPU)
-    record = read_stage(out / "dual" / "collect", "collect", "")
-    assert record["settings"]["layers"] == [0, 3] and len(record["shards"]) > 3
-    shards = [load_file(out / "dual" / "collect" / name) for name in record["shards"]]
-    assert all(int((s["lengths"] - s["starts"]).sum()) == len(s["base.3"]) == len(s["minus.0"]) for s in shards)
-    held = [sum(s[f"{name}.{layer}"].nbytes for name in ("base", "plus", "minus") for layer in (0, 3)) for s in shards]
-    assert all(size <= 1e5 or len(s["lengths"]) == 1 for size, s in zip(held, shards)) and max(held) > 8e4
-    said = go(align, "--out", out, "--kind", "mse", "--layers", "0", "--steps", "3", "--lora-rank", "12", *CPU)
-    assert "WARNING: the adapter has rank 20" in said
-    factors = load_adapter(out / "dual" / "align", make_model("llama").base_model)
-    assert factors.rank == 20 and {name.split(".")[1] for name in factors.weights} == {"0", "1", "2", "3"}
-
-
-def test_contrast_that_stays_at_ln_2_is_said(tiny, tmp_path):
-    said = go(scit, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", "--lr", "1e-6", *CPU)
-    assert "WARNING: the contrast has not left ln 2" in said
-
-
-def test_another_seed_later_moves_no_pair_to_another_split(tiny, tmp_path, monkeypatch, capfd):
-    """What stage 1 has trained on is never evaluated on; `--split all` takes what there is, were it of one split only."""
-    rows = [{key: value for key, value in json.loads(line).items() if key != "split"} for line in open(tiny / "pairs.jsonl")]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own, seeds = data.prepare, []
-    monkeypatch.setattr(data, "prepare", lambda *args: seeds.append(args[4]) or own(*args))
-    source = ["--model", tiny / "model", "--data", tmp_path / "pairs.jsonl", "--out", tmp_path, "--steps", "1", *CPU]
-    go(dual, *source)
-    go(collect, "--out", tmp_path, "--seed", "1", *CPU)
-    go(align, "--out", tmp_path, "--seed", "2", "--strength", "0.1", "0.2", "--steps", "1", "--max-new-tokens", "2", *CPU)
-    go(evaluate, "--out", tmp_path, "--seed", "3", "--max-new-tokens", "2", *CPU)
-    assert seeds == [0] * 4                   # in collect, in the sweep and in evaluate as in dual
-    asked = {json.loads(line)["instruction"] for line in open(tmp_path / "evaluate" / "samples.jsonl")}
-    pairs = load_pairs(tmp_path / "pairs.jsonl", 0)[0]
-    assert asked == {pair.prompt[0][1] for pair in pairs if pair.split == "test"} and {pair.split for pair in pairs} == {"train", "valid", "test"}
-    (tmp_path / "one.jsonl").write_text("".join(json.dumps({**row, "split": "test"}) + "\n" for row in rows[:5]))
-    said = go(evaluate, "--out", tmp_path, "--data", tmp_path / "one.jsonl", "--split", "all", "--max-new-tokens", "2", *CPU)
-    assert "5 all pairs" in said
-    go(scit, *source, "--seed", "1")
-    with pytest.raises(SystemExit):
-        go(evaluate, "--out", tmp_path, *CPU)
-    assert "have splits of different seeds" in capfd.readouterr().err
-
-
-def test_the_embedded_default_needs_no_argument_but_its_judge_no_other_data(tiny, tmp_path, monkeypatch):
-    """All stages of an untrained toy with their own defaults; answers to other pairs are not judged by the toy's oracle."""
-    monkeypatch.setattr(toy, "Config", functools.partial(toy.Config, steps=2, documents=320, pairs=40, width=32))
-    out = ["--out", tmp_path, *CPU]
-    go(scit, *out, "--steps", "2"), go(collect, *out), go(align, *out, "--steps", "2")
-    settings = read_stage(tmp_path / "scit" / "align", "align", "")["settings"]
-    assert (settings["strength"], settings["layers"], settings["judge"], settings["dtype"]) == (0.25, [0, 1, 2, 3, 4, 5], "toy:judge", "float32")
-    for more, judged in (([], True), (["--data", tiny / "pairs.jsonl"], False)):
-        go(evaluate, *out, "--limit", "3", "--max-new-tokens", "2", *more)
-        report = json.loads((tmp_path / "evaluate" / "report.json").read_text())
-        assert ("judge_greedy" in report["models"]["base"]) == judged and report["settings"]["pairs"] == 3
-    request = next(iter(toy.RIGHT))
-    for opening in ("", "You are polite."):
-        assert toy.judge(f"{opening}\n\nHuman: {request}\n\nAssistant:", toy.RIGHT[request][0]) == 1 and toy.judge(f"{opening}\n\nHuman: {request}\n\nAssistant:", "No.") == 0
-
-
-def test_max_gb_takes_whole_pairs(tiny, tmp_path):
-    go(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", *CPU)
-    said = go(collect, "--out", tmp_path, "--max-gb", "1.5e-3", *CPU)
-    record = read_stage(tmp_path / "dual" / "collect", "collect", "")
-    shards, n = record["shards"], int(re.search(r"holds ([\d,]+) training pairs", said)[1])
-    sizes = [(tmp_path / "dual" / "collect" / name).stat().st_size for name in [*shards, *record["held_out"]]]
-    assert 0 < n < 60 and 1.4e6 < sum(sizes) < 1.5e6 + 5000 * len(sizes)           # less headers
-    assert sum(len(load_file(tmp_path / "dual" / "collect" / name)["lengths"]) for name in shards) == 2 * n
+    output = go(evaluate, "--out", out, "--prompt", "Hello, I am Ada.", *CPU)
+    names = re.findall(r"^ *(\w+): \S", output, re.MULTILINE)
+    assert names == ["base", "scit_aligned", "dual_aligned"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real model and pairs are not at hand")
 def test_real_weights_and_real_pairs(tmp_path):
-    """A short run of both methods; the whole one is in the README."""
-    source = ["--model", SHARED / "models/stories260K", "--data", SHARED / "data/hh_harmless_test.jsonl.gz", "--out", tmp_path,
-              "--limit", "150", "--max-length", "200", *CPU]
+    """A short run of both methods on a real tiny model and real pairs."""
+    source = ["--model", SHARED / "models/stories260K"]
+    source += ["--data", SHARED / "data/hh_harmless_test.jsonl.gz"]
+    source += ["--out", tmp_path, "--limit", "150", "--max-length", "200", *CPU]
     go(dual, *source, "--steps", "40")
     go(collect, "--out", tmp_path, "--limit", "150", *CPU)
     go(align, "--out", tmp_path, "--steps", "100", *CPU)
-    record = read_stage(tmp_path / "dual" / "align", "align", "")
-    assert all(end <= 0.6 * start for start, end in zip(record["distance_start"], record["distance_end"]))
+    manifest = manifest_of(tmp_path / "dual" / "align")
+    for start, end in zip(manifest["distance_start"], manifest["distance_end"]):
+        assert end <= 0.6 * start
     go(scit, *source, "--steps", "6")
-    go(collect, "--out", tmp_path, "--method", "scit", "--limit", "20", *CPU)
-    go(align, "--out", tmp_path, "--method", "scit", "--steps", "20", *CPU)
+    later = ["--out", tmp_path, "--method", "scit", *CPU]
+    go(collect, *later, "--limit", "20")
+    go(align, *later, "--steps", "20")
     go(evaluate, "--out", tmp_path, "--limit", "8", "--max-new-tokens", "8", *CPU)
     report = json.loads((tmp_path / "evaluate" / "report.json").read_text())["models"]
-    assert len(report) == 8 and all("judge_greedy" not in model and model["chosen_nll"] > 0 for model in report.values())
+    assert len(report) == 8
+    for model in report.values():
+        assert "judge_greedy" not in model
+        assert model["chosen_nll"] > 0
 
 
-def test_collect_holds_one_pass_at_a_time(tiny, tmp_path, monkeypatch):
-    """No state of an earlier pass is alive when one is recorded; what is kept of it is in its shard."""
-    go(dual, "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path, "--steps", "1", *CPU)
-    own, alive = collect.record_states, []
+# ---------------------------------------------------------------- what align makes of a collection
 
-    def watched(*args):
-        gc.collect()
-        alive.append(sum(ref() is not None for ref in states))
-        found = own(*args)
-        states.extend(weakref.ref(x) for part in found for x in part)
-        return found
-    states = []
-    monkeypatch.setattr(collect, "record_states", watched)
-    go(collect, "--out", tmp_path, "--tokens-per-pass", "200", *CPU)
-    assert len(alive) > 10 and max(alive) == 0
+
+def test_the_difference_alone_trains_the_same_adapter(runs, world, tmp_path):
+    """--store diff: two thirds of the bytes, the same logits within 1e-5."""
+    out, _ = runs
+    shutil.copytree(out / "dual", tmp_path / "dual")
+    go(collect, "--out", tmp_path, "--store", "diff", *LAYERS, *CPU)
+    go(align, "--out", tmp_path, *CPU)
+    full = manifest_of(out / "dual" / "collect", "collect")
+    diff = manifest_of(tmp_path / "dual" / "collect", "collect")
+    assert diff["token_bytes"] < 0.7 * full["token_bytes"]
+    expected = adapted_logits(world, out / "dual" / "align")
+    logits = adapted_logits(world, tmp_path / "dual" / "align")
+    assert relative_difference(logits, expected) <= 1e-5
+
+
+def test_without_stored_base_align_trains_the_same_adapter(runs, world, tmp_path):
+    """b comes from the model with the adapter off, and v alone is on disk, for both methods."""
+    out, _ = runs
+    for method in METHODS:
+        shutil.copytree(out / method, tmp_path / method)
+        later = ["--out", tmp_path, "--method", method, *CPU]
+        training = ["--rank", "8", "--steps", "40"]
+        folder = tmp_path / method / "align"
+        go(align, *later, *training)
+        expected, before = adapted_logits(world, folder), manifest_of(folder)
+        go(collect, *later, *LAYERS, "--store", "diff", "--store-base", "no")
+        collection = manifest_of(tmp_path / method / "collect", "collect")
+        assert collection["token_bytes"] == 2 * collection["hidden_size"] * 4
+        go(align, *later, *training)
+        after = manifest_of(folder)
+        assert relative_difference(adapted_logits(world, folder), expected) <= 1e-3
+        assert after["distance_start"] == pytest.approx(before["distance_start"], rel=1e-3)
+        assert after["distance_end"] == pytest.approx(before["distance_end"], rel=1e-2)
+
+
+def test_all_directions_are_the_papers_form(collected, world):
+    """--rank D is the same adapter as without directions, within rounding; a small rank is not."""
+    logits = {}
+    for name, rank in (("paper", []), ("all", ["--rank", "128"]), ("two", ["--rank", "2"])):
+        args = ["--out", collected, "--method", "dual", "--alpha", "1", "--steps", "40", *CPU]
+        output = go(align, *args, *rank)
+        assert output.count(" directions hold ") == (2 if rank else 0)
+        logits[name] = adapted_logits(world, collected / "dual" / "align")
+    assert relative_difference(logits["all"], logits["paper"]) <= 1e-4
+    assert relative_difference(logits["two"], logits["paper"]) > 1e-4
+
+
+def test_directions_are_those_of_numpy(runs):
+    """U and its share of |v|² against a singular value decomposition, v U^T U and |v|/|h| against
+    their formulas, from the shards themselves."""
+    out, _ = runs
+    folder, layers, k = out / "dual" / "collect", [1, 2], 3
+    manifest = manifest_of(folder, "collect")
+    paths = [folder / name for name in manifest["shards"]]
+    collection = Collection(paths, layers, "full", pad_id=1)
+    device = torch.device("cpu")
+    directions, shares = principal_directions(collection.differences(device, 2048), k)
+
+    shards = [load_file(path) for path in paths]
+    validation = [load_file(folder / name) for name in manifest["validation_shards"]]
+    everything = range(len(collection.responses))
+    collection.directions = directions
+    batch = collection.read(everything, device)
+    assert batch.minus is None
+    for i, layer in enumerate(layers):
+        v = torch.cat([difference_in(shard, layer) for shard in shards])  # [T, D]
+        _, values, vectors = torch.linalg.svd(v, full_matrices=False)
+        U = directions[i].double()
+        assert torch.allclose((U @ vectors[:k].T).abs(), torch.eye(k).double(), atol=1e-3)
+        energy = values.square().cumsum(0) / values.square().sum()
+        assert shares[i] == pytest.approx(energy.tolist(), rel=1e-3)
+        projected = v @ vectors[:k].T @ vectors[:k]
+        assert torch.allclose(batch.plus[i].double(), projected, atol=1e-3 * v.abs().max().item())
+        ratios = []
+        for shard in [*shards, *validation]:
+            norms = shard[f"base.{layer}"].double().norm(dim=1)
+            ratios.append(difference_in(shard, layer).norm(dim=1) / norms)
+        assert manifest["ratio"][i] == pytest.approx(torch.cat(ratios).mean().item(), rel=1e-4)
+
+
+def difference_in(shard, layer):
+    """v = h+ - h- of a shard's tensors, float64 [T, D]."""
+    return (shard[f"plus.{layer}"] - shard[f"minus.{layer}"]).double()
+
+
+def test_strength_is_the_mean_share_of_length(runs, collected):
+    args = ["--out", collected, "--method", "dual", "--strength", "0.3", "--steps", "1", *CPU]
+    output = go(align, *args)
+    assert output.count("α|v|/|h| 0.30") == 2
+    manifest = manifest_of(collected / "dual" / "align")
+    ratios = manifest_of(collected / "dual" / "collect", "collect")["ratio"]
+    assert manifest["alphas"] == pytest.approx([0.3 / ratio for ratio in ratios])
+    # the new adapter changes nothing yet: its states are α |v| away from their targets
+    shard = load_file(collected / "dual" / "collect" / "validation-shard-00000.safetensors")
+    distances = []
+    for alpha, layer in zip(manifest["alphas"], (1, 2)):
+        distances.append(alpha * difference_in(shard, layer).norm(dim=1).mean().item())
+    assert manifest["distance_start"] == pytest.approx(distances, rel=1e-3)
+
+
+def test_alpha_0_starts_at_the_target(runs, collected, tmp_path):
+    """The recorded states b are the base's: at α = 0 the first distance is at most 1e-6 |h| in
+    fp32, and 0 where the base is run again."""
+    args = ["--alpha", "0", "--steps", "1", "--lr", "0", *CPU]
+    for method in METHODS:
+        go(align, "--out", collected, "--method", method, *args)
+        distances = manifest_of(collected / method / "align")["distance_start"]
+        norms = manifest_of(collected / method / "collect", "collect")["norm_h"]
+        assert all(distance <= 1e-6 * norm for distance, norm in zip(distances, norms))
+    out, _ = runs
+    shutil.copytree(out / "dual", tmp_path / "again" / "dual")
+    go(collect, "--out", tmp_path / "again", "--store-base", "no", *LAYERS, *CPU)
+    go(align, "--out", tmp_path / "again", *args)
+    assert manifest_of(tmp_path / "again" / "dual" / "align")["distance_start"] == [0.0, 0.0]
+
+
+def test_profile_traces_steps_and_writes_no_adapter(collected):
+    """A trace that a browser reads, with the steps in it, and figures that agree."""
+    before = set(listing(collected))
+    output = go(profile, "--out", collected, "--method", "dual", *CPU)
+    pattern = (
+        r"a step (\S+) ms; loss and gradient (\S+) ms of it \((\S+)%\), (\S+) MB at (\S+) GB/s"
+    )
+    step, loss, share, megabytes, rate = map(float, re.search(pattern, output).groups())
+    assert 0 < loss < step
+    assert share == pytest.approx(100 * loss / step, rel=0.02, abs=0.06)
+    assert rate == pytest.approx(megabytes / loss, rel=0.02)
+    path = collected / "dual" / "align_trace.json"
+    events = json.loads(path.read_text())["traceEvents"]
+    steps = [event for event in events if event.get("name") == "step"]
+    assert sum(event.get("cat") == "user_annotation" for event in steps) == profile.TRACED_STEPS
+    assert set(listing(collected)) - before == {"dual/align_trace.json"}
+
+
+# ---------------------------------------------------------------- seeds, settings, defaults
+
+
+def safetensors_of_a_run(tiny, out, seed):
+    """{name: bytes} of the tensors that all stages of both methods write."""
+    training = ["--steps", "5", *CPU]
+    for stage in (scit, dual):
+        go(stage, *stage1_source(tiny, out), "--seed", seed, *training)
+    for method in METHODS:
+        go(collect, "--out", out, "--method", method, *CPU)
+        go(align, "--out", out, "--method", method, *training)
+    return {name: data for name, data in listing(out).items() if name.endswith(".safetensors")}
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny, tmp_path):
+    """All stages of both methods on one machine."""
+    first = safetensors_of_a_run(tiny, tmp_path / "first", seed=0)
+    again = safetensors_of_a_run(tiny, tmp_path / "again", seed=0)
+    other = safetensors_of_a_run(tiny, tmp_path / "other", seed=1)
+    assert len(first) == 10
+    assert again == first
+    assert all(other[name] != first[name] for name in first)
+
+
+def test_settings_of_the_paper_and_of_stimuli_run(tiny, tmp_path):
+    """Settings away from the defaults: squared loss, instructed DUAL, the good model as base, no
+    last prompt token, several shards."""
+    stage1_args = ["--steps", "2", "--lora-targets", "q_proj,v_proj", *CPU]
+    go(dual, *stage1_source(tiny, tmp_path), *stage1_args)
+    recording = ["--stimulus", "instructed", "--base", "instructed", "--last-prompt-token", "False"]
+    recording += ["--layers", "0", "-1", "--shard-mb", "0.1", "--tokens-per-pass", "300", *CPU]
+    go(collect, "--out", tmp_path, *recording)
+    folder = tmp_path / "dual" / "collect"
+    manifest = manifest_of(folder, "collect")
+    assert manifest["settings"]["layers"] == [0, 3]
+    assert len(manifest["shards"]) > 3
+    state_bytes = []
+    for name in manifest["shards"]:
+        shard = load_file(folder / name)
+        recorded = int((shard["lengths"] - shard["starts"]).sum())
+        assert recorded == len(shard["base.3"]) == len(shard["minus.0"])
+        states = [tensor for key, tensor in shard.items() if key.endswith((".0", ".3"))]
+        assert len(states) == 6
+        state_bytes.append(sum(tensor.nbytes for tensor in states))
+        assert state_bytes[-1] <= 1e5 or len(shard["lengths"]) == 1
+    assert max(state_bytes) > 8e4
+
+    training = ["--kind", "mse", "--layers", "0", "--steps", "3", "--lora-rank", "12", *CPU]
+    output = go(align, "--out", tmp_path, *training)
+    assert "WARNING: the adapter has rank 20" in output
+    trunk = make_model("llama").base_model
+    weights = load_adapter(tmp_path / "dual" / "align", trunk)
+    assert weights.rank == 20
+    assert {name.split(".")[1] for name in weights.tensors} == {"0", "1", "2", "3"}
+
+
+def test_a_contrast_that_stays_at_ln_2_is_reported(tiny, tmp_path):
+    output = go(scit, *stage1_source(tiny, tmp_path), "--steps", "1", "--lr", "1e-6", *CPU)
+    assert "WARNING: the contrast has not left ln 2" in output
+
+
+@pytest.fixture
+def rows_without_split(tiny):
+    """The rows of the tiny world; their split is that of the seed."""
+    lines = (tiny / "pairs.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        del row["split"]
+    return rows
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def split_seeds(monkeypatch):
+    """The seeds with which the scripts split the pairs, in the order of their calls."""
+    seeds = []
+    original = stage1.prepare_pairs
+
+    def remember(paths, splits, tokenizer, max_length, seed, *others, **options):
+        seeds.append(seed)
+        return original(paths, splits, tokenizer, max_length, seed, *others, **options)
+
+    for module in (stage1, collect, sweep, evaluate):
+        monkeypatch.setattr(module, "prepare_pairs", remember)
+    return seeds
+
+
+def test_another_seed_later_moves_no_pair_to_another_split(
+    tiny, tmp_path, rows_without_split, split_seeds, fails
+):
+    """Nothing that stage 1 has trained on is evaluated on."""
+    path = write_rows(tmp_path / "pairs.jsonl", rows_without_split)
+    source = ["--model", tiny / "model", "--data", path, "--out", tmp_path, "--steps", "1", *CPU]
+    go(dual, *source)
+    later = ["--out", tmp_path, *CPU]
+    go(collect, *later, "--seed", "1")
+    strengths = ["--strength", "0.1", "0.2", "--steps", "1", "--max-new-tokens", "2"]
+    go(sweep, *later, "--seed", "2", *strengths)
+    go(evaluate, *later, "--seed", "3", "--max-new-tokens", "2")
+    # in dual, collect, sweep and evaluate
+    assert split_seeds == [0] * 4
+    lines = (tmp_path / "evaluate" / "samples.jsonl").read_text().splitlines()
+    prompts = {json.loads(line)["instruction"] for line in lines}
+    pairs, *_ = load_pairs(path, 0)
+    assert {pair.split for pair in pairs} == {"train", "valid", "test"}
+    assert prompts == {pair.prompt[0][1] for pair in pairs if pair.split == "test"}
+
+    go(scit, *source, "--seed", "1")
+    code, lines = fails(evaluate, *later)
+    assert code == 2
+    assert "have splits of different seeds" in lines[-1]
+
+
+def test_split_all_takes_the_pairs_of_every_split(tiny, tmp_path, rows_without_split):
+    """Were they of one split only."""
+    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *CPU)
+    rows = [{**row, "split": "test"} for row in rows_without_split[:5]]
+    path = write_rows(tmp_path / "test.jsonl", rows)
+    args = ["--data", path, "--split", "all", "--max-new-tokens", "2", *CPU]
+    assert "5 all pairs" in go(evaluate, "--out", tmp_path, *args)
+
+
+def test_the_embedded_default_needs_no_argument(tiny, tmp_path, monkeypatch):
+    """All stages with their own defaults, on an untrained toy model. Answers to other pairs are
+    not judged by the toy world's oracle."""
+    quick = {"steps": 2, "documents": 320, "pairs": 40, "width": 32}
+    monkeypatch.setattr(toy, "Config", functools.partial(toy.Config, **quick))
+    out = ["--out", tmp_path, *CPU]
+    go(scit, *out, "--steps", "2")
+    go(collect, *out)
+    go(align, *out, "--steps", "2")
+    settings = manifest_of(tmp_path / "scit" / "align")["settings"]
+    assert settings["strength"] == 0.25
+    assert settings["layers"] == [0, 1, 2, 3, 4, 5]
+    assert settings["judge"] == "common.toy:judge"
+    assert settings["dtype"] == "float32"
+    for data, is_judged in (([], True), (["--data", tiny / "pairs.jsonl"], False)):
+        go(evaluate, *out, "--limit", "3", "--max-new-tokens", "2", *data)
+        report = json.loads((tmp_path / "evaluate" / "report.json").read_text())
+        assert ("judge_greedy" in report["models"]["base"]) == is_judged
+        assert report["settings"]["pairs"] == 3
+
+
+@pytest.mark.parametrize("opening", ["", "You are polite."])
+def test_the_oracle_reads_the_last_request(opening):
+    request, replies = next(iter(toy.RIGHT.items()))
+    prompt = f"{opening}\n\nHuman: {request}\n\nAssistant:"
+    assert toy.judge(prompt, replies[0]) == 1
+    assert toy.judge(prompt, "No.") == 0
+
+
+# ---------------------------------------------------------------- what collect needs
+
+
+def test_max_gb_says_how_many_pairs_fit(tiny, tmp_path, monkeypatch, fails):
+    """Nothing is recorded where the collection would be too large; with --limit at the number
+    that fits, it is written, and is not larger."""
+    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *CPU)
+    args = ["--out", tmp_path, "--max-gb", "1e-3", *CPU]
+    before = listing(tmp_path)
+
+    def crash(*args):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "record_states", crash)
+        code, lines = fails(collect, *args)
+    assert code == 2
+    assert len(lines) == 1
+    assert "--limit" in lines[0]
+    assert listing(tmp_path) == before
+    fitting = int(re.search(r"holds about (\d+) pairs", lines[0])[1])
+    assert 0 < fitting < 60
+
+    go(collect, *args, "--limit", fitting)
+    folder = tmp_path / "dual" / "collect"
+    manifest = manifest_of(folder, "collect")
+    shards = [load_file(folder / name) for name in manifest["shards"]]
+    assert sum(len(shard["lengths"]) for shard in shards) == 2 * fitting
+    paths = list(folder.glob("*.safetensors"))
+    # less the headers
+    assert sum(path.stat().st_size for path in paths) < 1e6 + 5000 * len(paths)
+
+
+class PassMemory:
+    """Takes the place of collect.record_states: notes how many bytes of the states of earlier
+    passes are alive when a pass begins, and how large a pass is."""
+
+    def __init__(self, monkeypatch):
+        self.record_states = collect.record_states
+        self.states = []
+        self.alive = []
+        self.pass_bytes = []
+        monkeypatch.setattr(collect, "record_states", self.record)
+
+    def record(self, *args):
+        alive = [state() for state in self.states]
+        self.alive.append(sum(state.nbytes for state in alive if state is not None))
+        del alive
+        result = self.record_states(*args)
+        states = [state for part in result for state in part]
+        self.states += [weakref.ref(state) for state in states]
+        self.pass_bytes.append(sum(state.nbytes for state in states))
+        return result
+
+
+@pytest.fixture
+def pass_memory(monkeypatch):
+    return PassMemory(monkeypatch)
+
+
+def test_collect_holds_one_shard_in_memory(tiny, tmp_path, pass_memory):
+    """Of earlier passes, those of the unfinished shard are alive when the next one begins."""
+    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *CPU)
+    go(collect, "--out", tmp_path, "--tokens-per-pass", "100", "--shard-mb", "0.3", *CPU)
+    assert len(pass_memory.alive) > 10
+    largest_pass = max(pass_memory.pass_bytes)
+    total = sum(pass_memory.pass_bytes)
+    assert total > 3 * (0.3e6 + largest_pass)
+    assert 0 < max(pass_memory.alive) <= 0.3e6 + largest_pass
+
+
+def test_collect_frees_the_states_that_it_does_not_store(tiny, tmp_path, pass_memory):
+    """No h+, h- and b of an earlier pass is alive where v alone is stored."""
+    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *CPU)
+    stored = ["--store", "diff", "--store-base", "no"]
+    go(collect, "--out", tmp_path, "--tokens-per-pass", "200", *stored, *CPU)
+    assert len(pass_memory.alive) > 10
+    assert max(pass_memory.alive) == 0

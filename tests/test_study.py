@@ -1,40 +1,65 @@
-"""The study of wrong labels in small: its pieces by hand, and one unit on the smaller world."""
+"""The study of wrong labels in small: its pieces by hand, one experiment on the smaller world."""
+
 import json
 import math
+import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import SMALL_WORLD, make_model, random_adapter
 
-import study_wrong_labels as study
-import toy
-from conftest import SMALL_WORLD
-from lora import LoRA, load_adapter
-from test_losses import log_p, pairs  # noqa: F401
+from common import toy
+from common.data import encode_pairs
+from common.pairs import parse_row
+from lora import load_adapter
+from studies import wrong_labels as study
 
 
-def test_swap_exchanges_just_that_share_of_training_rows():
-    rows = [{"chosen": f"good {i}", "rejected": f"bad {i}", "split": "train" if i < 50 else "test"} for i in range(70)]
+@pytest.fixture(scope="module")
+def pairs(tokenizer):
+    requests = toy.split_requests(list(toy.ASK), 0)
+    rows = toy.preference_rows(requests, 40, random.Random(0))
+    return encode_pairs(tokenizer, [parse_row(row, 0)[0] for row in rows[:3]])
+
+
+def test_swap_exchanges_that_share_of_the_training_rows_alone():
+    rows = []
+    for i in range(70):
+        split = "train" if i < 50 else "test"
+        rows.append({"chosen": f"good {i}", "rejected": f"bad {i}", "split": split})
     swapped = study.swap(rows, 0.3, seed=1)
-    wrong = [i for i, (a, b) in enumerate(zip(rows, swapped)) if a != b]
+    wrong = [i for i in range(70) if swapped[i] != rows[i]]
     assert len(wrong) == 15 and max(wrong) < 50 and wrong != list(range(15))
-    assert all(swapped[i] == {"chosen": f"bad {i}", "rejected": f"good {i}", "split": "train"} for i in wrong)
-    assert study.swap(rows, 0.3, seed=1) == swapped and study.swap(rows, 0.0, seed=1) == rows
+    for i in wrong:
+        assert swapped[i] == {"chosen": f"bad {i}", "rejected": f"good {i}", "split": "train"}
+    assert study.swap(rows, 0.3, seed=1) == swapped
+    assert study.swap(rows, 0.0, seed=1) == rows
 
 
-def test_dpo_loss_by_the_equation(pairs):  # noqa: F811
-    from conftest import make_model
+@torch.no_grad()
+def log_probability(model, pair, response):
+    """log π(r | q), a sum over the response's tokens: one unpadded forward."""
+    ids, start = pair.example("plain", response)
+    logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    targets = torch.tensor(ids[start:])
+    return logits.log_softmax(-1)[start - 1 : -1].gather(1, targets[:, None]).sum().item()
+
+
+def test_dpo_loss_by_the_equation(pairs):
     model = make_model("llama").double()
-    reference = [[sum(log_p(model, *pair.example("plain", response))) for response in ("chosen", "rejected")] for pair in pairs[:3]]
-    adapter = LoRA(model.base_model)
-    with torch.no_grad():
-        for B in adapter.B:
-            B.normal_(std=0.05)
+    base_margins = []
+    for pair in pairs:
+        chosen, rejected = (log_probability(model, pair, r) for r in ("chosen", "rejected"))
+        base_margins.append(chosen - rejected)
+    adapter = random_adapter(model)
     terms = []
-    for pair, (chosen, rejected) in zip(pairs[:3], reference):
-        margin = sum(log_p(model, *pair.example("plain", "chosen"))) - chosen - sum(log_p(model, *pair.example("plain", "rejected"))) + rejected
-        terms.append(math.log1p(math.exp(-0.1 * margin)))
-    loss = study.dpo_loss(model, adapter, pairs[:3], 1)
+    for pair, base_margin in zip(pairs, base_margins):
+        chosen, rejected = (log_probability(model, pair, r) for r in ("chosen", "rejected"))
+        # -log σ(β Δ) = log(1 + exp(-β Δ)) with β = 0.1
+        terms.append(math.log1p(math.exp(-0.1 * (chosen - rejected - base_margin))))
+    loss = study.dpo_loss(model, adapter, pairs, 1)
     assert loss.item() == pytest.approx(sum(terms) / 3, rel=1e-4)
     loss.backward()
     assert all(A.grad.abs().max() > 0 for A in adapter.A)
@@ -42,43 +67,95 @@ def test_dpo_loss_by_the_equation(pairs):  # noqa: F811
 
 def test_interval_by_hand():
     """Seed means .2, .4, .6, .8 and 1: mean .6, standard deviation 0.3162, t = 2.776."""
-    values = np.array([[m - 0.1, m + 0.1] for m in (0.2, 0.4, 0.6, 0.8, 1.0)])
+    values = np.array([[mean - 0.1, mean + 0.1] for mean in (0.2, 0.4, 0.6, 0.8, 1.0)])
     assert study.interval(values) == pytest.approx([0.6, 0.6 - 0.3926, 0.6 + 0.3926], abs=1e-3)
 
 
-def test_choice_takes_the_best_of_each(monkeypatch, capsys):
-    """A hand-made validation table: one best value a share, the new form the same for all, an edge said."""
-    monkeypatch.setattr(study, "FORMS", [{"strength": 1}, {"strength": 2}])
-    good, bad = {"greedy": "11", "sampled": ["10"]}, {"greedy": "10", "sampled": ["00"]}
+GOOD = {"greedy": "11", "sampled": ["10"]}
+BAD = {"greedy": "10", "sampled": ["00"]}
 
-    def row(share):
-        names = {"sft": study.STEPS, "dpo": study.LRS, "weights": study.LAMBDAS[share >= 0.3], **{m: study.ALPHAS[m][share >= 0.3] for m in study.METHODS}}
-        best = {"sft": 300 if share else 150, "dpo": 3e-4, "weights": 2.0 if share else 1.0, "dual": 1.0, "scit": 0.25}
-        return {f"{name} {x:g}": good if x == best[name] else bad for name, xs in names.items() for x in xs} | {
-            f'{m} form {{"strength": {x}}}': good if x == 2 else bad for m in study.METHODS for x in (1, 2)}
-    found = study.choose({seed: {str(share): row(share) for share in (0.0, 0.3)} for seed in "01"})
-    assert found == {"form": {"strength": 2}, "shares": {"0.0": {"sft": 150, "dpo": 3e-4, "weights": 1.0, "dual": 1.0, "scit": 0.25},
-                                                         "0.3": {"sft": 300, "dpo": 3e-4, "weights": 2.0, "dual": 1.0, "scit": 0.25}}}
+
+def validation_scores(share, best):
+    """Hand-made verdicts of all settings, good at {method: its best value} and for strength 2."""
+    tried = {
+        "sft": study.SFT_STEPS,
+        "dpo": study.DPO_LRS,
+        "weights": study.LAMBDAS[share >= 0.3],
+        "dual": study.ALPHAS["dual"][share >= 0.3],
+        "scit": study.ALPHAS["scit"][share >= 0.3],
+    }
+    scores = {}
+    for name, values in tried.items():
+        for value in values:
+            scores[f"{name} {value:g}"] = GOOD if value == best[name] else BAD
+    for method in study.METHODS:
+        for form in study.FORMS:
+            scores[study.form_name(method, form)] = GOOD if form["strength"] == 2 else BAD
+    return scores
+
+
+def test_the_best_settings_are_chosen_at_each_share(monkeypatch, capsys):
+    """And one form for all shares; a value at the edge of those tried is reported."""
+    monkeypatch.setattr(study, "FORMS", [{"strength": 1}, {"strength": 2}])
+    clean = {"sft": 150, "dpo": 3e-4, "weights": 1.0, "dual": 1.0, "scit": 0.25}
+    wrong = {"sft": 300, "dpo": 3e-4, "weights": 2.0, "dual": 1.0, "scit": 0.25}
+    scores = {"0.0": validation_scores(0.0, clean), "0.3": validation_scores(0.3, wrong)}
+    chosen = study.choose_settings({"0": scores, "1": scores})
+    assert chosen == {"form": {"strength": 2}, "shares": {"0.0": clean, "0.3": wrong}}
     assert "scit 0.25 is at the edge" in capsys.readouterr().out
 
 
-def test_one_unit(world, tmp_path):
-    """30% wrong labels, few steps: swapped data reach the stages; λ moves weights; verdicts are of the test pairs."""
+@pytest.fixture
+def experiment(world, tmp_path):
+    """One seed of the smaller world with 30% wrong labels."""
+    seed_folder = tmp_path / "seed0"
+    seed_folder.mkdir()
+    (seed_folder / "toy").symlink_to(world[0].parent.parent)
     config = study.Config(phase="measure", work=str(tmp_path))
-    settings = dict(zip((name.removeprefix("--") for name in SMALL_WORLD[::2]), SMALL_WORLD[1::2]))
-    (tmp_path / "seed0").mkdir()
-    (tmp_path / "seed0" / "toy").symlink_to(world[0].parent.parent)
-    unit = study.Unit(config, 0, 0.3, toy.Config(out=str(tmp_path / "seed0"), kinds=settings["kinds"], blocks=int(settings["blocks"]), lr=float(settings["lr"]),
-                                                 pairs=int(settings["pairs"]), steps=int(settings["steps"]), documents=int(settings["documents"])))
-    clean = [json.loads(line) for line in open(world[1])]
-    used = [json.loads(line) for line in open(unit.source["data"][0])]
-    assert sum(a["chosen"] != b["chosen"] for a, b in zip(clean, used)) == 90
-    unit.stage(study.dual, seed=0, steps=60, **unit.source)
-    good, bad = (load_adapter(unit.out / "dual" / name, unit.model.base_model) for name in ("good", "bad"))
-    assert unit.score(study.difference(good, bad, 0.0)) == unit.score(None)
-    scores = {name: unit.score(factors) for name, factors in (("base", None), ("sft", unit.sft(60)), ("weights", unit.weights(1.0)))}
-    assert all(len(run) == 180 for score in scores.values() for run in [score["greedy"], *score["sampled"]]) and len(scores["sft"]["sampled"]) == 3
-    assert study.mean(scores["sft"]["greedy"]) >= study.mean(scores["base"]["greedy"]) + 0.1
-    table = study.summary({"0": {"0.3": scores}, "1": {"0.3": scores}})["0.3"]
-    assert table["sft"]["greedy"][0] == pytest.approx(study.mean(scores["sft"]["greedy"]), abs=1e-4) and table["sft"]["sampled_minus_sft"] == [0, 0, 0]
-    assert table["weights"]["sampled_minus_sft"][0] == pytest.approx(study.mean(*scores["weights"]["sampled"]) - study.mean(*scores["sft"]["sampled"]), abs=2e-4)
+    world_config = toy.Config(out=str(seed_folder), **SMALL_WORLD)
+    return study.Experiment(config, 0, 0.3, world_config)
+
+
+def test_one_experiment(experiment, world):
+    """Few steps: swapped data reach the stages, λ scales weights, verdicts are of test pairs."""
+    clean = world[1].read_text().splitlines()
+    used = Path(experiment.source["data"][0]).read_text().splitlines()
+    pairs_of_rows = zip(map(json.loads, clean), map(json.loads, used))
+    assert sum(a["chosen"] != b["chosen"] for a, b in pairs_of_rows) == 90
+
+    experiment.run_stage(study.dual, seed=0, steps=60, **experiment.source)
+    folder, trunk = experiment.out / "dual", experiment.model.base_model
+    good, bad = (load_adapter(folder / name, trunk) for name in ("good", "bad"))
+    base = experiment.score(None)
+    assert experiment.score(study.weight_difference(good, bad, 0.0)) == base
+
+    sft = experiment.score(experiment.sft(60))
+    weights = experiment.score(experiment.weights(1.0))
+    for score in (base, sft, weights):
+        assert [len(run) for run in (score["greedy"], *score["sampled"])] == [180] * 4
+    assert study.mean(sft["greedy"]) >= study.mean(base["greedy"]) + 0.1
+
+    scores = {"base": base, "sft": sft, "weights": weights}
+    table = study.summarize({"0": {"0.3": scores}, "1": {"0.3": scores}})["0.3"]
+    assert table["sft"]["greedy"][0] == pytest.approx(study.mean(sft["greedy"]), abs=1e-4)
+    assert table["sft"]["sampled_minus_sft"] == [0, 0, 0]
+    expected = study.mean(*weights["sampled"]) - study.mean(*sft["sampled"])
+    assert table["weights"]["sampled_minus_sft"][0] == pytest.approx(expected, abs=2e-4)
+
+
+def test_scores_are_kept_and_resumed(tmp_path):
+    class CountingExperiment:
+        out = tmp_path
+        calls = 0
+
+        def score(self, weights):
+            self.calls += 1
+            return {"greedy": "1", "sampled": ["0"], "of": weights}
+
+    experiment = CountingExperiment()
+    for settings, calls in (("a", 2), ("a", 2), ("b", 4)):
+        scores = study.Scores(experiment, "choose", settings)
+        scores.add("base")
+        scores.add("sft 75", str, 75)
+        assert experiment.calls == calls
+        assert scores["sft 75"]["of"] == "75" and scores["base"]["of"] is None

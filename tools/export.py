@@ -11,9 +11,9 @@ from typing import Literal
 
 from transformers import AutoTokenizer
 
-from common.config import UserError, run, setting
-from common.hf import choose_device, load_model, model_digest
-from common.stages import choose_method, inherit, read_stage, verified, write_stage
+from common.config import run, setting
+from common.hf import check_same_model, choose_device, load_model
+from common.stages import choose_method, inherit, read_stage, verified_path, write_stage
 from lora import LoRA, load_adapter
 
 
@@ -41,11 +41,9 @@ def main(config):
     manifest = read_stage(folder, "align", "python align.py")
     inherit(config, manifest["settings"], ("model", "dtype"), folder)
     model = load_model(config.model, config.dtype, choose_device(config.device))
-    if model_digest(config.model) != manifest["model_digest"]:
-        raise UserError(f"{folder} was made for another model than --model {config.model}")
-    LoRA(
-        model.base_model, weights=load_adapter(verified(folder, manifest), model.base_model)
-    ).merge()
+    check_same_model(config.model, manifest, folder)
+    weights = load_adapter(verified_path(folder, manifest), model.base_model)
+    LoRA(model.base_model, weights=weights).merge()
     target = folder.with_name("merged")
     with write_stage(target, "merged", {"settings": manifest["settings"]}) as new:
         model.save_pretrained(new)

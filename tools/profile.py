@@ -30,7 +30,7 @@ TIMED_STEPS = 10
 
 @dataclass
 class Config(align.Config):
-    """The settings of align.py, less its number of steps."""
+    """The settings of align.py, with another default for the number of steps."""
 
     steps: int = setting(
         WARMUP_STEPS + TRACED_STEPS + TIMED_STEPS, "optimizer steps to run", minimum=10
@@ -99,8 +99,7 @@ def main(config):
     hook = register_optimizer_step_post_hook(recorder)
     patch = mock.patch.object(align, "representation_loss", remember)
     with tempfile.TemporaryDirectory() as folder, patch:
-        # an absolute path: nothing is written to OUT
-        align.main(config, f"{folder}/profiled")
+        align.main(config, Path(folder) / "profiled")
     hook.remove()
     step = recorder.seconds()
     loss, moved = time_loss(*calls[0])

@@ -19,15 +19,20 @@ import torch
 from tqdm import tqdm
 
 import collect
-from common.collection import difference, recorded_length, recorded_mask
+from common.collection import (
+    difference,
+    principal_directions,
+    recorded_length,
+    recorded_mask,
+)
 from common.config import UserError, run, setting
 from common.data import collate, sample, split_into_passes
 from common.hf import (
+    check_same_model,
     choose_device,
     choose_tokens_per_pass,
     find_blocks,
     load_model,
-    principal_directions,
     response_logprobs,
 )
 from common.stages import next_command, versions, write_json
@@ -220,7 +225,7 @@ def main(config):
     device = choose_device(config.device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
     model = load_model(config.model, config.dtype, device)
-    stage1.check_model(config.model)
+    check_same_model(config.model, stage1.manifest, f"{config.out}/{config.method}")
     adapters = stage1.load_adapters(model.base_model)
     config.layers = list(range(len(find_blocks(model.base_model)[1])))
     pad_id = tokenizer.pad_token_id

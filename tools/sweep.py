@@ -10,6 +10,7 @@ them and their table to OUT/METHOD/sweep, and the best to OUT/METHOD/align.
 """
 
 import dataclasses
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from common.stages import (
     MANIFEST,
     next_command,
     read_stage,
-    verified,
+    verified_path,
     write_json,
     write_stage,
 )
@@ -67,9 +68,9 @@ def plan_runs(config):
     for value in values:
         run_settings = {**shared, "strength": None, "alpha": None, setting_name: value}
         runs[f"{setting_name}_{value:g}"] = align.Config(**run_settings)
-    if len(runs) < len(values):
+    if len(runs) < len(values) or not all(map(math.isfinite, values)):
         text = " ".join(f"{value:g}" for value in values)
-        raise UserError(f"--{setting_name} {text}: give each value once")
+        raise UserError(f"--{setting_name} {text}: give finite values, each of them once")
     return runs
 
 
@@ -97,7 +98,7 @@ def train_missing(runs, sweep_folder):
         if not (sweep_folder / name / MANIFEST).is_file():
             print(f"{name}:")
             try:
-                align.main(run_config, f"{sweep_folder.name}/{name}")
+                align.main(run_config, sweep_folder / name)
             except TrainingDiverged as error:
                 print(f"WARNING: left out: {error}")
                 continue
@@ -111,7 +112,7 @@ def main(config):
     # 1. the values, the collection, and everything that scoring will need: fail early
     runs = plan_runs(config)
     first = dataclasses.replace(next(iter(runs.values())))
-    manifest = align.open_collection(first)
+    manifest = align.complete_settings(first)
     collected, folder = manifest["settings"], Path(config.out) / first.method
     for name in ("method", "model", "seed", "layers"):
         setattr(config, name, getattr(first, name))
@@ -153,7 +154,7 @@ def main(config):
     source = folder / "sweep" / best
     best_manifest = read_stage(source, "align", "python -m tools.sweep")
     with write_stage(folder / "align", "align", best_manifest) as new:
-        for path in verified(source, best_manifest).glob("adapter*"):
+        for path in verified_path(source, best_manifest).glob("adapter*"):
             shutil.copy(path, new)
     print(f"wrote {folder / 'align'}: {best}; all adapters and their table: {folder / 'sweep'}")
     align.print_warnings(folder, load_adapter(source, model.base_model))

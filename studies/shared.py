@@ -1,0 +1,87 @@
+"""What the studies share: stages without output, scores on the embedded default, result files."""
+
+import contextlib
+import io
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from common import toy
+from common.data import prepare_pairs
+from common.hf import load_model, load_tokenizer
+from common.score import GenerationSettings, attached, load_judge, score_model
+from common.stages import versions, write_json
+from lora import load_adapter
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "studies" / "results"
+
+
+def quietly(stage, **settings):
+    """Run a stage or a tool in this process without its output. Returns the seconds it took."""
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        stage.main(stage.Config(**settings))
+    return time.perf_counter() - start
+
+
+class World:
+    """The embedded default of one seed: its base model, some of its pairs, and its judge."""
+
+    def __init__(self, out, seed, split="test"):
+        """out: the folder of all stages. split: the pairs to score on."""
+        self.out = Path(out)
+        self.seed = seed
+        source = toy.ensure_world(toy.Config(out=str(out), seed=seed))
+        self.judge = load_judge(source["judge"])
+        self.tokenizer = load_tokenizer(source["model"])
+        self.model = load_model(source["model"], "float32", "cpu")
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepared = prepare_pairs(source["data"], (split,), self.tokenizer, 256, seed)
+        self.pairs = prepared[split]
+
+    def score(self, folder=None, prompt="plain"):
+        """The report of common.score.score_model for the adapter in OUT/folder; None: the base."""
+        weights = load_adapter(self.out / folder, self.model.base_model) if folder else None
+        generation = GenerationSettings(max_new_tokens=64, batch_size=64, seed=self.seed)
+        scorers = {"judge": self.judge}
+        with attached(self.model, weights) as adapter:
+            report, _ = score_model(
+                self.model, adapter, self.tokenizer, self.pairs, prompt, scorers, generation
+            )
+        return report
+
+
+# ---------------------------------------------------------------- result files
+
+
+def processor():
+    """The name of the GPU, or of the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"
+
+
+def machine():
+    """What a measurement ran on, in words."""
+    if torch.cuda.is_available():
+        return processor()
+    return f"{torch.get_num_threads()} threads, {processor()}"
+
+
+def command():
+    """The command line of a study."""
+    return " ".join(["python", "-m", f"studies.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
+def write_result(name, result):
+    """Write studies/results/NAME.json: a dict, after how it was made."""
+    made = {"command": command(), "machine": machine(), "versions": versions()}
+    path = RESULTS / f"{name}.json"
+    write_json(path, {**made, **result})
+    print(f"wrote {path}")

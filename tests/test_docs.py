@@ -1,0 +1,235 @@
+"""README.md and RESULTS.md: commands run as they stand, figures are those of the result files."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, SMALL_WORLD, arguments, succeed
+
+import align
+import collect
+import dual
+import evaluate
+import scit
+from common import toy
+from common.config import Parser
+from kernels import bench
+from kernels.bench_forms import forms
+from studies import (
+    bench_pipeline,
+    campaign,
+    disk,
+    embedded,
+    few_tokens,
+    found,
+    real,
+    strengths,
+    wrong_labels,
+)
+from tools import export, profile, survey, sweep
+
+README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "RESULTS.md").read_text()
+DOCS = README + RESULTS
+
+# every script that the documents name, as they name it
+SCRIPTS = {f"{stage.__name__}.py": stage for stage in (scit, dual, collect, align, evaluate)}
+MODULES = (toy, bench, bench_pipeline, campaign, disk, embedded, few_tokens, found, real)
+MODULES += (strengths, wrong_labels, export, profile, survey, sweep)
+SCRIPTS |= {f"-m {module.__name__}": module for module in MODULES}
+
+
+def result(name):
+    """The content of a committed result file."""
+    return json.loads((ROOT / "studies" / "results" / f"{name}.json").read_text())
+
+
+def settings_of(script):
+    """The options of a script, such as {"--steps", ...}."""
+    return set(Parser(script.Config)._option_string_actions)
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"[\d.]+", text)]
+
+
+# ---------------------------------------------------------------- commands
+
+
+def quick_start_commands():
+    """The commands of the README's first bash block, less the installation."""
+    block = re.search(r"```bash\n(.*?)```", README, re.S)[1]
+    commands = [command.strip() for command in re.split(r"\n|&&", block)]
+    return [command for command in commands if command and not command.startswith("pip ")]
+
+
+def test_quick_start_runs(tmp_path):
+    """In a smaller world, whose settings stand in for the defaults."""
+    commands = quick_start_commands()
+    assert commands[:3] == ["python scit.py", "python collect.py", "python align.py"]
+    small = {**SMALL_WORLD, "steps": 30, "documents": 960, "pairs": 40}
+    succeed(toy, "--out", tmp_path, *arguments(small))
+    world = tmp_path / "toy" / "seed0"
+    source = ["--model", world / "model", "--data", world / "pairs.jsonl", "--steps", "5"]
+    for command in commands:
+        script, *args = shlex.split(command)[1:]
+        more = map(str, source) if script == "scit.py" else []
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *args, *more],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
+        assert done.returncode == 0, command + done.stderr
+    assert (tmp_path / "out" / "scit" / "align" / "adapter_model.safetensors").is_file()
+
+
+def test_settings_in_commands_are_those_of_their_script():
+    names = "|".join(re.escape(name) for name in SCRIPTS)
+    commands = re.findall(rf"({names})((?: (?!&|#)[^\s`]+)*)", DOCS)
+    assert sum("--" in options for _, options in commands) >= 15
+    for name, options in commands:
+        used = set(re.findall(r"--[a-z][a-z-]*", options))
+        assert used <= settings_of(SCRIPTS[name]), (name, options)
+
+
+def test_settings_in_the_text_exist():
+    known = {"--help"}
+    for script in SCRIPTS.values():
+        known |= settings_of(script)
+    named = set(re.findall(r"`(--[a-z][a-z-]+)", DOCS))
+    assert len(named) > 15 and named <= known
+
+
+def test_files_and_functions_exist():
+    paths = set(re.findall(r"`((?:[\w]+/)*\w+\.(?:py|json|txt))`", DOCS))
+    for path in paths - {"report.json", "stage.json"}:
+        assert (ROOT / path).is_file(), path
+    functions = re.findall(r"`(\w+(?:/\w+)*\.py):(\w+)`", DOCS)
+    assert len(functions) >= 5
+    for path, function in functions:
+        source = (ROOT / path).read_text()
+        assert re.search(rf"^(def|class) {function}\b", source, re.M), (path, function)
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 2600
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_answers_at_several_strengths():
+    answers = result("strengths")["answers"]
+    shown = [kind for kind in answers if answers[kind]["question"] in README]
+    assert len(shown) == 1 and strengths.markdown(answers, shown[0]) in README
+    rows = answers[shown[0]]["answers"]
+    default = align.STRENGTH
+    assert list(rows) == [f"{strength:g}" for strength in (-default, 0, default, 2 * default)]
+
+
+def test_judge_in_the_quick_start():
+    figures = result("embedded_default")["seeds"]["0"]["figures"]
+    base, aligned = (figures[name]["judge_greedy"] for name in ("base", "scit_aligned"))
+    assert f"rises from {base:.2f} to {aligned:.2f} (greedy decoding)" in " ".join(README.split())
+
+
+def test_paper_form_and_controls():
+    seeds = result("embedded")["seeds"].values()
+    rows = dict(re.findall(r"^\| `([\w.-]+)` \|(.*)\|$", RESULTS, re.M))
+    assert len(rows) >= 20
+    for name, cells in rows.items():
+        figures = ("judge_greedy", "judge_sampled", "preference_accuracy")
+        for figure, cell in zip(figures, cells.split("|")):
+            expected = [round(seed["figures"][name][figure], 2) for seed in seeds]
+            assert numbers(cell) == expected, (name, figure)
+
+
+def test_figures_of_the_default():
+    seeds = result("embedded_default")["seeds"].values()
+    for method in ("scit", "dual"):
+        judged = [seed["figures"][f"{method}_aligned"]["judge_greedy"] for seed in seeds]
+        assert f"{method.upper()} " + " / ".join(f"{value:.2f}" for value in judged) in RESULTS
+
+
+def test_wrong_labels():
+    table = result("wrong_labels")["summary"]
+    assert wrong_labels.markdown(table, "sampled") in RESULTS
+    assert wrong_labels.markdown(table, "greedy") in RESULTS
+    assert wrong_labels.clean_markdown(table) in README
+    text = " ".join(README.split())
+    quoted = re.search(
+        r"SCIT gives ([\d.]+) at temperature 1, DUAL ([\d.]+), weight arithmetic with DUAL's two "
+        r"adapters ([\d.]+), preferred-SFT ([\d.]+)\.",
+        text,
+    )
+    names = ("scit_new", "dual_new", "weights", "sft")
+    measured = [table["0.3"][name]["sampled"][0] for name in names]
+    assert [float(value) for value in quoted.groups()] == [round(value, 2) for value in measured]
+
+
+def test_survey_and_sweep():
+    seeds = result("found")["seeds"]
+    assert found.markdown(seeds) in RESULTS
+    aucs, judged = [], []
+    for seed in seeds.values():
+        for method in ("scit", "dual"):
+            aucs += [block["auc"] for block in seed[method]["blocks"]]
+            judged += [
+                seed[method][test]["judge_greedy"] for test in ("test", "test_without_judge")
+            ]
+    assert f"({min(aucs):.2f} to {max(aucs):.2f} over all blocks" in " ".join(RESULTS.split())
+    assert min(judged) >= 0.975
+
+
+def test_cost_and_growth():
+    measured = result("bench_pipeline_cpu")["found"]
+    assert bench_pipeline.markdown(measured) in RESULTS
+    assert bench_pipeline.growth(result("scaling")["found"]) in RESULTS
+    assert few_tokens.markdown(result("few_tokens")["seeds"]) in RESULTS
+
+
+def test_bytes_on_disk():
+    table = RESULTS.partition("| stored |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\|.*\| ([\d,]+) \|$", table, re.M)
+    measured = result("disk")["forms"]
+    assert [int(row.replace(",", "")) for row in rows] == [
+        round(measured[form]["bytes a token"]) for form in disk.FORMS
+    ]
+
+
+def test_interrupted_runs():
+    text, measured = " ".join(RESULTS.split()), result("campaign")
+    kills, checks = measured["kills"], measured["checks"]
+    assert f"killed {kills['kills']} times" in text and kills["all files as undisturbed"]
+    assert f"{kills['reruns that went on from a checkpoint']} of the reruns" in text
+    shares = re.search(
+        r"take ([\d.]+)% of dual's, ([\d.]+)% of collect's and ([\d.]+)% of align's", text
+    )
+    for share, stage in zip(shares.groups(), ("dual", "collect", "align")):
+        measured_share = 100 * checks[stage]["of it checks and checkpoints"]
+        assert float(share) == pytest.approx(measured_share, abs=0.051)
+    memory = {}
+    for stage in ("collect", "align"):
+        for when in ("half time", "the end"):
+            memory[stage, when] = round(measured["soak"][stage][f"anonymous MB at {when}"])
+    assert (
+        f"collect holds {memory['collect', 'half time']} MB of memory of its own at half time and "
+        f"{memory['collect', 'the end']} MB at the end, align {memory['align', 'half time']} and "
+        f"{memory['align', 'the end']} MB" in text
+    )
+
+
+def test_bytes_of_the_kernel():
+    rows = re.findall(r"^\|[^|]+\| \**(\d+)\** \| \**(\d+)\** \|$", RESULTS, re.M)
+    hidden = ("torch backend", "fused, incoming 0.37")
+    counts = [form.own_bytes for name, form in forms().items() if name not in hidden]
+    assert [(float(full), float(half)) for full, half in rows] == [
+        (count(1.0), count(0.5)) for count in counts
+    ]

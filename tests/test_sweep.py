@@ -1,0 +1,185 @@
+"""The sweep: what it chooses, by hand, and that each adapter is the one align.py would train."""
+
+import json
+
+import pytest
+import torch
+from helpers import CPU, go, stage1_source, succeed
+
+import align
+import collect
+import dual
+from common import score
+from common.data import prepare_pairs
+from common.hf import load_model, load_tokenizer
+from common.stages import read_stage
+from lora import ADAPTER_WEIGHTS, load_adapter
+from tools import export, sweep
+
+# ---------------------------------------------------------------- choosing
+
+
+def report(**changes):
+    return {"chosen_nll": 1.0, "own_nll_under_base": 0.5, "repeated_ngrams": 0.01, **changes}
+
+
+# the last one has collapsed: the base finds its answers strange
+REPORTS = {
+    "base": report(),
+    "a": report(chosen_nll=0.8),
+    "b": report(chosen_nll=0.7),
+    "c": report(chosen_nll=0.1, own_nll_under_base=1.6),
+}
+
+
+def with_scores(reports, scorer, scores):
+    """Reports with the greedy and sampled scores of a judge or reward model."""
+    scored = {}
+    for (name, row), (greedy, sampled) in zip(reports.items(), scores):
+        scored[name] = {**row, f"{scorer}_greedy": greedy, f"{scorer}_sampled": sampled}
+    return scored
+
+
+def test_without_a_scorer_the_nll_decides_and_what_has_collapsed_is_out():
+    best, why = score.choose_best(REPORTS)
+    assert best == "b"
+    assert "lowest NLL" in why
+    assert "0.700; base 1.000" in why
+    assert "c shows a collapse" in why
+    assert "strange" in why
+    assert "WARNING" not in why
+
+
+def test_a_judge_decides_where_there_is_one():
+    judged = with_scores(REPORTS, "judge", [(0, 0), (0.9, 0.5), (0.6, 0.7), (1, 1)])
+    best, why = score.choose_best(judged)
+    assert best == "a"
+    assert "best judge (0.700" in why
+
+
+def test_a_reward_model_decides_before_a_judge():
+    judged = with_scores(REPORTS, "judge", [(0, 0), (0.9, 0.5), (0.6, 0.7), (1, 1)])
+    rewarded = with_scores(judged, "reward", [(-1, -1), (-3, -3), (-2, -2), (5, 5)])
+    best, why = score.choose_best(rewarded)
+    assert best == "b"
+    assert "best reward (-2.000; base -1.000); WARNING: it is no better than the base" in why
+
+
+def test_where_all_have_collapsed_one_of_them_is_chosen():
+    collapsed = {
+        "base": report(),
+        "a": report(repeated_ngrams=0.2),
+        "b": report(repeated_ngrams=0.3, chosen_nll=0.5),
+    }
+    assert score.choose_best(collapsed)[0] == "b"
+
+
+# ---------------------------------------------------------------- the tool
+
+
+def test_sweep_keeps_every_adapter_and_marks_the_best(world, tmp_path):
+    """Each adapter is the one that its setting alone gives, byte for byte; the collapsed one is
+    named and not chosen; align is the best."""
+    model_folder, pairs_file = world
+    source = ["--model", model_folder, "--data", pairs_file, "--out", tmp_path]
+    succeed(dual, *source, "--steps", "100", *CPU)
+    go(collect, "--out", tmp_path, "--layers", "1", "2", *CPU)
+    options = ["--out", tmp_path, "--steps", "80", *CPU]
+    scoring = ["--judge", "common.toy:judge", "--max-new-tokens", "24"]
+    output = go(sweep, *options, *scoring, "--strength", "0.02", "0.25", "4")
+    folder = tmp_path / "dual" / "sweep"
+    summary = json.loads((folder / "sweep.json").read_text())
+    models = summary["models"]
+    names = ["strength_0.02", "strength_0.25", "strength_4"]
+    assert list(models) == ["base", *names]
+    assert summary["best"] == "strength_0.25"
+    assert "best judge" in summary["why"]
+    assert "strength_4 shows a collapse" in summary["why"]
+    assert summary["settings"]["data"] == [str(pairs_file)]
+    judged = {name: models[name]["judge_greedy"] for name in names}
+    assert judged["strength_0.25"] > judged["strength_0.02"] + 0.2
+    assert score.signs_of_collapse(models["strength_4"], models["base"])
+    assert not score.signs_of_collapse(models["strength_0.25"], models["base"])
+
+    text = (folder / "sweep.md").read_text()
+    assert text.count("\n| ") == 5
+    assert "best: strength_0.25" in text
+    assert f"{models['base']['chosen_nll']:.3f}" in text
+    assert text in output
+
+    # the base's row is what evaluate.py measures on the same pairs
+    tokenizer = load_tokenizer(str(model_folder))
+    base = load_model(str(model_folder), "float32", "cpu")
+    pairs = prepare_pairs([pairs_file], ("valid",), tokenizer, 256, 0)["valid"]
+    _, _, nll = score.preferences(base, pairs, "plain", tokenizer.pad_token_id)
+    assert models["base"]["chosen_nll"] == pytest.approx(nll, rel=1e-5)
+
+    # align holds the best; it can be exported
+    weights = {name: (folder / name / ADAPTER_WEIGHTS).read_bytes() for name in names}
+    assert len(set(weights.values())) == 3
+    aligned = tmp_path / "dual" / "align"
+    assert (aligned / ADAPTER_WEIGHTS).read_bytes() == weights["strength_0.25"]
+    settings = read_stage(aligned, "align", "")["settings"]
+    assert settings["strength"] == 0.25
+    assert settings["alpha"] is None
+    go(export, "--out", tmp_path, *CPU)
+    manifest = read_stage(tmp_path / "dual" / "merged", "merged", "")
+    assert manifest["settings"]["strength"] == 0.25
+    merged = load_model(str(tmp_path / "dual" / "merged"), "float32", "cpu")
+    name = "layers.1.mlp.down_proj"
+    A, B = load_adapter(aligned, base.base_model).tensors[name]
+    expected = base.base_model.get_submodule(name).weight + 2 * B @ A
+    weight = merged.base_model.get_submodule(name).weight
+    assert torch.allclose(weight, expected, atol=1e-6)
+
+    for name, value in (("strength_0.25", "0.25"), ("strength_4", "4")):
+        go(align, *options, "--strength", value)
+        assert (aligned / ADAPTER_WEIGHTS).read_bytes() == weights[name]
+
+
+def test_an_adapter_that_diverges_is_left_out(done, tmp_path):
+    """Nothing of an earlier sweep stays, and an earlier export is named."""
+    (tmp_path / "dual").mkdir()
+    (tmp_path / "dual" / "collect").symlink_to(done / "dual" / "collect")
+    (tmp_path / "dual" / "merged").mkdir()
+    options = ["--out", tmp_path, "--kind", "mse", "--steps", "2", "--max-new-tokens", "2", *CPU]
+    go(sweep, *options, "--alpha", "0.5", "2")
+    output = go(sweep, *options, "--alpha", "-0.5", "1", "1e30")
+    assert "WARNING: left out: alpha_1e+30: the loss is" in output
+    assert "merged holds an earlier adapter" in output
+    folders = {path.name for path in (tmp_path / "dual" / "sweep").iterdir() if path.is_dir()}
+    assert folders == {"alpha_-0.5", "alpha_1"}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--alpha", "1", "2"], "pairs.jsonl"),
+        (["--alpha", "1", "2", "--judge", "no:such"], "--judge"),
+        (["--alpha", "1", "2", "--reward-model", "./no"], "--reward-model"),
+        (["--strength", "0.2", "0.2"], "each of them once"),
+        (["--alpha", "nan", "1"], "nan is not a number"),
+        (["--alpha", "inf", "1"], "finite"),
+        (["--alpha", "1", "--strength", "0.1"], "--strength or of --alpha"),
+        ([], "--strength or of --alpha"),
+    ],
+)
+def test_a_sweep_fails_at_its_start_where_its_end_would(options, words, without_pairs, fails):
+    """Also where the pairs are gone, which are needed only for the scores."""
+    code, lines = fails(sweep, "--out", without_pairs, *options, *CPU)
+    assert code == 2
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert not (without_pairs / "dual" / "sweep").exists()
+
+
+@pytest.fixture(scope="module")
+def without_pairs(tiny, tmp_path_factory):
+    """A folder with a collection whose pairs were deleted."""
+    folder = tmp_path_factory.mktemp("without-pairs")
+    (folder / "model").symlink_to(tiny / "model")
+    (folder / "pairs.jsonl").write_bytes((tiny / "pairs.jsonl").read_bytes())
+    go(dual, *stage1_source(folder, folder), "--steps", "2", *CPU)
+    go(collect, "--out", folder, "--layers", "1", *CPU)
+    (folder / "pairs.jsonl").unlink()
+    return folder

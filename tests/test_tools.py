@@ -1,0 +1,94 @@
+"""The tools that look at or pass on what align.py trained: profile and export."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from helpers import CPU, go, listing, logits_of, make_model, some_batch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.hf import load_model
+from common.stages import read_stage
+from lora import LoRA, load_adapter
+from tools import export, profile
+
+# ---------------------------------------------------------------- profile
+
+
+def test_profile_traces_steps_and_trains_nothing(done, tmp_path):
+    """A trace that a browser reads, with the steps in it; figures that hold together; no
+    adapter."""
+    shutil.copytree(done / "dual" / "collect", tmp_path / "dual" / "collect")
+    before = listing(tmp_path)
+    output = go(profile, "--out", tmp_path, *CPU)
+    figures = re.search(
+        r"a step (\S+) ms; loss and gradient (\S+) ms of it \((\S+)%\), (\S+) MB at (\S+) GB/s",
+        output,
+    )
+    step, part, share, megabytes, rate = map(float, figures.groups())
+    assert 0 < part < step
+    assert share == pytest.approx(100 * part / step, rel=0.02, abs=0.06)
+    assert rate == pytest.approx(megabytes / part, rel=0.02)
+
+    trace = tmp_path / "dual" / "align_trace.json"
+    events = json.loads(trace.read_text())["traceEvents"]
+    steps = [e for e in events if e.get("name") == "step" and e.get("cat") == "user_annotation"]
+    assert len(steps) == 5
+    trace.unlink()
+    assert listing(tmp_path) == before
+
+
+# ---------------------------------------------------------------- export
+
+
+@pytest.fixture
+def aligned(done, tmp_path):
+    """A folder with the aligned adapter of a finished run, and the base model's folder."""
+    shutil.copytree(done / "dual" / "align", tmp_path / "dual" / "align")
+    return tmp_path, read_stage(done / "dual" / "align", "align", "")["settings"]["model"]
+
+
+def test_exported_model_is_the_base_with_its_adapter(aligned):
+    out, model_folder = aligned
+    base = load_model(model_folder, "float32", "cpu")
+    batch = some_batch()
+    base_logits = logits_of(base, batch)
+    weights = load_adapter(out / "dual" / "align", base.base_model)
+    LoRA(base.base_model, weights=weights).eval()
+    expected = logits_of(base, batch)
+    assert not torch.equal(expected, base_logits)
+
+    output = go(export, "--out", out, *CPU)
+    folder = out / "dual" / "merged"
+    assert f"wrote {folder}" in output
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.allclose(logits_of(merged, batch), expected, atol=1e-5)
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    assert vocabulary == AutoTokenizer.from_pretrained(model_folder).get_vocab()
+    settings = read_stage(out / "dual" / "align", "align", "")["settings"]
+    assert read_stage(folder, "merged", "")["settings"] == settings
+
+
+def test_exported_model_may_have_another_dtype(aligned):
+    out, _ = aligned
+    go(export, "--out", out, "--dtype", "bfloat16", *CPU)
+    merged = AutoModelForCausalLM.from_pretrained(out / "dual" / "merged", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+
+
+def test_export_for_another_model_is_refused(aligned, tmp_path, fails):
+    out, _ = aligned
+    make_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    code, lines = fails(export, "--out", out, "--model", tmp_path / "other", *CPU)
+    assert code == 2
+    assert len(lines) == 1
+    assert f"--model {tmp_path / 'other'} is another model" in lines[0]
+    assert not (out / "dual" / "merged").exists()
+
+
+def test_export_without_an_aligned_adapter_names_the_command(tmp_path, fails):
+    code, lines = fails(export, "--out", tmp_path, *CPU)
+    assert code == 2
+    assert "python align.py" in lines[-1]
