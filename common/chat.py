@@ -325,7 +325,7 @@ class ChatForm:
 class ChatPrompt(NamedTuple):
     """A prompt in the chat template."""
 
-    text: "Text"
+    text: Text
     # what the template puts between this prompt and a reply
     lead: str
 
