@@ -157,7 +157,6 @@ def validation_distances(trunk, adapter, validation, alphas, tokens_per_pass):
 def train(trunk, adapter, collection, alphas, config, checkpoint_path, depends_on, log):
     """Train the adapter to move the hidden states to their targets."""
     layers, lengths = collection.layers, collection.lengths
-    backend = choose_backend(config.backend, trunk)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
     checkpoint = Checkpoint(
         checkpoint_path, config, depends_on, adapter=adapter, optimizer=optimizer
@@ -185,7 +184,7 @@ def train(trunk, adapter, collection, alphas, config, checkpoint_path, depends_o
                     alphas,
                     kind=config.kind,
                     denom=len(layers) * tokens,
-                    backend=backend,
+                    backend=config.backend,
                 )
                 part_loss.backward()
                 loss += part_loss.detach()
@@ -202,16 +201,17 @@ def train(trunk, adapter, collection, alphas, config, checkpoint_path, depends_o
     adapter.eval()
 
 
-def choose_backend(backend, trunk):
-    """ "torch" or "triton", of the setting."""
-    if backend != "auto":
-        return backend
-    if trunk.device.type == "cpu":
+def choose_backend(backend, hidden_size, device):
+    """What computes the loss, "torch" or "triton". UserError if Triton is asked for in vain."""
+    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
         return "torch"
-    reason = triton_unavailable_reason(trunk.config.get_text_config().hidden_size, trunk.device)
-    if reason:
-        print(f"the loss is computed by plain PyTorch, not by the Triton kernel: {reason}")
-    return "torch" if reason else "triton"
+    reason = triton_unavailable_reason(hidden_size, device)
+    if not reason:
+        return "triton"
+    if backend == "triton":
+        raise UserError(f"--backend triton: {reason}; use --backend torch")
+    print(f"the loss is computed by plain PyTorch, not by the Triton kernel: {reason}")
+    return "torch"
 
 
 def main(config, target=None):
@@ -222,6 +222,7 @@ def main(config, target=None):
     folder = Path(config.out) / config.method
     device = choose_device(config.device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
+    config.backend = choose_backend(config.backend, manifest["hidden_size"], device)
     ratios = [manifest["ratio"][collected["layers"].index(layer)] for layer in layers]
     alphas = alpha_per_layer(config, ratios)
     pad_id = load_tokenizer(config.model).pad_token_id

@@ -283,8 +283,10 @@ def plan_passes(shard, examples, config):
     """The examples of one shard (indices) in forward passes: lists of (EncodedPair, response)."""
     lengths = input_lengths(examples, config)
     # split_into_passes goes from short to long, a shard from long to short
-    passes = split_into_passes(shard[::-1], lengths, config.tokens_per_pass)
-    return [[examples[i] for i in reversed(part)] for part in reversed(passes)]
+    passes = []
+    for part in split_into_passes(shard[::-1], lengths, config.tokens_per_pass):
+        passes.insert(0, [examples[i] for i in reversed(part)])
+    return passes
 
 
 def input_lengths(examples, config):

@@ -16,6 +16,14 @@ from common.stages import atomic_write, relevant_settings
 # Steps from one line of the log, and one look at the loss, to the next.
 LOG_INTERVAL = 10
 
+# What a run depends on besides its settings, in words.
+INPUT_LABELS = {
+    "alphas": "α of each layer (--strength or --alpha)",
+    "collected": "another collection, with digests",
+    "pairs": "other pairs, with digest",
+    "model_digest": "another model, with digest",
+}
+
 
 class Signals:
     """Within the context SIGINT and SIGTERM are only noted; check() then raises Interrupted
@@ -81,14 +89,14 @@ class Checkpoint(Signals):
         except Exception as error:
             # a damaged file can fail in any way
             raise UserError(
-                f"{self.path} cannot be read ({first_line(error)[:80]}): "
-                "--restart True starts again"
+                f"{self.path} cannot be read ({first_line(error)[:80]}): --restart starts again"
             ) from None
         if differing:
             name = differing[0]
+            label = INPUT_LABELS.get(name, name)
             raise UserError(
-                f"{self.path} is of a run with {name} {str(previous.get(name))[:60]}, not "
-                f"{str(current.get(name))[:60]}: give the same to resume, or --restart True"
+                f"{self.path} is of a run with {label} {str(previous.get(name))[:60]}, not "
+                f"{str(current.get(name))[:60]}: give the same to resume, or --restart"
             )
         print(f"resuming after step {self.step}, from {self.path}")
 

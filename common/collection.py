@@ -102,7 +102,10 @@ class Collection:
         plus, minus = states[self.plus_name], states.get("minus")
         if self.directions is not None:
             plus, minus = project(plus, minus, self.directions), None
-        ids, recorded = ids.to(device), recorded.to(device)
+        if device.type == "cuda":
+            ids, recorded = ids.pin_memory(), recorded.pin_memory()
+        ids = ids.to(device, non_blocking=True)
+        recorded = recorded.to(device, non_blocking=True)
         return CollectedBatch(ids, recorded, states.get("base"), plus, minus)
 
     def differences(self, device, tokens_per_pass):

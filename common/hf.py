@@ -36,8 +36,9 @@ logging.disable_progress_bar()
 
 def choose_device(name):
     """torch.device of a setting; None takes the GPU where there is one. UserError otherwise."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"--device {name}: only cpu and cuda are supported")
         # fails here, and not in the middle of the stage, where the device does not exist

@@ -13,7 +13,8 @@ have the same form (q: the prompt, r_h: the chosen reply, r_l: the rejected repl
                     [[user, assistant], ...], "chosen": r_h, "rejected": r_l}; history is optional
 
 Any row may have a "system" text and a "split": train, valid or test. Without a split, a hash of
-the seed and the prompt decides. To read another form, add a parser to ROW_PARSERS.
+the seed and the prompt decides. To read another form, add its prompt field to
+PROMPT_FIELDS and a parser to ROW_PARSERS.
 """
 
 import gzip

@@ -4,7 +4,7 @@ The world has five kinds of requests. Its base model has read both polite, right
 wrong ones, and without instruction it produces either. Preference pairs say which is wanted;
 `judge` knows the right replies. Some items (islands, numbers, tasks, names, misdeeds) never occur
 in the training pairs, so that validation and test measure whether the behaviour generalizes. The
-base has read about all items.
+base model has read text about every item.
 
     python -m common.toy --out out
 

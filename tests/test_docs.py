@@ -137,7 +137,7 @@ def test_answers_at_several_strengths():
 def test_judge_in_the_quick_start():
     figures = result("embedded_default")["seeds"]["0"]["figures"]
     base, aligned = (figures[name]["judge_greedy"] for name in ("base", "scit_aligned"))
-    assert f"rises from {base:.2f} to {aligned:.2f} (greedy decoding)" in " ".join(README.split())
+    assert f"rose from {base:.2f} to {aligned:.2f} (greedy decoding)" in " ".join(README.split())
 
 
 def test_paper_form_and_controls():

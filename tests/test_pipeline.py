@@ -23,7 +23,7 @@ from common.hf import hidden_states, load_model
 from common.pairs import load_pairs
 from common.stages import read_stage
 from lora import LoRA, load_adapter
-from tools import profile, sweep
+from tools import sweep
 
 METHODS = ("scit", "dual")
 LAYERS = ["--layers", "1", "2"]
@@ -306,24 +306,6 @@ def test_alpha_0_starts_at_the_target(runs, collected, tmp_path):
     go(collect, "--out", tmp_path / "again", "--store-base", "no", *LAYERS, *CPU)
     go(align, "--out", tmp_path / "again", *args)
     assert manifest_of(tmp_path / "again" / "dual" / "align")["distance_start"] == [0.0, 0.0]
-
-
-def test_profile_traces_steps_and_writes_no_adapter(collected):
-    """A trace that a browser reads, with the steps in it, and figures that agree."""
-    before = set(listing(collected))
-    output = go(profile, "--out", collected, "--method", "dual", *CPU)
-    pattern = (
-        r"a step (\S+) ms; loss and gradient (\S+) ms of it \((\S+)%\), (\S+) MB at (\S+) GB/s"
-    )
-    step, loss, share, megabytes, rate = map(float, re.search(pattern, output).groups())
-    assert 0 < loss < step
-    assert share == pytest.approx(100 * loss / step, rel=0.02, abs=0.06)
-    assert rate == pytest.approx(megabytes / loss, rel=0.02)
-    path = collected / "dual" / "align_trace.json"
-    events = json.loads(path.read_text())["traceEvents"]
-    steps = [event for event in events if event.get("name") == "step"]
-    assert sum(event.get("cat") == "user_annotation" for event in steps) == profile.TRACED_STEPS
-    assert set(listing(collected)) - before == {"dual/align_trace.json"}
 
 
 # ---------------------------------------------------------------- seeds, settings, defaults

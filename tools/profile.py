@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.benchmark import Timer
 
 import align
-from common.config import run, setting
+from common.config import Interrupted, run, setting
 from kernels import bytes_moved, representation_loss
 
 # Steps before the trace: compilation and the allocator's first calls stay out.
@@ -60,7 +60,7 @@ class StepRecorder:
         if self.steps == WARMUP_STEPS + TRACED_STEPS:
             self.profiler.stop()
         if self.steps >= WARMUP_STEPS + TRACED_STEPS:
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             self.times.append(time.perf_counter())
 
@@ -99,7 +99,11 @@ def main(config):
     hook = register_optimizer_step_post_hook(recorder)
     patch = mock.patch.object(align, "representation_loss", remember)
     with tempfile.TemporaryDirectory() as folder, patch:
-        align.main(config, Path(folder) / "profiled")
+        try:
+            align.main(config, Path(folder) / "profiled")
+        except Interrupted:
+            # its checkpoint goes with the folder: there is nothing to resume
+            raise KeyboardInterrupt from None
     hook.remove()
     step = recorder.seconds()
     loss, moved = time_loss(*calls[0])
@@ -107,6 +111,8 @@ def main(config):
         f"a step {step * 1e3:.3g} ms; loss and gradient {loss * 1e3:.3g} ms of it "
         f"({loss / step:.1%}), {moved / 1e6:.3g} MB at {moved / loss / 1e9:.3g} GB/s"
     )
+    if torch.cuda.is_initialized():
+        print("(states that fit the GPU's cache may be read from there)")
     path = Path(config.out) / config.method / "align_trace.json"
     recorder.profiler.export_chrome_trace(str(path))
     print(f"wrote {path}: open it at chrome://tracing or ui.perfetto.dev")

@@ -1,4 +1,4 @@
-"""Which layers should move, how far, and in how many directions? To be asked before collect.py.
+"""Which layers should move, how far, and in how many directions? Run before collect.py.
 
     python -m tools.survey                               after scit.py or dual.py
 
@@ -49,16 +49,18 @@ MAX_LAYERS = 6
 class Config(collect.RecordingSettings):
     """What is run under which stimulus is set as in collect.py."""
 
-    train_pairs: int = setting(256, "pairs from which v is known, at most", minimum=1)
-    valid_pairs: int = setting(128, "validation pairs that judge, at most", minimum=1)
+    train_pairs: int = setting(256, "training pairs to measure v on, at most", minimum=1)
+    valid_pairs: int = setting(128, "validation pairs to score moved states on, at most", minimum=1)
 
 
 def both_responses(pairs, tokens_per_pass):
     """Both responses of each pair, pass by pass: lists of (EncodedPair, "chosen" | "rejected"),
     the chosen one of each pair before the rejected one."""
     lengths = [pair.max_length() for pair in pairs]
-    parts = split_into_passes(range(len(pairs)), lengths, tokens_per_pass // 2)
-    return [collect.examples_of([pairs[i] for i in part]) for part in parts]
+    passes = []
+    for part in split_into_passes(range(len(pairs)), lengths, tokens_per_pass // 2):
+        passes.append(collect.examples_of([pairs[i] for i in part]))
+    return passes
 
 
 @contextlib.contextmanager
@@ -177,11 +179,12 @@ def recommend(blocks, base_nll):
     # from the highest block downwards, at equal distances
     count = min(MAX_LAYERS, len(useful))
     picked = [useful[round(i)] for i in torch.linspace(len(useful) - 1, 0, count).tolist()][::-1]
-    sums = [sum(block["nll"][j] for block in picked) for j in range(len(STRENGTHS))]
-    best = sums.index(min(sums))
+    nll_sums = torch.tensor([block["nll"] for block in picked], dtype=torch.float64).sum(0).tolist()
+    best = nll_sums.index(min(nll_sums))
     strengths = list(STRENGTHS[max(0, best - 1) : best + 2])
-    directions = max(1 + sum(share < 0.9 for share in block["shares"]) for block in picked)
-    width = len(picked[0]["shares"])
+    shares = torch.tensor([block["shares"] for block in picked], dtype=torch.float64)
+    directions = 1 + (shares < 0.9).sum(1).max().item()
+    width = shares.shape[1]
     rank = directions if 8 * directions <= width else None
     return [block["layer"] for block in picked], strengths, rank, directions
 

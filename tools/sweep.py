@@ -10,6 +10,7 @@ them and their table to OUT/METHOD/sweep, and the best to OUT/METHOD/align.
 """
 
 import dataclasses
+import gc
 import math
 import shutil
 from dataclasses import dataclass
@@ -102,6 +103,9 @@ def train_missing(runs, sweep_folder):
             except TrainingDiverged as error:
                 print(f"WARNING: left out: {error}")
                 continue
+            finally:
+                # hooks and their layers refer to each other: only this frees the model's memory
+                gc.collect()
         names.append(name)
     if not names:
         raise UserError("no adapter of the sweep is left: lower --lr or the values")
@@ -127,6 +131,8 @@ def main(config):
     settings = {**collected, **vars(config)}
     depends_on = {**settings, "values": list(runs), "collected": manifest["digests"]}
     result = {"settings": settings, "method": config.method}
+    if config.restart:
+        shutil.rmtree(folder / ".sweep.partial", ignore_errors=True)
     with write_stage(folder / "sweep", "sweep", result, depends_on) as new:
         names = train_missing(runs, new)
 
@@ -150,14 +156,15 @@ def main(config):
         write_json(new / "sweep.json", {**summary, "settings": settings})
         (new / "sweep.md").write_text(text)
 
-    # 4. the best becomes the aligned adapter
-    source = folder / "sweep" / best
-    best_manifest = read_stage(source, "align", "python -m tools.sweep")
-    with write_stage(folder / "align", "align", best_manifest) as new:
-        for path in verified_path(source, best_manifest).glob("adapter*"):
-            shutil.copy(path, new)
+        # 4. the best becomes the aligned adapter, before the sweep counts as complete
+        best_manifest = read_stage(new / best, "align", "python -m tools.sweep")
+        best_manifest["settings"]["judge"] = config.judge
+        with write_stage(folder / "align", "align", best_manifest) as aligned:
+            for path in verified_path(new / best, best_manifest).glob("adapter*"):
+                shutil.copy(path, aligned)
+
     print(f"wrote {folder / 'align'}: {best}; all adapters and their table: {folder / 'sweep'}")
-    align.print_warnings(folder, load_adapter(source, model.base_model))
+    align.print_warnings(folder, adapters[best][0])
     print(next_command("evaluate.py", config.out))
 
 
