@@ -646,7 +646,9 @@ class Malicious:
 def test_no_code_in_a_checkpoint_is_run(done, tmp_path, fails):
     shutil.copytree(done, tmp_path / "out")
     code_file = tmp_path / "out" / "dual" / ".checkpoint-align"
-    code_file.write_bytes(pickle.dumps(Malicious(f"touch {tmp_path / 'run'}")))
+    malicious = Malicious(f"touch {tmp_path / 'run'}")
+    # the protocol that torch.load expects
+    code_file.write_bytes(pickle.dumps(malicious, protocol=2))
     args = ["--out", tmp_path / "out", "--method", "dual", "--steps", "2", *CPU]
     code, lines = fails(align, *args)
     assert code == 2
