@@ -104,7 +104,8 @@ def main(config):
         except Interrupted:
             # its checkpoint goes with the folder: there is nothing to resume
             raise KeyboardInterrupt from None
-    hook.remove()
+        finally:
+            hook.remove()
     step = recorder.seconds()
     loss, moved = time_loss(*calls[0])
     print(
