@@ -41,8 +41,10 @@ from common.hf import (
     load_tokenizer,
     load_trunk,
 )
+from common.stage1 import check_adapters
 from common.stages import (
     choose_method,
+    claim,
     inherit,
     next_command,
     open_log,
@@ -225,7 +227,8 @@ def main(config, target=None):
     config.backend = choose_backend(config.backend, manifest["hidden_size"], device)
     ratios = [manifest["ratio"][collected["layers"].index(layer)] for layer in layers]
     alphas = alpha_per_layer(config, ratios)
-    pad_id = load_tokenizer(config.model).pad_token_id
+    tokenizer = load_tokenizer(config.model)
+    pad_id = tokenizer.pad_token_id
     shards = [verified_path(folder / "collect", manifest, name) for name in manifest["shards"]]
     collection = Collection(shards, layers, collected["store"], pad_id)
     shards = [
@@ -239,7 +242,7 @@ def main(config, target=None):
     trunk = load_trunk(
         config.model, layers[-1] + 1, collected["dtype"], device, config.gradient_checkpointing
     )
-    check_same_model(config.model, manifest, folder / "collect")
+    check_same_model(config.model, tokenizer, manifest, folder / "collect")
     stage1_weights = None
     if collected["base"] == "instructed":
         stage1_folder = verified_path(folder / "collect", manifest, "base_adapter")
@@ -259,28 +262,29 @@ def main(config, target=None):
     measure = functools.partial(
         validation_distances, trunk, adapter, validation, layer_alphas, config.tokens_per_pass
     )
-    distance_start = measure()
     checkpoint_path = target.with_name(f".checkpoint-{target.name}")
     depends_on = {**collected, "alphas": alphas, "collected": manifest["digests"]}
-    with open_log(target.parent, target.name) as log:
+    with claim(target), open_log(target.parent, target.name) as log:
+        distance_start = measure()
         train(trunk, adapter, collection, layer_alphas, config, checkpoint_path, depends_on, log)
-    distance_end = measure()
+        distance_end = measure()
 
-    # 4. save: stage 1's adapter is stacked in, so that the original base model is all it needs
-    weights = adapter.weights()
-    if stage1_weights is not None:
-        weights = stack(stage1_weights, weights)
-    result = {
-        "settings": {**collected, **vars(config)},
-        "method": config.method,
-        "model_digest": manifest["model_digest"],
-        "alphas": alphas,
-        "distance_start": distance_start,
-        "distance_end": distance_end,
-    }
-    with write_stage(target, "align", result) as new:
-        save_adapter(new, weights, trunk, config.model, config.lora_dropout)
-    checkpoint_path.unlink(missing_ok=True)
+        # 4. save: stage 1's adapter is stacked in, so that the original base model is all it needs
+        weights = adapter.weights()
+        if stage1_weights is not None:
+            weights = stack(stage1_weights, weights)
+        result = {
+            "settings": {**collected, **vars(config)},
+            "method": config.method,
+            "inputs": manifest["inputs"],
+            "adapters": manifest["adapters"],
+            "alphas": alphas,
+            "distance_start": distance_start,
+            "distance_end": distance_end,
+        }
+        with write_stage(target, "align", result) as new:
+            save_adapter(new, weights, trunk, config.model, config.lora_dropout)
+        checkpoint_path.unlink(missing_ok=True)
     print_distances(layers, distance_start, distance_end)
     if target == folder / "align":
         print(f"wrote {target}")
@@ -295,15 +299,13 @@ def complete_settings(config):
     """
     if config.alpha is not None and config.strength is not None:
         raise UserError("--alpha and --strength exclude each other: give one of them")
-    for name, value in (("alpha", config.alpha), ("strength", config.strength)):
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"--{name} {value}: give a finite value")
     if config.alpha is None and config.strength is None:
         config.strength = STRENGTH
     required = {"scit": "collect", "dual": "collect"}
     config.method = choose_method(config.out, config.method, required, ["python collect.py"])
     folder = Path(config.out) / config.method / "collect"
     manifest = read_stage(folder, "collect", "python collect.py")
+    check_adapters(config.out, config.method, manifest["adapters"])
     collected = manifest["settings"]
     if config.layers:
         n_blocks = load_config(config.model or collected["model"]).num_hidden_layers

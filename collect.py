@@ -31,17 +31,19 @@ from common.collection import recorded_length, recorded_mask
 from common.config import UserError, run, setting
 from common.data import collate, digest_pairs, prepare_pairs, sample, split_into_passes
 from common.hf import (
+    check_ids,
     check_same_model,
     choose_device,
     choose_layers,
     choose_tokens_per_pass,
+    context_length,
     hidden_states,
     load_config,
     load_tokenizer,
     load_trunk,
 )
 from common.stage1 import open_stage1
-from common.stages import atomic_write, inherit, next_command, write_stage
+from common.stages import atomic_write, claim, inherit, next_command, write_stage
 from common.training import memory_summary
 from lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, enable_only
 
@@ -77,6 +79,9 @@ class RecordingSettings:
     )
     data: list[str] | None = setting(
         None, "preference pairs, as in stage 1; empty takes stage 1's", group="data"
+    )
+    columns: list[str] | None = setting(
+        None, "what the fields of --data mean, as in stage 1; empty takes stage 1's", group="data"
     )
     max_length: int | None = setting(
         None, "longest input in tokens; empty takes stage 1's", minimum=2, group="data"
@@ -324,7 +329,7 @@ def main(config):
     device = choose_device(config.device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
     trunk = load_trunk(config.model, config.layers[-1] + 1, config.dtype, device)
-    check_same_model(config.model, stage1.manifest, f"{config.out}/{config.method}")
+    check_same_model(config.model, tokenizer, stage1.manifest, f"{config.out}/{config.method}")
     adapters = stage1.load_adapters(trunk)
 
     # 3. what it will take
@@ -347,7 +352,7 @@ def main(config):
     manifest = {
         "settings": {**settings, **vars(config)},
         "method": config.method,
-        "model_digest": stage1.manifest["model_digest"],
+        "inputs": {**stage1.manifest["inputs"], "pairs": pairs.source_digest},
         "adapters": {kind: m["digests"][ADAPTER_WEIGHTS] for kind, m in stage1.manifests.items()},
         "hidden_size": width,
         "token_bytes": bytes_per_token,
@@ -355,12 +360,13 @@ def main(config):
     }
     depends_on = {
         **manifest["settings"],
-        "model_digest": manifest["model_digest"],
+        "model_digest": manifest["inputs"]["model"],
         "adapters": manifest["adapters"],
         "pairs": digest_pairs(pairs),
     }
     n_passes = sum(map(len, files.values()))
     with (
+        claim(folder / "collect"),
         Signals() as signals,
         tqdm(total=n_passes, desc="collect", unit="pass") as bar,
         write_stage(folder / "collect", "collect", manifest, depends_on) as new,
@@ -400,7 +406,12 @@ def open_inputs(config):
     """Stage1Output, tokenizer and pairs {"train" | "valid": [EncodedPair]}; completes config."""
     stage1 = open_stage1(config.out, config.method)
     settings, source = stage1.manifest["settings"], f"{config.out}/{stage1.method}"
-    inherit(config, settings, ("model", "data", "dtype", "max_length", "seed"), source)
+    inherited = ["model", "dtype", "max_length", "seed"]
+    own_data = config.data is not None
+    if not own_data:
+        inherited += ["data", "columns"]
+    inherit(config, settings, inherited, source)
+    config.max_length = min(config.max_length, context_length(load_config(config.model)))
     config.method = stage1.method
     if config.method == "scit":
         # its model knows right from wrong by the instruction alone
@@ -418,7 +429,18 @@ def open_inputs(config):
         settings["positive"],
         settings["negative"],
         settings["template"],
+        config.columns,
     )
+    check_ids(config.model, pairs.max_id)
+    if own_data:
+        print("--data: these pairs need not be those that stage 1 was trained on")
+        # the embedded default's judge knows no other data
+        settings["judge"] = None
+    elif pairs.source_digest != stage1.manifest["inputs"]["pairs"]:
+        raise UserError(
+            f"{', '.join(config.data)}: these are other pairs than {source} was trained on: bring "
+            f"those back, run `python {stage1.method}.py` again, or name the pairs with --data"
+        )
     return stage1, tokenizer, pairs
 
 

@@ -22,10 +22,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from common.checkpoint import Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingDiverged, TrainingSettings, run, setting
-from common.data import collate, digest_pairs, sample, shuffled_batches, split_into_passes
+from common.data import collate, sample, shuffled_batches, split_into_passes
 from common.hf import response_logprobs
 from common.stage1 import prepare_stage1
-from common.stages import next_command, open_log, write_stage
+from common.stages import claim, next_command, open_log, write_stage
 from common.training import cosine_with_warmup, memory_summary, progress_bar
 from lora import LoRA, enable_only, save_adapter
 
@@ -72,7 +72,7 @@ def train(name, response, adapter, inputs, config, log):
     checkpoint = Checkpoint(
         Path(config.out) / "dual" / f".checkpoint-dual-{name}",
         config,
-        {"pairs": digest_pairs(inputs.pairs), "model_digest": inputs.model_digest},
+        inputs.depends_on,
         adapter=adapter,
         optimizer=optimizer,
         schedule=schedule,
@@ -128,7 +128,7 @@ def main(config):
     folder = Path(config.out) / "dual"
     valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
     results = {}
-    with open_log(folder, "dual") as log:
+    with claim(folder / "good", folder / "bad"), open_log(folder, "dual") as log:
         for name, response in (("good", "chosen"), ("bad", "rejected")):
             measure = functools.partial(
                 validation_nll,
@@ -148,16 +148,15 @@ def main(config):
                     raise
                 results[name] = {"nll_start": nll_start, "nll_end": measure()}
 
-    # 3. save
-    for name, adapter in adapters.items():
-        manifest = {"settings": inputs.settings, "model_digest": inputs.model_digest}
-        manifest["validation"] = results[name]
-        with write_stage(folder / name, name, manifest) as new:
-            model_name = inputs.settings["model"]
-            save_adapter(new, adapter.weights(), trunk, model_name, config.lora_dropout)
-        start, end = results[name]["nll_start"], results[name]["nll_end"]
-        print(f"wrote {folder / name}; validation NLL per token {start:.3f} -> {end:.3f}")
-    remove_checkpoints(folder, "dual")
+        # 3. save
+        for name, adapter in adapters.items():
+            manifest = {**inputs.manifest, "validation": results[name]}
+            with write_stage(folder / name, name, manifest) as new:
+                model_name = inputs.settings["model"]
+                save_adapter(new, adapter.weights(), trunk, model_name, config.lora_dropout)
+            start, end = results[name]["nll_start"], results[name]["nll_end"]
+            print(f"wrote {folder / name}; validation NLL per token {start:.3f} -> {end:.3f}")
+        remove_checkpoints(folder, "dual")
     print(next_command("collect.py", config.out))
 
 

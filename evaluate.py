@@ -14,28 +14,40 @@ repeated n-grams show a collapse. Writes OUT/evaluate/report.json and samples.js
 have AlpacaEval's fields.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from common.config import UserError, run, setting
 from common.data import encode_pairs, prepare_pairs
-from common.hf import choose_device, load_model, load_tokenizer, model_digest
+from common.hf import (
+    check_ids,
+    check_same_model,
+    choose_device,
+    context_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from common.pairs import Pair
 from common.score import (
     GenerationSettings,
     attached,
     generate,
+    inherited_judge,
     load_judge,
     load_reward_model,
     markdown_table,
     score_models,
+    stop_tokens,
     text_of,
     win_rate,
+    write_rows,
 )
+from common.stage1 import check_adapters
 from common.stages import (
     MANIFEST,
+    claim,
     inherit,
     read_stage,
     recover_folder,
@@ -86,6 +98,9 @@ class Config:
     data: list[str] | None = setting(
         None, "preference pairs, as in stage 1; empty inherits", group="data"
     )
+    columns: list[str] | None = setting(
+        None, "what the fields of --data mean, as in stage 1; empty inherits", group="data"
+    )
     split: Literal["test", "valid", "train", "all"] = setting(
         "test", "pairs to evaluate on", group="data"
     )
@@ -120,7 +135,8 @@ class Config:
 def read_manifests(out):
     """{name: manifest} of the MODELS whose adapter is in `out`, at least one.
 
-    UserError if there is none, or if they were trained on different splits or templates.
+    UserError if there is none, if they were trained on different splits or templates, or if an
+    aligned model was made from other adapters than those of its stage 1.
     """
     manifests = {}
     for name, model in MODELS.items():
@@ -130,6 +146,9 @@ def read_manifests(out):
     if not manifests:
         raise UserError(f"no adapter in {out}: run `python scit.py` or `python dual.py` first")
 
+    for name, manifest in manifests.items():
+        if name.endswith("aligned"):
+            check_adapters(out, manifest["method"], manifest["adapters"])
     settings = [manifest["settings"] for manifest in manifests.values()]
     if len({(s["split_seed"], s["template"]) for s in settings}) > 1:
         folders = " and ".join(str(out / MODELS[name].folder) for name in manifests)
@@ -140,19 +159,25 @@ def read_manifests(out):
     return manifests
 
 
-def load_adapters(out, manifests, model, model_name):
+def load_adapters(out, manifests, model, model_name, tokenizer):
     """{name: AdapterWeights}. UserError if one is damaged or belongs to another model."""
-    digest = model_digest(model_name)
     adapters = {}
     for name, manifest in manifests.items():
         folder = out / MODELS[name].folder
-        if manifest["model_digest"] != digest:
-            raise UserError(
-                f"{folder} was made for another model than {model_name}: "
-                "run its stage again or use another --out"
-            )
+        check_same_model(model_name, tokenizer, manifest, folder)
         adapters[name] = load_adapter(verified_path(folder, manifest), model.base_model)
     return adapters
+
+
+def check_pairs(pairs, manifests, config):
+    """UserError where inherited data are not the pairs, with the splits, of every training run."""
+    for name, manifest in manifests.items():
+        if manifest["inputs"].get("pairs") != pairs.source_digest:
+            raise UserError(
+                f"{', '.join(config.data)}: these are other pairs than those of "
+                f"{Path(config.out) / MODELS[name].folder}, so that its {config.split} pairs may "
+                "have been trained on: name pairs that no stage has seen with --data"
+            )
 
 
 # ---------------------------------------------------------------- answers and win rates
@@ -163,12 +188,20 @@ def print_answers(model, tokenizer, adapters, config, template):
     pair = Pair((("user", config.prompt),), "", "", "test")
     encoded = encode_pairs(tokenizer, [pair], template=template)[0]
     prompt = encoded.prompts["plain"].tolist()
+    check_ids(config.model, max(prompt))
+    context = context_length(model.config)
+    if len(prompt) >= context:
+        raise UserError(
+            f"--prompt: it has {len(prompt)} tokens, which leave no room for an answer in the "
+            f"model's {context}: shorten it"
+        )
     generation = GenerationSettings(config.max_new_tokens, batch_size=1, seed=config.seed)
+    stops = stop_tokens(model, tokenizer, encoded.end_token)
     aligned = [name for name in adapters if name.endswith("aligned")]
     for name in ["base", *aligned]:
         with attached(model, adapters.get(name)):
             answers = generate(model, tokenizer, [prompt], generation, end_token=encoded.end_token)
-        print(f"{name:>12}: {text_of(tokenizer, answers[0])}")
+        print(f"{name:>12}: {text_of(tokenizer, answers[0], stops)}")
 
 
 def win_rates(samples, names, scorers):
@@ -213,9 +246,13 @@ def main(config):
     manifests = read_manifests(out)
     latest = list(manifests)[-1]
     settings = manifests[latest]["settings"]
-    judge = None if config.data else settings.get("judge")
-    inherited = ("model", "data", "dtype", "max_length", "seed", "judge")
-    inherit(config, {**settings, "judge": judge}, inherited, out / MODELS[latest].folder)
+    inherited = ["model", "dtype", "max_length", "seed"]
+    own_data = config.data is not None
+    if not own_data:
+        inherited += ["data", "columns", "judge"]
+        settings = {**settings, "judge": inherited_judge(settings)}
+    inherit(config, settings, inherited, out / MODELS[latest].folder)
+    config.max_length = min(config.max_length, context_length(load_config(config.model)))
 
     # 2. Scorers, model and adapters.
     device = choose_device(config.device)
@@ -228,14 +265,14 @@ def main(config):
         )
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, device)
-    adapters = load_adapters(out, manifests, model, config.model)
+    adapters = load_adapters(out, manifests, model, config.model, tokenizer)
     if config.prompt is not None:
         print_answers(model, tokenizer, adapters, config, settings["template"])
         return
 
     # 3. The pairs. Only SCIT's models are given instructions: those of their own run.
     instructions = manifests.get("scit_plus", manifests[latest])["settings"]
-    pairs = prepare_pairs(
+    prepared = prepare_pairs(
         config.data,
         (config.split,),
         tokenizer,
@@ -245,35 +282,51 @@ def main(config):
         positive=instructions["positive"],
         negative=instructions["negative"],
         template=settings["template"],
-    )[config.split]
+        columns=config.columns,
+    )
+    if own_data:
+        print("--data: whether a stage has trained on these pairs is not known")
+    else:
+        check_pairs(prepared, manifests, config)
+    check_ids(config.model, prepared.max_id)
+    pairs = prepared[config.split]
 
     # 4. Every model's scores and answers, and how often they beat those of the base.
     models = {"base": (None, "plain")}
     for name, weights in adapters.items():
         models[name] = (weights, MODELS[name].prompt)
     generation = GenerationSettings(config.max_new_tokens, config.batch_size, config.seed)
-    reports, samples = score_models(
-        model, models, tokenizer, pairs, scorers, generation, config.tokens_per_pass
-    )
-    wins = win_rates(samples, adapters, scorers)
+    target = out / "evaluate"
+    with claim(target):
+        reports, samples = score_models(
+            model,
+            models,
+            tokenizer,
+            pairs,
+            scorers,
+            generation,
+            out / "evaluate_answers.jsonl",
+            config.tokens_per_pass,
+        )
+        wins = win_rates(samples, adapters, scorers)
 
-    # 5. Save and print.
-    report = {
-        "models": reports,
-        "win_rate_over_base": wins,
-        "versions": versions(),
-        "settings": {**vars(config), "split_seed": settings["split_seed"], "pairs": len(pairs)},
-    }
-    with write_stage(out / "evaluate", "evaluate", {"settings": vars(config)}) as tmp_path:
-        write_json(tmp_path / "report.json", report)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
-        (tmp_path / "samples.jsonl").write_text("".join(lines))
+        # 5. Save and print.
+        report = {
+            "models": reports,
+            "win_rate_over_base": wins,
+            "versions": versions(),
+            "settings": {**vars(config), "split_seed": settings["split_seed"], "pairs": len(pairs)},
+        }
+        with write_stage(target, "evaluate", {"settings": vars(config)}) as new:
+            write_json(new / "report.json", report)
+            with open(new / "samples.jsonl", "w", encoding="utf-8") as file:
+                write_rows(file, samples)
     print(f"\n{markdown_table(reports)}\n")
     for name, rates in wins.items():
         print(f"{name} wins over base: {describe_wins(rates)}")
     print(
-        f"wrote {out / 'evaluate'}: {len(pairs)} {config.split} pairs, "
-        f"{len(samples):,} answers in samples.jsonl"
+        f"wrote {target}: {len(pairs)} {config.split} pairs, {len(samples):,} answers in "
+        "samples.jsonl"
     )
 
 

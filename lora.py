@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from common.config import UserError
 from common.hf import find_blocks, find_linears, is_linear
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -41,7 +42,8 @@ class LoRA(nn.Module):
 
     def __init__(self, trunk, rank=8, alpha=16, dropout=0.0, targets="all-linear", weights=None):
         """targets: which linear layers, see common.hf.find_linears. weights: AdapterWeights to
-        start from, with their rank and alpha; those of layers that the trunk lacks are skipped."""
+        start from, with their rank and alpha; those of layers that the trunk lacks are skipped.
+        UserError where the rank is more than any weight's."""
         super().__init__()
         self.rank = weights.rank if weights else rank
         self.alpha = weights.alpha if weights else alpha
@@ -51,6 +53,8 @@ class LoRA(nn.Module):
         linears = find_linears(trunk, targets)
         if weights:
             linears = {name: m for name, m in linears.items() if name in weights.tensors}
+        elif rank > (largest := max(min(m.weight.shape) for m in linears.values())):
+            raise UserError(f"--lora-rank {rank}: the weights have rank {largest} at most")
         self.names = list(linears)
         # a plain list, so that the base model's layers are not submodules of the adapter
         self.linears = list(linears.values())
@@ -164,7 +168,7 @@ def save_adapter(folder, weights, trunk, model_name, dropout=0.0):
         "lora_alpha": weights.alpha,
         "lora_dropout": dropout,
         "bias": "none",
-        "target_modules": target_modules(weights.tensors, other_linears(weights, trunk, layers)),
+        "target_modules": target_modules(weights.tensors, other_modules(weights, trunk, layers)),
         "layers_to_transform": layers,
         "layers_pattern": path.rpartition(".")[2],
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in blocks.modules()),
@@ -172,7 +176,8 @@ def save_adapter(folder, weights, trunk, model_name, dropout=0.0):
         "modules_to_save": None,
     }
     save_file(tensors, Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    (Path(folder) / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
+    text = json.dumps(config, indent=2)
+    (Path(folder) / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def block_number(name, path):
@@ -180,19 +185,18 @@ def block_number(name, path):
     return int(name.removeprefix(f"{path}.").partition(".")[0])
 
 
-def other_linears(weights, trunk, layers):
-    """Paths of linear layers that PEFT must not match: all outside the blocks, and those of the
-    adapted blocks `layers`, of which a cut trunk may lack some."""
+def other_modules(weights, trunk, layers):
+    """Paths of modules that PEFT must not match: all linear layers outside the blocks, and whatever
+    else the adapted blocks `layers` hold, of which a cut trunk may lack some."""
     path, _ = find_blocks(trunk)
-    others = {
-        name
-        for name, module in trunk.named_modules()
-        if is_linear(module) and not name.startswith(f"{path}.")
-    }
+    others = set()
+    for name, module in trunk.named_modules():
+        in_blocks = name.startswith(f"{path}.")
+        if block_number(name, path) in layers if in_blocks else is_linear(module):
+            others.add(name)
     in_block = [name.removeprefix(f"{path}.").partition(".")[2] for name in weights.tensors]
     for layer in layers:
         others |= {f"{path}.{layer}.{name}" for name in in_block}
-    others |= {name for name in find_linears(trunk) if block_number(name, path) in layers}
     return others - set(weights.tensors)
 
 
@@ -210,7 +214,7 @@ def target_modules(paths, others):
 
 def load_adapter(folder, trunk):
     """The AdapterWeights that save_adapter wrote."""
-    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())
+    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     prefix = f"base_model.model.{trunk.base_model_prefix}."
     matrices = {}
     for key, tensor in load_file(Path(folder) / ADAPTER_WEIGHTS).items():

@@ -26,10 +26,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from common.checkpoint import Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
-from common.data import collate, digest_pairs, sample, shuffled_batches, split_into_passes
+from common.data import collate, sample, shuffled_batches, split_into_passes
 from common.hf import response_logprobs, token_mean
 from common.stage1 import prepare_stage1
-from common.stages import next_command, open_log, write_stage
+from common.stages import claim, next_command, open_log, write_stage
 from common.training import cosine_with_warmup, memory_summary, progress_bar
 from lora import LoRA, save_adapter
 
@@ -130,7 +130,7 @@ def train(adapter, inputs, config, log):
     checkpoint = Checkpoint(
         Path(config.out) / "scit" / ".checkpoint-scit",
         config,
-        {"pairs": digest_pairs(inputs.pairs), "model_digest": inputs.model_digest},
+        inputs.depends_on,
         adapter=adapter,
         optimizer=optimizer,
         schedule=schedule,
@@ -193,18 +193,17 @@ def main(config):
 
     # 2. train
     folder = Path(config.out) / "scit"
-    with open_log(folder, "scit") as log:
+    with claim(folder / "adapter"), open_log(folder, "scit") as log:
         train(adapter, inputs, config, log)
-    valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
-    validation = validate(model, valid, tokenizer.pad_token_id, config)
+        valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
+        validation = validate(model, valid, tokenizer.pad_token_id, config)
 
-    # 3. save
-    manifest = {"settings": inputs.settings, "model_digest": inputs.model_digest}
-    manifest["validation"] = validation
-    with write_stage(folder / "adapter", "scit", manifest) as new:
-        model_name = inputs.settings["model"]
-        save_adapter(new, adapter.weights(), trunk, model_name, config.lora_dropout)
-    remove_checkpoints(folder, "scit")
+        # 3. save
+        manifest = {**inputs.manifest, "validation": validation}
+        with write_stage(folder / "adapter", "scit", manifest) as new:
+            model_name = inputs.settings["model"]
+            save_adapter(new, adapter.weights(), trunk, model_name, config.lora_dropout)
+        remove_checkpoints(folder, "scit")
     contrast, margin, accuracy = validation.values()
     print(
         f"wrote {folder / 'adapter'}; validation pairs: contrast {contrast:.3f} (ln 2 = 0.693 is "

@@ -9,6 +9,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import io
 import math
 import re
 import resource
@@ -35,6 +36,9 @@ GROUPS = {
     "data": "model and data",
     "run": "this run",
 }
+
+# What numbers of any setting may be: what torch can take.
+LARGEST = {int: 2**31 - 1, float: torch.finfo(torch.float32).max}
 
 # What helps when the GPU's memory is full, by the setting that the script must have.
 MEMORY_REMEDIES = {
@@ -87,6 +91,12 @@ class SourceSettings:
         None,
         "preference pairs: files, or hub:owner/name[:split] (see common/pairs.py); "
         "empty takes the embedded default",
+        group="data",
+    )
+    columns: list[str] | None = setting(
+        None,
+        "what the fields of the rows mean, such as prompt=ask chosen=good rejected=bad "
+        "ignore=tools; empty goes by their names (see common/pairs.py)",
         group="data",
     )
     template: Literal["auto", "chat", "plain"] = setting(
@@ -201,8 +211,10 @@ def bounded(number_type, minimum, maximum):
 
     def convert(text):
         value = number_type(text)
-        if math.isnan(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a number")
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if abs(value) > LARGEST[number_type]:
+            raise argparse.ArgumentTypeError(f"{text} is too large")
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
         if value > maximum:
@@ -216,7 +228,7 @@ def bounded(number_type, minimum, maximum):
 
 def parse_command_line(config_class):
     """The settings of the command line as a config_class. UserError for an unknown setting."""
-    summary = sys.modules["__main__"].__doc__.split("\n\n")[0]
+    summary = sys.modules[config_class.__module__].__doc__.split("\n\n")[0]
     parser = Parser(config_class, description=summary)
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
@@ -235,6 +247,10 @@ def run(main, config_class):
     """
     start = time.perf_counter()
     script = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal that cannot show a character gets its number
+            stream.reconfigure(errors="backslashreplace")
 
     def exit_with(code, message):
         one_line = " ".join(str(message).split())

@@ -4,19 +4,35 @@ common/pairs.py reads the rows, common/chat.py writes dialogues as text.
 """
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from common.chat import render_chat, render_transcript, reply_delimiters
+from common.chat import (
+    Text,
+    chat_form,
+    chat_prompt,
+    chat_reply,
+    control_pattern,
+    control_tokens,
+    has_thoughts,
+    ids_after,
+    render_transcript,
+)
 from common.config import NEGATIVE, POSITIVE, UserError
-from common.pairs import Pair, load_pairs
+from common.pairs import NO_COLUMNS, REPLY_FIELDS, Pair, parse_columns, read_pairs
 
 # Pairs tokenized in one call.
 CHUNK = 1000
+
+# A pair with more characters than this for each token that may be used is measured first. A token
+# of ordinary text has about four.
+LONG_TEXT = 8
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,11 @@ class EncodedPair:
         longest_response = max(len(ids) for ids in self.responses.values())
         return longest_prompt + longest_response
 
+    def max_id(self):
+        """The largest id in any prompt or response."""
+        parts = (*self.prompts.values(), *self.responses.values())
+        return max(int(ids.max()) for ids in parts if len(ids))
+
 
 # ---------------------------------------------------------------- tokens
 
@@ -57,35 +78,59 @@ def encode_pairs(tokenizer, pairs, positive=POSITIVE, negative=NEGATIVE, templat
 
     plain:  <q, r>     [BOS] + ids(q) + ids(r) + [EOS]
             <p, q, r>  [BOS] + ids(p) + ids(q) + ids(r) + [EOS]
+            BOS only where the tokenizer itself puts one
     chat:   the tokenizer's chat template; p stands in the system turn
 
-    Returns a list of EncodedPair. UserError where the chat template refuses a dialogue.
+    Texts are only text: a control token that a turn, an instruction or a reply spells out gets the
+    ids of its letters. Returns a list of EncodedPair. UserError where the chat template refuses a
+    dialogue.
     """
     if template == "chat":
-        before_reply, end = reply_delimiters(tokenizer)
-        dialogues = [render_chat(tokenizer, pair.prompt) for pair in pairs]
-        dialogue_ids = tokenize(tokenizer, dialogues)
-        prompts = {
-            "plain": dialogue_ids,
-            "positive": chat_prompts(tokenizer, pairs, positive),
-            "negative": chat_prompts(tokenizer, pairs, negative),
-        }
-    else:
-        before_reply = " "
-        end = as_ids(tokenizer.eos_token_id)
-        dialogues = [render_transcript(pair.prompt) for pair in pairs]
-        dialogue_ids = tokenize(tokenizer, dialogues)
-        prompts = {
-            "plain": plain_prompts(tokenizer, dialogue_ids, ""),
-            "positive": plain_prompts(tokenizer, dialogue_ids, positive),
-            "negative": plain_prompts(tokenizer, dialogue_ids, negative),
-        }
+        return encode_chat_pairs(tokenizer, pairs, positive, negative)
+    controls = control_tokens(tokenizer)
+    dialogues = [Text.literal(render_transcript(pair.prompt)) for pair in pairs]
+    dialogue_ids = tokenize(tokenizer, dialogues, controls)
+    prompts = {}
+    for name, instruction in (("plain", ""), ("positive", positive), ("negative", negative)):
+        [instruction_ids] = tokenize(tokenizer, [Text.literal(instruction)], controls)
+        prefix = join_ids(bos_ids(tokenizer), instruction_ids)
+        prompts[name] = [join_ids(prefix, ids) for ids in dialogue_ids]
 
+    end = as_ids(tokenizer.eos_token_id)
     responses = {}
-    for name in ("chosen", "rejected"):
-        replies = [before_reply + getattr(pair, name) for pair in pairs]
-        responses[name] = encode_replies(tokenizer, dialogues, dialogue_ids, replies, end)
+    for name in REPLY_FIELDS:
+        replies = [Text.literal(f" {getattr(pair, name)}") for pair in pairs]
+        responses[name] = encode_replies(tokenizer, dialogues, dialogue_ids, replies, end, controls)
+    return join_pairs(pairs, prompts, responses, end)
 
+
+def encode_chat_pairs(tokenizer, pairs, positive, negative):
+    """encode_pairs in the tokenizer's chat template."""
+    form = chat_form(tokenizer)
+    prompts = {}
+    plain_prompts = None
+    for name, instruction in (("plain", ""), ("positive", positive), ("negative", negative)):
+        rendered = []
+        for pair in pairs:
+            thinking = has_thoughts(pair.chosen) or has_thoughts(pair.rejected)
+            rendered.append(chat_prompt(tokenizer, form, pair.prompt, instruction, thinking))
+        plain_prompts = plain_prompts or rendered
+        prompts[name] = tokenize(tokenizer, [prompt.text for prompt in rendered], form.controls)
+
+    dialogues = [prompt.text for prompt in plain_prompts]
+    responses = {}
+    for name in REPLY_FIELDS:
+        replies = []
+        for prompt, pair in zip(plain_prompts, pairs):
+            replies.append(chat_reply(form, prompt, getattr(pair, name)))
+        responses[name] = encode_replies(
+            tokenizer, dialogues, prompts["plain"], replies, form.end, form.controls
+        )
+    return join_pairs(pairs, prompts, responses, form.end)
+
+
+def join_pairs(pairs, prompts, responses, end):
+    """A list of EncodedPair from {name: a list of ids} of prompts and of responses."""
     end_token = end[-1] if end else None
     encoded = []
     for i, pair in enumerate(pairs):
@@ -95,33 +140,66 @@ def encode_pairs(tokenizer, pairs, positive=POSITIVE, negative=NEGATIVE, templat
     return encoded
 
 
-def tokenize(tokenizer, texts):
-    """The ids of each text, without BOS and EOS: a list of int32 arrays."""
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+def bos_ids(tokenizer):
+    """[BOS] where the tokenizer itself puts it in front of a text, else []."""
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("x")["input_ids"][:1] != [bos]:
+        return []
+    return [bos]
+
+
+def tokenize(tokenizer, texts, controls):
+    """The ids of each Text, without BOS and EOS: a list of int32 arrays.
+
+    controls: {id: text} of the control tokens. Those that a text only spells out get the ids of
+    their letters.
+    """
+    strings = [text.text for text in texts]
+    ids = tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
+    pattern = control_pattern(controls)
+    for i, text in enumerate(texts):
+        if any(pattern.search(text.text, start, end) for start, end in text.literals):
+            ids[i] = spell_out(tokenizer, text, controls)
     return [np.array(text_ids, np.int32) for text_ids in ids]
 
 
-def chat_prompts(tokenizer, pairs, instruction):
-    """Ids of the prompts in the chat template, with the instruction in the system turn."""
-    return tokenize(tokenizer, [render_chat(tokenizer, pair.prompt, instruction) for pair in pairs])
+def spell_out(tokenizer, text, controls):
+    """The ids of a Text; control tokens inside its literals get the ids of their letters."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"the text {text.text[:60]!r} spells out a control token, and the model's tokenizer "
+            "does not tell where: leave the row out"
+        )
+    encoded = tokenizer(
+        text.text, add_special_tokens=False, verbose=False, return_offsets_mapping=True
+    )
+    ids = []
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        spelled = text.text[start:end]
+        is_literal = any(start < last and first < end for first, last in text.literals)
+        # an unknown word is a special token too, but it is not spelled like one
+        if is_literal and token in controls and spelled.strip() == controls[token]:
+            # cut after its first letter it is no token
+            cut = len(spelled) - len(spelled.lstrip()) + 1
+            ids += ids_after(tokenizer, "\n", spelled[:cut])
+            ids += ids_after(tokenizer, "\n", spelled[cut:])
+        else:
+            ids.append(token)
+    return ids
 
 
-def plain_prompts(tokenizer, dialogue_ids, instruction):
-    """Ids of [BOS] + instruction + dialogue for each dialogue."""
-    [instruction_ids] = tokenize(tokenizer, [instruction])
-    prefix = join_ids(as_ids(tokenizer.bos_token_id), instruction_ids)
-    return [join_ids(prefix, ids) for ids in dialogue_ids]
+def encode_replies(tokenizer, dialogues, dialogue_ids, replies, end, controls):
+    """Ids of each reply as they continue its dialogue, followed by the ids in `end`.
 
-
-def encode_replies(tokenizer, dialogues, dialogue_ids, replies, end):
-    """Ids of each reply as they continue its dialogue, followed by the ids in `end`."""
+    dialogues, replies: lists of Text; controls: as in tokenize().
+    """
     texts = [dialogue + reply for dialogue, reply in zip(dialogues, replies)]
     encoded = []
-    for prompt, reply, whole in zip(dialogue_ids, replies, tokenize(tokenizer, texts)):
+    for prompt, reply, whole in zip(dialogue_ids, replies, tokenize(tokenizer, texts, controls)):
         reply_ids = whole[len(prompt) :]
         if not np.array_equal(whole[: len(prompt)], prompt):
             # The tokenizer merges the prompt's end with the reply's beginning: keep them apart.
-            [reply_ids] = tokenize(tokenizer, [reply])
+            [reply_ids] = tokenize(tokenizer, [reply], controls)
         encoded.append(join_ids(reply_ids, end))
     return encoded
 
@@ -136,12 +214,30 @@ def join_ids(*parts):
 
 
 def choose_template(template, tokenizer):
-    """The setting --template as "chat" or "plain": "auto" is chat where there is a template."""
-    if template == "chat" and not tokenizer.chat_template:
+    """The setting --template as "chat" or "plain": "auto" is chat where there is a template.
+
+    The plain form is never taken silently. UserError where there is no chat template to take.
+    """
+    if template == "plain":
+        return template
+    if tokenizer.chat_template:
+        return "chat"
+    if is_tekken(tokenizer):
+        raise UserError(
+            f"--template {template}: this tokenizer's chat format is Mistral's own (tekken.json) "
+            "and no chat template; add a chat_template.jinja to the model, or use --template plain"
+        )
+    if template == "chat":
         raise UserError("--template chat: the tokenizer has no chat template; use --template plain")
-    if template == "auto":
-        return "chat" if tokenizer.chat_template else "plain"
-    return template
+    print("the tokenizer has no chat template: dialogues are written in the plain form")
+    return "plain"
+
+
+def is_tekken(tokenizer):
+    """Whether a tokenizer's chat format lies in Mistral's tekken.json."""
+    if type(tokenizer).__name__.startswith("MistralCommon"):
+        return True
+    return (Path(tokenizer.name_or_path) / "tekken.json").is_file()
 
 
 def digest_pairs(pairs):
@@ -155,6 +251,33 @@ def digest_pairs(pairs):
 
 
 # ---------------------------------------------------------------- pairs of a run
+
+
+class PreparedPairs(dict):
+    """{split: [EncodedPair]}. source_digest: that of all pairs of the files, see digest_source."""
+
+    def __init__(self, source_digest):
+        super().__init__()
+        self.source_digest = source_digest
+
+    @property
+    def max_id(self):
+        """The largest id in any of the pairs."""
+        return max(pair.max_id() for pairs in self.values() for pair in pairs)
+
+
+def digest_source(pairs):
+    """sha256 over a list of Pairs with their splits.
+
+    It tells whether a later stage reads the same data with the same splits, whichever splits it
+    asks for and however many pairs it keeps: only then are its test pairs not those that stage 1
+    trained on.
+    """
+    digest = hashlib.sha256()
+    for pair in pairs:
+        values = [pair.prompt, pair.chosen, pair.rejected, pair.split]
+        digest.update(json.dumps(values).encode())
+    return digest.hexdigest()
 
 
 def sample(items, count, seed):
@@ -174,18 +297,21 @@ def prepare_pairs(
     positive=POSITIVE,
     negative=NEGATIVE,
     template="plain",
+    columns=None,
 ):
     """Read and tokenize the pairs of the given splits, and print how many there are.
 
     paths: files, or hub:owner/name[:split]; splits: "train", "valid", "test" or "all".
     Pairs with an input of more than max_length tokens are left out. limit: the number of pairs to
-    keep of each split, drawn at random; None keeps all.
+    keep of each split, drawn at random; None keeps all. columns: the setting --columns.
 
-    Returns {split: [EncodedPair]}. UserError where a split is empty.
+    Returns PreparedPairs, {split: [EncodedPair]}. UserError where a split is empty.
     """
-    pairs, skipped = load_files(paths, seed, (tokenizer.bos_token, tokenizer.eos_token))
+    specials = (tokenizer.bos_token, tokenizer.eos_token)
+    pairs, skipped = load_files(paths, seed, specials, parse_columns(columns))
     left_out = [f"{count} {reason}" for reason, count in skipped.items()]
-    prepared = {}
+    prepared = PreparedPairs(digest_source(pairs))
+    max_characters = max_length * longest_token(tokenizer)
     for split in splits:
         selected = [pair for pair in pairs if split in (pair.split, "all")]
         if limit:
@@ -196,10 +322,13 @@ def prepare_pairs(
             if limit and len(prepared[split]) >= limit:
                 break
             chunk = selected[start : start + CHUNK]
-            encoded = encode_pairs(tokenizer, chunk, positive, negative, template)
+            possible = [p for p in chunk if could_fit(tokenizer, p, max_length, max_characters)]
+            encoded = []
+            if possible:
+                encoded = encode_pairs(tokenizer, possible, positive, negative, template)
             fitting = [pair for pair in encoded if pair.max_length() <= max_length]
             prepared[split] += fitting
-            too_long += len(encoded) - len(fitting)
+            too_long += len(chunk) - len(fitting)
         prepared[split] = prepared[split][:limit]
         left_out.append(f"{too_long} of {split} over {max_length} tokens")
         if not prepared[split]:
@@ -212,18 +341,54 @@ def prepare_pairs(
     return prepared
 
 
-def load_files(paths, seed, specials):
-    """(pairs, {reason: count} of the rows left out) of several files; prints a line for each."""
-    specials = tuple(special for special in specials if special)
+def load_files(paths, seed, specials, columns=NO_COLUMNS):
+    """(pairs, {reason: count} of the rows left out) of several files; prints lines for each.
+
+    UserError where some files have a split and others do not: pairs of one dialogue could then
+    stand on both sides.
+    """
     pairs = []
     skipped = Counter()
+    # {whether a file has a split: its path}
+    paths_by_split = {}
     for path in paths:
-        file_pairs, file_skipped, form = load_pairs(path, seed, specials)
-        rows = len(file_pairs) + sum(file_skipped.values())
-        print(f"{path}: {rows:,} rows, form: {form}")
-        pairs += file_pairs
-        skipped.update(file_skipped)
+        file = read_pairs(path, seed, specials, columns)
+        print("\n".join(file.describe()))
+        pairs += file.pairs
+        skipped.update(file.skipped)
+        if file.has_split is not None:
+            paths_by_split[file.has_split] = path
+    if len(paths_by_split) == 2:
+        raise UserError(
+            f"--data {paths_by_split[True]} has a field 'split' and {paths_by_split[False]} has "
+            "none: give all files one, or draw all splits with --columns ignore=split"
+        )
     return pairs, skipped
+
+
+def could_fit(tokenizer, pair, max_length, max_characters):
+    """False for a pair that has more than max_length tokens for certain.
+
+    Long texts are measured without the ids of all inputs: by their characters, of which
+    max_characters are all that max_length tokens can have; where that does not decide, by
+    tokenizing them once. (Some tokenizers write a run of unknown characters as one token. A run
+    of this length is nothing to learn from.)
+    """
+    texts = [text for _, text in pair.prompt]
+    texts.append(max(pair.chosen, pair.rejected, key=len))
+    characters = sum(map(len, texts))
+    if characters <= LONG_TEXT * max_length:
+        return True
+    if characters > max_characters:
+        return False
+    # Texts side by side may have one token less at each seam.
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return sum(map(len, ids)) <= max_length + len(texts)
+
+
+def longest_token(tokenizer):
+    """The number of characters of the longest token in the vocabulary."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 # ---------------------------------------------------------------- batches

@@ -27,6 +27,12 @@ MAX_LOGITS = 2**26
 # "No limit is known" for the length of an input.
 UNLIMITED = 2**30
 
+# Of these families PEFT adapts no out_proj: their fast kernels read its weight past the layer.
+MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
+# Where there are experts, PEFT takes these names for their weights.
+NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
 # The stages have progress bars of their own.
 logging.disable_progress_bar()
 
@@ -71,22 +77,32 @@ def choose_tokens_per_pass(tokens, device):
 # ---------------------------------------------------------------- loading
 
 
-def load_or_refuse(what, name, load, setting="--model"):
-    """load(), any of its many exceptions turned into one UserError that names the setting."""
+def try_or_refuse(what, name, function, setting="--model"):
+    """function(), any of its many exceptions turned into one UserError: NAME: cannot WHAT."""
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not Path(name).is_dir():
         raise UserError(f"{setting} {name}: no such folder")
     try:
-        return load()
+        return function()
     except Exception as error:
-        message = f"{setting} {name}: cannot read its {what}: {first_line(error)}"
+        message = f"{setting} {name}: cannot {what}: {first_line(error)}"
         raise UserError(message) from None
 
 
 def load_config(name):
     """The text configuration of a model folder or hub name."""
-    config = load_or_refuse("config", name, lambda: AutoConfig.from_pretrained(name))
-    return config.get_text_config()
+    return load_whole_config(name).get_text_config()
+
+
+def load_whole_config(name):
+    """The configuration of a model folder or hub name. UserError for a quantized model."""
+    load = functools.partial(AutoConfig.from_pretrained, name, trust_remote_code=False)
+    config = try_or_refuse("read its config", name, load)
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"--model {name} is quantized, which is not supported: give the original weights"
+        )
+    return config
 
 
 def context_length(config):
@@ -95,11 +111,24 @@ def context_length(config):
 
 
 def load_tokenizer(name):
-    """The model's tokenizer. One without a padding token pads with its end-of-text token."""
-    tokenizer = load_or_refuse("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
-    if tokenizer.pad_token_id is None:
+    """The model's tokenizer. One without a padding token that the model knows pads with its
+    end-of-text token."""
+    load = functools.partial(AutoTokenizer.from_pretrained, name, trust_remote_code=False)
+    tokenizer = try_or_refuse("read its tokenizer", name, load)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= load_config(name).vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def check_ids(name, max_id):
+    """UserError unless a model has an embedding for every id up to max_id."""
+    rows = load_config(name).vocab_size
+    if max_id >= rows:
+        raise UserError(
+            f"--model {name}: its tokenizer has written the id {max_id}, but the model has "
+            f"embeddings for {rows} ids only: its files do not belong together"
+        )
 
 
 def load_model(name, dtype, device, gradient_checkpointing=False):
@@ -113,27 +142,66 @@ def load_model(name, dtype, device, gradient_checkpointing=False):
 
 
 def load_trunk(name, n_blocks, dtype, device, gradient_checkpointing=False):
-    """The frozen trunk of a model's first n_blocks blocks, without final norm.
+    """The frozen trunk of a model, without the blocks after its first n_blocks.
 
     The weights of later blocks and of the head are not read.
     """
-    config = load_or_refuse("config", name, lambda: AutoConfig.from_pretrained(name))
-    config.get_text_config().num_hidden_layers = n_blocks
+    config = load_whole_config(name)
+
+    def class_of_trunk():
+        with torch.device("meta"):
+            return type(AutoModel.from_config(config, trust_remote_code=False))
+
+    trunk_class = try_or_refuse("read its blocks", name, class_of_trunk)
     # transformers would report the weights of the dropped blocks as unexpected
     with quiet_transformers():
-        trunk = load_weights(AutoModel, name, dtype, config=config)
-    drop_final_norm(trunk)
-    return prepare_model(trunk.to(device), trunk, gradient_checkpointing)
+        trunk = load_weights(cut_class(trunk_class, n_blocks), name, dtype)
+    trunk = prepare_model(trunk.to(device), trunk, gradient_checkpointing)
+    ids = torch.tensor([[2, 3]], device=trunk.device)
+    # hybrids may need a block of another kind that stands above
+    try_or_refuse(
+        f"run its first {n_blocks} blocks alone, choose higher --layers",
+        name,
+        lambda: hidden_states(trunk, [n_blocks - 1], ids),
+    )
+    return trunk
 
 
-def load_weights(auto_class, name, dtype, **options):
+def cut_class(trunk_class, n_blocks):
+    """A trunk's class whose models have their first n_blocks blocks only.
+
+    Each is built for the whole number of blocks and then cut: in some families that number
+    decides how a block computes.
+    """
+
+    def build_and_cut(self, *args, **kwargs):
+        trunk_class.__init__(self, *args, **kwargs)
+        self.parts_of_experts = find_parts_of_experts(self)
+        self.path_of_blocks, blocks = find_blocks(self)
+        del blocks[n_blocks:]
+
+    # transformers goes by the names of class and module
+    members = {"__init__": build_and_cut, "__module__": trunk_class.__module__}
+    return type(trunk_class.__name__, (trunk_class,), members)
+
+
+def load_weights(model_class, name, dtype):
     """from_pretrained of a transformers class. UserError where the files lack weights."""
+    if (Path(name) / "adapter_config.json").is_file():
+        print(f"{name}: its adapter_config.json is not read, only the model's own weights are")
 
     def load():
-        options_ = {"dtype": getattr(torch, dtype), "output_loading_info": True, **options}
-        return auto_class.from_pretrained(name, **options_)
+        return model_class.from_pretrained(
+            name,
+            config=load_whole_config(name),
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            output_loading_info=True,
+            # with peft installed, an adapter in the model's folder would be added to it
+            adapter_kwargs={"subfolder": "no adapter"},
+        )
 
-    model, info = load_or_refuse("weights", name, load)
+    model, info = try_or_refuse("read its weights", name, load)
     if info["missing_keys"]:
         # they would be random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -174,7 +242,10 @@ def check_decoder_only(name, model):
         raise UserError(f"--model {name}: {kind} has no trunk under the name {prefix!r}")
     path, _ = find_blocks(model.base_model)
     ids = torch.tensor([[2, 3], [2, 4]], device=model.device)
-    first, second = model(input_ids=ids, use_cache=False).logits[:, 0].float()
+    logits = try_or_refuse(
+        "run it on token ids", name, lambda: model(input_ids=ids, use_cache=False).logits
+    )
+    first, second = logits[:, 0].float()
     if (first - second).norm() > 1e-2 * first.norm():
         raise UserError(
             f"--model {name}: {kind} looks ahead: its output at a token depends on later ones; "
@@ -184,12 +255,32 @@ def check_decoder_only(name, model):
         raise UserError(f"--model {name}: {kind} has more around its blocks than a decoder")
 
 
-def drop_final_norm(trunk):
-    """Replace the norm after the last block by the identity. Norms of the embeddings stay."""
-    decoder = trunk.get_decoder()
-    for name, child in decoder.named_children():
-        if "Norm" in type(child).__name__ and "embed" not in name:
-            setattr(decoder, name, nn.Identity())
+@torch.no_grad()
+def check_trunk(name, model, dtype):
+    """UserError unless the first half of a model has the hidden states that it has in the whole:
+    collect.py and align.py run no more than such a part, whose adapter is then for the whole."""
+    kind = type(model).__name__
+    layer = len(find_blocks(model.base_model)[1]) // 2
+    trunk = load_trunk(name, layer + 1, dtype, "cpu")
+    # the same weights in memory, not a second time
+    trunk.load_state_dict(model.base_model.state_dict(), strict=False, assign=True)
+    trunk.to(model.device)
+    ids = torch.tensor([[2, 3, 4, 5, 6], [7, 6, 5, 4, 3]], device=model.device)
+    [whole] = hidden_states(model.base_model, [layer], ids)
+    width = model.config.get_text_config().hidden_size
+    if not isinstance(whole, torch.Tensor) or whole.shape != (*ids.shape, width):
+        shape = tuple(whole.shape) if isinstance(whole, torch.Tensor) else type(whole).__name__
+        raise UserError(
+            f"--model {name}: a block of {kind} returns {shape}, not one state of width {width} "
+            "for each token"
+        )
+    [cut] = hidden_states(trunk, [layer], ids)
+    difference = ((cut - whole).float().norm() / whole.float().norm()).item()
+    if not difference < 1e-2:
+        raise UserError(
+            f"--model {name}: the first {layer + 1} blocks of {kind} have other states alone than "
+            f"in the whole model (off by {difference:.2f} of their length)"
+        )
 
 
 def model_digest(name):
@@ -198,7 +289,7 @@ def model_digest(name):
     It tells two models apart and is quick at any size. Other formats count by name and size.
     """
     load = functools.partial(cached_file, name, "config.json")
-    folder = Path(load_or_refuse("config", name, load)).parent
+    folder = Path(try_or_refuse("read its config", name, load)).parent
     digest = hashlib.sha256()
     safetensors_files = sorted(folder.glob("model*.safetensors"))
     for path in safetensors_files:
@@ -209,14 +300,34 @@ def model_digest(name):
     return digest.hexdigest()
 
 
-def check_same_model(name, manifest, folder):
-    """UserError unless a model is the one that a stage folder, with this manifest, was made with.
-    To be called after the model is loaded: only then its files are sure to be at hand."""
-    if model_digest(name) != manifest["model_digest"]:
-        raise UserError(
-            f"--model {name} is another model than {folder} was made with: give that one, "
-            "or run the earlier stages again"
-        )
+def model_digests(name, tokenizer):
+    """{"model" | "tokenizer" | "chat template": sha256}: what a run's figures depend on.
+
+    Of a tokenizer, its vocabulary and special tokens count, and the ids of one text.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    probe = tokenizer("How do I cut a plank?\n\n1. Take 12.5 cm; naïve 你好")["input_ids"]
+    contents = {
+        "tokenizer": [vocabulary, tokenizer.special_tokens_map, probe],
+        "chat template": tokenizer.chat_template,
+    }
+    digests = {"model": model_digest(name)}
+    for part, content in contents.items():
+        text = json.dumps(content, sort_keys=True, default=str)
+        digests[part] = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return digests
+
+
+def check_same_model(name, tokenizer, manifest, folder):
+    """UserError unless model, tokenizer and chat template are those that a stage folder, with this
+    manifest, was made with. To be called after the model is loaded: only then its files are sure
+    to be at hand."""
+    for part, digest in model_digests(name, tokenizer).items():
+        if manifest["inputs"].get(part) != digest:
+            raise UserError(
+                f"--model {name}: this is another {part} than {folder} was made with: give that "
+                "one, or run the earlier stages again"
+            )
 
 
 def update_digest(digest, path):
@@ -240,6 +351,9 @@ def find_blocks(trunk):
 
     UserError where there is not exactly one such list.
     """
+    if hasattr(trunk, "path_of_blocks"):
+        # a cut trunk
+        return trunk.path_of_blocks, trunk.get_submodule(trunk.path_of_blocks)
     count = trunk.config.get_text_config().num_hidden_layers
     module_lists = {
         path: module for path, module in trunk.named_modules() if isinstance(module, nn.ModuleList)
@@ -263,12 +377,21 @@ def find_linears(trunk, targets="all-linear"):
     """{path in the trunk: linear layer} of its decoder blocks.
 
     targets: "all-linear"; "attention", those inside attention modules; or the last parts of
-    their names, such as "q_proj,v_proj". In a mixture of experts, all-linear means attention too:
-    experts are not linear layers, and PEFT takes names such as gate_proj for theirs.
+    their names, such as "q_proj,v_proj". Of a mixture of experts, those beside experts are left
+    out, in dense blocks too: experts are not linear layers, and PEFT takes names such as gate_proj
+    for theirs.
     """
     path, blocks = find_blocks(trunk)
     modules = {f"{path}.{name}": module for name, module in blocks.named_modules() if name}
     linears = {name: module for name, module in modules.items() if is_linear(module)}
+    parts_of_experts = find_parts_of_experts(trunk)
+    not_for_peft = NAMES_OF_EXPERTS if parts_of_experts else ()
+    if trunk.config.get_text_config().model_type in MAMBA_TYPES:
+        not_for_peft = ("out_proj",)
+    for name in list(linears):
+        part, last_name = part_of_block(name, path), name.rpartition(".")[2]
+        if part in parts_of_experts or last_name in not_for_peft:
+            del linears[name]
     # Jamba has whole blocks with Attention in the name of their class
     attention_prefixes = tuple(
         f"{name}."
@@ -278,8 +401,6 @@ def find_linears(trunk, targets="all-linear"):
     in_attention = {
         name: linear for name, linear in linears.items() if name.startswith(attention_prefixes)
     }
-    if any("experts" in name.split(".") for name in modules):
-        linears = in_attention
     if targets == "all-linear":
         chosen, missing = linears, []
     elif targets == "attention":
@@ -293,6 +414,20 @@ def find_linears(trunk, targets="all-linear"):
             f"{type(trunk).__name__}, whose blocks have {names or 'none'}"
         )
     return chosen
+
+
+def part_of_block(name, path):
+    """The child of its block that a module is in: mlp of layers.3.mlp.down_proj."""
+    return name.removeprefix(f"{path}.").split(".")[1]
+
+
+def find_parts_of_experts(trunk):
+    """The children of blocks in which there are experts, such as {"mlp"}, of the whole model."""
+    if hasattr(trunk, "parts_of_experts"):
+        return trunk.parts_of_experts
+    path, blocks = find_blocks(trunk)
+    names = [f"{path}.{name}" for name, _ in blocks.named_modules() if name]
+    return {part_of_block(name, path) for name in names if "experts" in name.split(".")}
 
 
 def choose_by_name(linears, targets):

@@ -7,11 +7,15 @@ A scorer is a callable (dialogues, replies) -> list of floats, where a dialogue 
 """
 
 import importlib
+import itertools
+import json
 import math
 import os
 import sys
+from bisect import bisect_left
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -22,15 +26,22 @@ from transformers import (
     GenerationConfig,
 )
 
-from common.chat import render_chat, render_transcript
-from common.config import UserError
+from common import toy
+from common.chat import (
+    OPEN_THOUGHTS,
+    chat_form,
+    render_chat,
+    render_transcript,
+    without_thoughts,
+)
+from common.config import UserError, first_line
 from common.data import collate, split_into_passes
 from common.hf import (
     choose_tokens_per_pass,
     context_length,
-    load_or_refuse,
     response_logprobs,
     token_mean,
+    try_or_refuse,
 )
 from lora import LoRA, enable_only
 
@@ -50,26 +61,62 @@ class GenerationSettings:
 # ---------------------------------------------------------------- scorers
 
 
+def inherited_judge(settings):
+    """The judge that a stage's settings name, where it is the embedded default's own; else None.
+
+    A name from a file is not imported: whoever wrote the file would choose what runs here.
+    """
+    judge = settings.get("judge")
+    if judge in (None, toy.JUDGE):
+        return judge
+    print(f"the judge {judge} of an earlier stage is not taken: give it as --judge")
+    return None
+
+
 def load_judge(name):
-    """The scorer that calls "module:function", a function (prompt, response) -> [0, 1]."""
+    """The scorer that calls "module:function", a function (prompt, response) -> [0, 1].
+
+    UserError where there is none, or, when it scores, where an answer makes it fail.
+    """
     module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
+    # at the end, so that no file in the working directory stands in for a library
+    sys.path.append(os.getcwd())
     try:
         judge = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--judge {name}: {error}; give it as module:function") from None
+    except Exception as error:
+        # somebody else's module may fail in any way
+        raise UserError(
+            f"--judge {name}: {first_line(error)}; give it as module:function"
+        ) from None
+
+    def judge_one(turns, reply):
+        where = f"on the answer {reply[:60]!r}"
+        try:
+            score = judge(render_transcript(turns), reply)
+        except Exception as error:
+            message = f"--judge {name} fails {where}: {first_line(error)}"
+            raise UserError(message) from None
+        try:
+            value = math.nan if isinstance(score, str) else float(score)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"--judge {name} returns {score!r} {where}: a number is needed")
+        return value
 
     def score(dialogues, replies):
-        prompts = [render_transcript(turns) for turns in dialogues]
-        return [float(judge(prompt, reply)) for prompt, reply in zip(prompts, replies)]
+        return [judge_one(turns, reply) for turns, reply in zip(dialogues, replies)]
 
     return score
 
 
 def check_reward_model(name):
     """UserError unless a model folder or hub name holds a classifier with one label."""
-    config = load_or_refuse(
-        "config", name, lambda: AutoConfig.from_pretrained(name), "--reward-model"
+    config = try_or_refuse(
+        "read its config",
+        name,
+        lambda: AutoConfig.from_pretrained(name, trust_remote_code=False),
+        "--reward-model",
     )
     if config.num_labels != 1:
         raise UserError(
@@ -82,11 +129,14 @@ def load_classifier(name, dtype):
 
     UserError where its files lack weights.
     """
-    model, loading = load_or_refuse(
-        "weights",
+    model, loading = try_or_refuse(
+        "read its weights",
         name,
         lambda: AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True
+            name,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            output_loading_info=True,
         ),
         "--reward-model",
     )
@@ -107,10 +157,12 @@ def load_reward_model(name, dtype, device, batch_size):
     that are too long lose their beginning.
     """
     check_reward_model(name)
-    tokenizer = load_or_refuse(
-        "tokenizer",
+    tokenizer = try_or_refuse(
+        "read its tokenizer",
         name,
-        lambda: AutoTokenizer.from_pretrained(name, truncation_side="left"),
+        lambda: AutoTokenizer.from_pretrained(
+            name, truncation_side="left", trust_remote_code=False
+        ),
         "--reward-model",
     )
     model = load_classifier(name, dtype).to(device)
@@ -120,11 +172,12 @@ def load_reward_model(name, dtype, device, batch_size):
         batch_size = 1
     context = context_length(model.config)
     max_length = min(tokenizer.model_max_length, context)
+    form = chat_form(tokenizer) if tokenizer.chat_template else None
 
     def render(turns, reply):
         """The one or two texts that the tokenizer reads."""
-        if tokenizer.chat_template:
-            return [render_chat(tokenizer, turns, reply=reply)]
+        if form:
+            return [render_chat(tokenizer, turns, reply=reply, form=form)]
         if tokenizer.sep_token:
             return [question(turns), reply]
         return [f"{render_transcript(turns)} {reply}"]
@@ -219,7 +272,8 @@ def generate(model, tokenizer, prompts, settings, sample=False, end_token=None):
     """Answers to prompts (lists of ids), as lists of ids up to and with their stop token.
 
     sample: at temperature 1 from the model's full distribution, else greedy. end_token: the id
-    that ends a response in the chat template, if any. Answers end where the model's context does.
+    that ends a response in the chat template, if any. Answers end where the model's context does,
+    each where its own prompt leaves no more room.
     """
     stops = stop_tokens(model, tokenizer, end_token)
     options = {
@@ -231,24 +285,37 @@ def generate(model, tokenizer, prompts, settings, sample=False, end_token=None):
         options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     context = context_length(model.config)
 
+    def room(i):
+        """The most tokens of an answer to prompts[i]."""
+        return max(1, min(settings.max_new_tokens, context - len(prompts[i])))
+
     torch.manual_seed(settings.seed)
-    # similar lengths together: less padding
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [None] * len(prompts)
-    for start in range(0, len(prompts), settings.batch_size):
-        indices = order[start : start + settings.batch_size]
+    for indices in generation_batches(prompts, room, settings.batch_size):
         ids, attention = left_pad([prompts[i] for i in indices], tokenizer.pad_token_id)
         width = ids.shape[1]
-        max_new_tokens = max(1, min(settings.max_new_tokens, context - width))
         with no_generation_config(model):
             output = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=attention.to(model.device),
-                generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **options),
+                generation_config=GenerationConfig(max_new_tokens=room(indices[0]), **options),
             )
         for i, new_ids in zip(indices, output[:, width:].tolist()):
             answers[i] = cut_after_stop(new_ids, stops)
     return answers
+
+
+def generation_batches(prompts, room, batch_size):
+    """Yield batches of indices into the prompts, from the shortest prompt to the longest.
+
+    The prompts of a batch have about the same length, so that there is little padding. They have
+    the same room for an answer: no answer is cut short because a neighbour's prompt is long.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for _, group in itertools.groupby(order, key=room):
+        indices = list(group)
+        for start in range(0, len(indices), batch_size):
+            yield indices[start : start + batch_size]
 
 
 def left_pad(prompts, pad_id):
@@ -281,10 +348,35 @@ def no_generation_config(model):
         model.generation_config = config
 
 
-def text_of(tokenizer, answer):
-    """An answer as text, cut where the model begins to write the next human turn."""
+def text_of(tokenizer, answer, stops=()):
+    """An answer as text, without the thoughts that it begins with and without its stop token.
+
+    It is cut where the model begins to write the next human turn. stops: the ids that end answers;
+    such a token may be an added one that is not special.
+    """
+    answer = answer_ids(tokenizer, answer)
+    if answer and answer[-1] in stops:
+        answer = answer[:-1]
     text = tokenizer.decode(answer, skip_special_tokens=True)
     return text.split("\n\nHuman:")[0].strip()
+
+
+def answer_ids(tokenizer, answer):
+    """An answer's ids after its block of thoughts; [] where that does not end.
+
+    The tags of the block may be special tokens, which are lost when only the text is decoded.
+    """
+    text = tokenizer.decode(answer)
+    if not OPEN_THOUGHTS.match(text):
+        return answer
+    block = text.removesuffix(without_thoughts(text))
+    # the number of ids that write the block
+    count = bisect_left(
+        range(len(answer)),
+        True,
+        key=lambda n: tokenizer.decode(answer[:n]).startswith(block),
+    )
+    return answer[count:]
 
 
 def repeated_ngrams(answers, n=4):
@@ -313,14 +405,15 @@ def attached(model, weights):
 
 
 def score_model(
-    model, adapter, tokenizer, pairs, prompt, scorers, generation, tokens_per_pass=None
+    model, adapter, tokenizer, pairs, prompt, scorers, generation, tokens_per_pass=None, keep=None
 ):
     """Score one model on pairs: how it rates their responses, and how it answers their prompts.
 
     adapter: the LoRA that is attached to the model, or None; prompt: "plain", "positive" or
-    "negative"; scorers: {"judge" | "reward": scorer}; generation: GenerationSettings. Returns the
-    report {figure: number}, and the greedy and sampled answers as rows in AlpacaEval's form (but
-    for the generator's name), each with its scores.
+    "negative"; scorers: {"judge" | "reward": scorer}; generation: GenerationSettings; keep: a
+    function that is given the rows before a scorer sees them. Returns the report {figure: number},
+    and the greedy and sampled answers as rows in AlpacaEval's form (but for the generator's name),
+    each with its scores.
     """
     pad_id = tokenizer.pad_token_id
     accuracy, margin, chosen_nll = preferences(model, pairs, prompt, pad_id, tokens_per_pass)
@@ -333,17 +426,20 @@ def score_model(
     dialogues = [pair.pair.prompt for pair in pairs]
     prompts = [pair.prompts[prompt].tolist() for pair in pairs]
     end_token = pairs[0].end_token
+    stops = stop_tokens(model, tokenizer, end_token)
     rows = []
     answers = []
     for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         new_answers = generate(
             model, tokenizer, prompts, generation, sample=temperature > 0, end_token=end_token
         )
-        replies = [text_of(tokenizer, answer) for answer in new_answers]
+        replies = [text_of(tokenizer, answer, stops) for answer in new_answers]
         new_rows = [
             {"instruction": question(turns), "output": reply, "temperature": temperature}
             for turns, reply in zip(dialogues, replies)
         ]
+        if keep:
+            keep(new_rows)
         for name, scorer in scorers.items():
             scores = scorer(dialogues, replies)
             for row, score in zip(new_rows, scores):
@@ -354,7 +450,6 @@ def score_model(
 
     with enable_only([adapter] if adapter else []):
         base_nll = nll_under(model, pairs * 2, answers, pad_id, tokens_per_pass)
-    stops = stop_tokens(model, tokenizer, end_token)
     report |= {
         "own_nll_under_base": base_nll,
         "repeated_ngrams": repeated_ngrams(answers),
@@ -364,22 +459,48 @@ def score_model(
     return report, rows
 
 
-def score_models(model, adapters, tokenizer, pairs, scorers, generation, tokens_per_pass=None):
+def score_models(
+    model, adapters, tokenizer, pairs, scorers, generation, answers_path, tokens_per_pass=None
+):
     """score_model for several adapters on one base, {name: (AdapterWeights or None, prompt)}.
 
-    Returns {name: report} and all rows of samples.jsonl.
+    Returns {name: report} and all rows of samples.jsonl. answers_path: a file for the answers as
+    they come, without their scores; it is left behind where a scorer fails.
     """
     reports = {}
     samples = []
     bar = tqdm(adapters.items(), desc="score", unit="model")
-    for name, (weights, prompt) in bar:
-        bar.set_postfix_str(name)
-        with attached(model, weights) as adapter:
-            reports[name], rows = score_model(
-                model, adapter, tokenizer, pairs, prompt, scorers, generation, tokens_per_pass
-            )
-        samples += [{"generator": name, **row} for row in rows]
+    with open(answers_path, "w", encoding="utf-8") as file:
+        for name, (weights, prompt) in bar:
+            bar.set_postfix_str(name)
+
+            def keep(rows, name=name):
+                write_rows(file, [{"generator": name, **row} for row in rows])
+
+            with attached(model, weights) as adapter:
+                try:
+                    reports[name], rows = score_model(
+                        model,
+                        adapter,
+                        tokenizer,
+                        pairs,
+                        prompt,
+                        scorers,
+                        generation,
+                        tokens_per_pass,
+                        keep,
+                    )
+                except UserError as error:
+                    raise UserError(f"{error}; the answers so far are in {answers_path}") from None
+            samples += [{"generator": name, **row} for row in rows]
+    Path(answers_path).unlink()
     return reports, samples
+
+
+def write_rows(file, rows):
+    """Append rows to an open file of JSON lines."""
+    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    file.flush()
 
 
 # ---------------------------------------------------------------- comparing models

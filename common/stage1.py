@@ -8,8 +8,10 @@ import torch
 
 from common import toy
 from common.config import UserError
-from common.data import choose_template, prepare_pairs
+from common.data import choose_template, digest_pairs, prepare_pairs
 from common.hf import (
+    check_ids,
+    check_trunk,
     choose_device,
     choose_dtype,
     choose_tokens_per_pass,
@@ -17,10 +19,13 @@ from common.hf import (
     load_config,
     load_model,
     load_tokenizer,
-    model_digest,
+    model_digests,
 )
-from common.stages import choose_method, read_stage, verified_path
-from lora import LoRA, load_adapter
+from common.stages import MANIFEST, choose_method, read_stage, verified_path
+from lora import ADAPTER_WEIGHTS, LoRA, load_adapter
+
+# What the manifests of one run have in common.
+AGREED = ("settings", "inputs")
 
 # The adapters that each method trains: {method: {kind: folder in OUT/method}}.
 ADAPTER_FOLDERS = {"scit": {"scit": "adapter"}, "dual": {"good": "good", "bad": "bad"}}
@@ -29,13 +34,24 @@ ADAPTER_FOLDERS = {"scit": {"scit": "adapter"}, "dual": {"good": "good", "bad": 
 @dataclass
 class Stage1Inputs:
     """What stage 1 trains on. pairs: {"train" | "valid": [EncodedPair]}. settings: those of the
-    stage, with what was chosen or computed filled in; they go into its manifest."""
+    stage, with what was chosen or computed filled in. digests: {what: sha256} of the files that it
+    was given, by which later stages know them again. Both go into the stage's manifest."""
 
     model: torch.nn.Module
     tokenizer: object
     pairs: dict
     settings: dict
-    model_digest: str
+    digests: dict
+
+    @property
+    def manifest(self):
+        """What the manifests of stage 1 begin with."""
+        return {"settings": self.settings, "inputs": self.digests}
+
+    @property
+    def depends_on(self):
+        """What a checkpoint depends on besides the settings."""
+        return {"pairs": digest_pairs(self.pairs), "model_digest": self.digests["model"]}
 
 
 def prepare_stage1(config):
@@ -43,11 +59,12 @@ def prepare_stage1(config):
 
     Where neither --model nor --data is given, the embedded default is used (and made first).
     """
-    torch.manual_seed(config.seed)
     device = choose_device(config.device)
     config.dtype = choose_dtype(config.dtype, device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
     source = toy.source_or_default(config)
+    # whether or not the embedded default was made just now
+    torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(source["model"])
     config.template = choose_template(config.template, tokenizer)
     config.max_length = min(config.max_length, context_length(load_config(source["model"])))
@@ -61,11 +78,15 @@ def prepare_stage1(config):
         config.positive,
         config.negative,
         config.template,
+        config.columns,
     )
+    check_ids(source["model"], pairs.max_id)
     model = load_model(source["model"], config.dtype, device, config.gradient_checkpointing)
+    check_trunk(source["model"], model, config.dtype)
     # later stages may take another seed, but never another split
     settings = {**vars(config), **source, "split_seed": config.seed}
-    return Stage1Inputs(model, tokenizer, pairs, settings, model_digest(source["model"]))
+    digests = {**model_digests(source["model"], tokenizer), "pairs": pairs.source_digest}
+    return Stage1Inputs(model, tokenizer, pairs, settings, digests)
 
 
 @dataclass
@@ -78,7 +99,7 @@ class Stage1Output:
 
     @property
     def manifest(self):
-        """One of the manifests: they agree in settings and model digest."""
+        """One of the manifests: they agree in settings and inputs."""
         return next(iter(self.manifests.values()))
 
     def load_adapters(self, trunk):
@@ -103,7 +124,24 @@ def open_stage1(out, method):
         folders[kind] = Path(out) / method / name
         manifests[kind] = read_stage(folders[kind], kind, command)
     stage1 = Stage1Output(method, folders, manifests)
-    if any(m["settings"] != stage1.manifest["settings"] for m in manifests.values()):
+    if any(m[name] != stage1.manifest[name] for m in manifests.values() for name in AGREED):
         names = " and ".join(map(str, folders.values()))
         raise UserError(f"{names} come from different runs: run `{command}` again")
     return stage1
+
+
+def check_adapters(out, method, collected_from):
+    """UserError where the adapters in OUT/METHOD are not those that a collection was made of.
+
+    collected_from: {kind: digest of an adapter's weights}. Adapters that have gone do not matter.
+    """
+    for kind, digest in collected_from.items():
+        folder = Path(out) / method / ADAPTER_FOLDERS[method][kind]
+        if not (folder / MANIFEST).is_file():
+            continue
+        manifest = read_stage(folder, kind, f"python {method}.py")
+        if manifest["digests"].get(ADAPTER_WEIGHTS) != digest:
+            raise UserError(
+                f"{folder} is newer than the hidden states that were collected with it: "
+                "run `python collect.py` and `python align.py` again"
+            )

@@ -9,6 +9,7 @@ manifest) goes in last, and the folder is renamed when it is complete, so that a
 A later stage reads the manifest, checks kind, version and digests, and inherits the settings.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from common.config import UserError
@@ -69,17 +70,52 @@ def file_digest(path, part_size=2**23):
 
 
 @contextmanager
+def claim(*folders, wait=False):
+    """Within the context, this process is the only one that writes these stage folders.
+
+    The lock ends with the process, however it ends; its file .NAME.lock stays. wait: wait for
+    another run, which else is a UserError, as is a folder that is a symbolic link: it could not
+    be replaced as a whole.
+    """
+    with ExitStack() as locks:
+        for folder in map(Path, folders):
+            if folder.is_symlink():
+                raise UserError(
+                    f"{folder} is a symbolic link, which no stage can replace: remove it, and "
+                    "link the folder that --out names instead"
+                )
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = locks.enter_context(open(folder.with_name(f".{folder.name}.lock"), "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    message = f"another run is writing {folder}: wait for it, or use another --out"
+                    raise UserError(message) from None
+                print(f"waiting for another run that is writing {folder}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def atomic_write(path):
     """Yield a temporary path beside `path`; what was written there is flushed and renamed."""
     path = Path(path)
     tmp_path = path.with_name(f".{path.name}.partial")
-    yield tmp_path
-    flush_to_disk(tmp_path)
-    tmp_path.rename(path)
+    try:
+        yield tmp_path
+        complete_file(tmp_path)
+        tmp_path.rename(path)
+    finally:
+        tmp_path.unlink(missing_ok=True)
 
 
-def flush_to_disk(path):
-    """Wait until the bytes of a file are on the disk."""
+def complete_file(path):
+    """Wait until a file's bytes are on the disk, and give it the permissions of an ordinary new
+    one: some libraries write private files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
@@ -87,19 +123,22 @@ def flush_to_disk(path):
 def write_json(path, value):
     """Write a value as indented JSON, atomically."""
     with atomic_write(path) as tmp_path:
-        tmp_path.write_text(json.dumps(value, indent=2))
+        tmp_path.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
 @contextmanager
-def write_stage(folder, kind, manifest, depends_on=None):
+def write_stage(folder, kind, manifest, depends_on=None, restart=False):
     """Write a stage folder: yield a temporary folder, renamed to `folder` when complete.
 
     The dict `manifest`, which the body may still extend, becomes stage.json. After an exception
     the previous folder is still there. depends_on: a dict of everything that the content depends
-    on; an interrupted run then keeps its files, and one that depends on the same finds them.
+    on; an interrupted run then keeps its files, and one that depends on the same finds them,
+    unless it is to restart.
     """
     folder = recover_folder(folder)
     partial = folder.with_name(f".{folder.name}.partial")
+    if restart:
+        shutil.rmtree(partial, ignore_errors=True)
     resumable = depends_on is not None
     prepare_partial(partial, relevant_settings(depends_on) if resumable else None)
     try:
@@ -122,7 +161,7 @@ def prepare_partial(partial, key):
     """Make the temporary folder of a stage, or keep an interrupted run's with the same key."""
     key_path = partial / RESUME_KEY
     if key is not None and partial.exists():
-        if key_path.is_file() and key_path.read_text() == key:
+        if key_path.is_file() and key_path.read_text(encoding="utf-8") == key:
             print(f"{partial}: resuming")
             return
         print(f"{partial}: made with other settings, deleted")
@@ -130,17 +169,21 @@ def prepare_partial(partial, key):
     partial.mkdir(parents=True)
     if key is not None:
         with atomic_write(key_path) as tmp_path:
-            tmp_path.write_text(key)
+            tmp_path.write_text(key, encoding="utf-8")
 
 
 def write_manifest(folder, kind, manifest):
-    """Flush all files of a folder, then write its stage.json with their digests."""
+    """Flush all files of a folder, then write its stage.json with their digests.
+
+    What a killed run was writing is removed.
+    """
+    for leftover in [*folder.rglob(".*.partial"), *folder.rglob(".*.lock")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     paths = [path for path in folder.rglob("*") if path.is_file()]
     names = sorted(str(path.relative_to(folder)) for path in paths)
-    skipped = (RESUME_KEY, MANIFEST)
-    names = [name for name in names if name not in skipped and not name.endswith(".partial")]
+    names = [name for name in names if name not in (RESUME_KEY, MANIFEST)]
     for name in names:
-        flush_to_disk(folder / name)
+        complete_file(folder / name)
     digests = {name: file_digest(folder / name) for name in names}
     header = {"kind": kind, "version": VERSION, "made_by": versions()}
     write_json(folder / MANIFEST, {**header, **manifest, "digests": digests})
@@ -174,7 +217,8 @@ def open_log(folder, name):
     """
     folder.mkdir(parents=True, exist_ok=True)
     resumes = any(folder.glob(f".checkpoint-{name}*"))
-    with open(folder / f"{name}.log", "a" if resumes else "w", buffering=1) as log:
+    mode = "a" if resumes else "w"
+    with open(folder / f"{name}.log", mode, buffering=1, encoding="utf-8") as log:
         print(json.dumps(versions()), file=log)
         yield log
 
@@ -182,8 +226,19 @@ def open_log(folder, name):
 # ---------------------------------------------------------------- reading
 
 
+class Manifest(dict):
+    """What a stage.json holds. A key that it lacks is a UserError that names file and key."""
+
+    def __init__(self, values, path):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key):
+        raise UserError(f"{self.path} lacks {key!r}: run that stage again")
+
+
 def read_stage(folder, kind, command):
-    """The manifest of a stage folder.
+    """The Manifest of a stage folder.
 
     UserError if the folder is missing, unfinished, or of another kind or version; command: what
     writes such a folder, for the message.
@@ -195,7 +250,7 @@ def read_stage(folder, kind, command):
     if not path.is_file():
         raise UserError(f"{folder} is unfinished (no {MANIFEST}): run `{command}` again")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         written_as = (manifest["kind"], manifest["version"])
         check_names(manifest)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -206,7 +261,8 @@ def read_stage(folder, kind, command):
             f"{folder} is {written_as[0]} version {written_as[1]}, not {kind} version {VERSION}: "
             f"run `{command}` again"
         )
-    return manifest
+    settings = Manifest(manifest["settings"], path)
+    return Manifest({**manifest, "settings": settings}, path)
 
 
 def check_names(manifest):

@@ -27,7 +27,10 @@ from common.chat import render_transcript
 from common.config import NEGATIVE, POSITIVE, UserError, run, setting
 from common.data import collate, shuffled_batches
 from common.hf import choose_device
-from common.stages import read_stage, write_stage
+from common.stages import claim, read_stage, write_stage
+
+# The oracle, by the name that stages hand on.
+JUDGE = "common.toy:judge"
 
 
 @dataclass
@@ -388,7 +391,8 @@ def write_world(folder, config):
     rng = random.Random(config.seed)
     requests = split_requests(config.kinds.split(","), config.seed)
     rows = preference_rows(requests, config.pairs, rng)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "pairs.jsonl").write_text(lines, encoding="utf-8")
     docs = list(documents(requests, config.documents, rng))
     tokenizer = train_tokenizer([prompt + reply for prompt, reply in docs] + [POSITIVE, NEGATIVE])
     model = train_base(config, tokenizer, docs, choose_device(config.device))
@@ -407,19 +411,21 @@ def ensure_world(config):
         raise UserError(f"--width {config.width}: it must be a multiple of 8")
     folder = Path(config.out) / "toy" / f"seed{config.seed}"
     settings = {k: v for k, v in vars(config).items() if k not in ("out", "device")}
-    try:
-        manifest = read_stage(folder, "toy", "python -m common.toy")
-        reusable = manifest["settings"] == settings
-    except UserError:
-        # missing, unfinished or of another version
-        reusable = False
-    if not reusable:
-        with write_stage(folder, "toy", {"settings": settings}) as tmp_path:
-            write_world(tmp_path, config)
+    # a stage that starts while another one makes the world waits for it
+    with claim(folder, wait=True):
+        try:
+            manifest = read_stage(folder, "toy", "python -m common.toy")
+            reusable = manifest["settings"] == settings
+        except UserError:
+            # missing, unfinished or of another version
+            reusable = False
+        if not reusable:
+            with write_stage(folder, "toy", {"settings": settings}) as tmp_path:
+                write_world(tmp_path, config)
     return {
         "model": str(folder / "model"),
         "data": [str(folder / "pairs.jsonl")],
-        "judge": "common.toy:judge",
+        "judge": JUDGE,
     }
 
 

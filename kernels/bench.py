@@ -237,7 +237,7 @@ def count_launches(form, shape):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(errors="replace"))["traceEvents"]
+        events = json.loads(path.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
     categories = [event.get("cat") for event in events]
     return sum(categories.count(name) for name in ("kernel", "gpu_memcpy", "gpu_memset")) or None
 

@@ -187,8 +187,8 @@ def succeed(stage, *args, **options):
 
 
 def listing(folder):
-    """{relative path: bytes} of all files in a folder."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
+    """{relative path: bytes} of all files in a folder but locks, which every run leaves."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

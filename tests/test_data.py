@@ -11,14 +11,24 @@ import pytest
 import torch
 from helpers import SHARED
 from templates import CHATML, NO_SYSTEM, SILENT, STRICT
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common import pairs as pairs_module
+from common import rows as rows_module
 from common.chat import render_chat, render_transcript
 from common.config import NEGATIVE, POSITIVE, UserError
 from common.data import choose_template, collate, encode_pairs, prepare_pairs, shuffled_batches
-from common.pairs import Pair, load_pairs, parse_row, split_of
+from common.pairs import (
+    HISTORY_FIELDS,
+    PROMPT_FIELDS,
+    SYSTEM_FIELDS,
+    UNPLACED_FIELDS,
+    Pair,
+    load_pairs,
+    parse_columns,
+    parse_row,
+    split_of,
+)
 
 START = "\n\nHuman: Hi.\n\nAssistant: Hello."
 QUESTION = f"{START}\n\nHuman: And?"
@@ -304,6 +314,372 @@ def test_bad_rows_are_named_by_line(tmp_path, row, words):
     assert str(path) in str(error.value)
 
 
+# ---------------------------------------------------------------- whole dialogues beside a prompt
+
+
+def transcript(turns):
+    """Turns of FORMS as one HH-RLHF transcript."""
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in turns)
+
+
+SYSTEM_TURN = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["Hi.", "And?", "", None, [], [user("Hi.")], [user(" Hi. ")], PROMPT_TURNS, PROMPT_TURNS[-1:]],
+)
+@pytest.mark.parametrize("write_replies", [list, transcript])
+def test_a_prompt_that_whole_dialogues_repeat_is_read_once(prompt, write_replies):
+    row = {"prompt": prompt, "chosen": write_replies(CHOSEN_DIALOGUE)}
+    row["rejected"] = write_replies(REJECTED_DIALOGUE)
+    pair, _ = parse_row(row, 0)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (TURNS, "Good.", "Bad.")
+
+
+def test_a_system_turn_of_the_prompt_alone_is_kept():
+    dialogues = {"chosen": CHOSEN_DIALOGUE, "rejected": REJECTED_DIALOGUE}
+    for prompt in ([SYSTEM_TURN], [SYSTEM_TURN, user("Hi.")], [SYSTEM_TURN, *PROMPT_TURNS]):
+        pair, _ = parse_row({"prompt": prompt, **dialogues}, 0)
+        assert pair.prompt == (("system", "Be brief."), *TURNS)
+    with_system = {name: [SYSTEM_TURN, *turns] for name, turns in dialogues.items()}
+    for prompt in ("Hi.", [user("Hi.")], [SYSTEM_TURN, user("Hi.")]):
+        pair, _ = parse_row({"prompt": prompt, **with_system}, 0)
+        assert pair.prompt == (("system", "Be brief."), *TURNS)
+
+
+def test_dialogues_that_repeat_the_end_of_the_prompt_continue_it():
+    last = PROMPT_TURNS[-1]
+    row = {"prompt": PROMPT_TURNS, "chosen": [last, assistant("Good.")]}
+    row["rejected"] = [last, assistant("Bad.")]
+    assert parse_row(row, 0)[0].prompt == TURNS
+
+
+def test_dialogues_of_something_else_than_the_prompt_are_refused():
+    row = {"prompt": "Why?", "chosen": CHOSEN_DIALOGUE, "rejected": REJECTED_DIALOGUE}
+    with pytest.raises(ValueError, match=r"'prompt' ends with a turn of the user.*ignore=prompt"):
+        parse_row(row, 0)
+    assert parse_row(row, 0, columns=parse_columns(["ignore=prompt"]))[0].prompt == TURNS
+
+
+def test_a_formatted_prompt_beside_its_own_dialogue_is_read_once():
+    prompt = "<|user|>\nHi.</s>\n<|assistant|>\nHello.</s>\n<|user|>\nAnd?</s>\n<|assistant|>\n"
+    row = {"prompt": prompt, "chosen": CHOSEN_DIALOGUE, "rejected": REJECTED_DIALOGUE}
+    assert parse_row(row, 0)[0].prompt == TURNS
+
+
+def test_replies_that_are_dialogues_themselves_stay_text():
+    row = {"prompt": "Write a dialogue."}
+    row["chosen"] = "Human: Hi.\n\nAssistant: Hello."
+    row["rejected"] = "Human: Hi.\n\nAssistant: Go."
+    pair, _ = parse_row(row, 0)
+    assert pair.prompt == (("user", "Write a dialogue."),)
+    assert pair.chosen == row["chosen"]
+
+
+# ---------------------------------------------------------------- every field is read, or named
+
+SKY = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
+ASK = "What colour is the sky?"
+
+
+@pytest.mark.parametrize("name", PROMPT_FIELDS)
+def test_the_question_in_another_field(name):
+    # an instruction is always a text
+    values = [ASK] if name == "instruction" else [ASK, [user(ASK)]]
+    for value in values:
+        pair, _ = parse_row({**SKY, name: value}, 0)
+        assert (pair.prompt, pair.chosen) == ((("user", ASK),), SKY["chosen"])
+
+
+@pytest.mark.parametrize("value", [ASK, [ASK], [user(ASK)]])
+def test_an_unknown_field_that_may_hold_the_prompt_is_named(value):
+    """Else the shared beginning of the replies would become the prompt."""
+    with pytest.raises(ValueError, match=r"'ask' may: .*--columns prompt=FIELD"):
+        parse_row({**SKY, "ask": value}, 0)
+    pair, _ = parse_row({**SKY, "ask": value}, 0, columns=parse_columns(["ignore=ask"]))
+    assert pair.prompt == (("user", "The sky is"),)
+
+
+def test_a_score_is_no_prompt():
+    row = {**SKY, "score": 3.5, "tags": [], "note": None, "prompt_id": 7}
+    assert parse_row(row, 0)[0].prompt == (("user", "The sky is"),)
+
+
+def test_dialogues_without_prompt_need_no_other_field():
+    row = {"chosen": CHOSEN_DIALOGUE, "rejected": REJECTED_DIALOGUE, "source": "somewhere"}
+    assert parse_row(row, 0)[0].prompt == TURNS
+
+
+def test_a_second_prompt_field_may_repeat_the_first_one():
+    row = {"prompt": "Hi.", "chosen": [user("Hi."), assistant("Good.")]}
+    row["rejected"] = [user("Hi."), assistant("Bad.")]
+    for messages in (row["chosen"], [user("Hi.")], []):
+        assert parse_row({**row, "messages": messages}, 0)[0].prompt == (("user", "Hi."),)
+    conflict = {**row, "messages": [user("Ho.")]}
+    with pytest.raises(ValueError, match="'messages' holds something else than 'prompt'"):
+        parse_row(conflict, 0)
+    pair, _ = parse_row({**TRL, "query": "Ho."}, 0, columns=parse_columns(["prompt=query"]))
+    assert pair.prompt == (("user", "Ho."),)
+    with pytest.raises(ValueError, match="'chosen_response' holds something else than 'chosen'"):
+        parse_row({**TRL, "chosen_response": "Other."}, 0)
+
+
+HISTORIES = {
+    "pairs": [["Hi.", "Hello."]],
+    "texts in turn": ["Hi.", "Hello."],
+    "turns": PROMPT_TURNS[:2],
+    "ShareGPT turns": [human("Hi."), gpt("Hello.")],
+    "turns with the prompt": PROMPT_TURNS,
+    "objects": [{"user": "Hi.", "assistant": "Hello."}],
+    "questions and answers": [{"question": "Hi.", "answer": "Hello."}],
+    "transcript": START,
+    "JSON": json.dumps([["Hi.", "Hello."]]),
+    "turns as JSON": json.dumps(PROMPT_TURNS[:2]),
+}
+
+
+@pytest.mark.parametrize("form", HISTORIES)
+@pytest.mark.parametrize("name", HISTORY_FIELDS)
+def test_history_in_every_form(form, name):
+    rows = [
+        TRL,
+        {"instruction": "And?", "input": "", "chosen": "Good.", "rejected": "Bad."},
+        {"prompt": [user("And?")], "chosen": [assistant("Good.")], "rejected": [assistant("Bad.")]},
+        {"prompt": PROMPT_TURNS, "chosen": "Good.", "rejected": "Bad."},
+    ]
+    for row in rows:
+        pair, _ = parse_row({**row, name: HISTORIES[form]}, 0)
+        assert (pair.prompt, pair.chosen) == (TURNS, "Good.")
+
+
+@pytest.mark.parametrize("history", [None, [], "", "[]", [[]]])
+def test_an_empty_history_is_none(history):
+    assert parse_row({**TRL, "history": history}, 0)[0].prompt == (("user", "And?"),)
+
+
+@pytest.mark.parametrize("history", ["A text.", ["Hi."], [["a", "b", "c"]], [{"q": "x", "a": "y"}]])
+def test_a_history_of_another_form_is_named(history):
+    with pytest.raises(ValueError, match=r"field 'history' holds neither turns.*ignore=history"):
+        parse_row({**TRL, "history": history}, 0)
+
+
+@pytest.mark.parametrize("name", SYSTEM_FIELDS)
+def test_system_text_in_every_field(name):
+    for value in ("Be brief.", [SYSTEM_TURN], SYSTEM_TURN):
+        pair, _ = parse_row({**TRL, name: value}, 0)
+        assert pair.prompt == (("system", "Be brief."), ("user", "And?"))
+    repeated = {**TRL, "prompt": [SYSTEM_TURN, user("And?")], name: "Be brief."}
+    assert parse_row(repeated, 0)[0].prompt == (("system", "Be brief."), ("user", "And?"))
+    other = {**repeated, name: "Be kind."}
+    assert parse_row(other, 0)[0].prompt[:2] == (("system", "Be kind."), ("system", "Be brief."))
+
+
+@pytest.mark.parametrize("name", UNPLACED_FIELDS)
+def test_a_part_of_the_dialogue_without_a_place_is_named(name):
+    ignore = parse_columns([f"ignore={name}"])
+    in_row = {**TRL, name: [{"name": "search"}]}
+    in_turn = {**TRL, "prompt": [{**user("And?"), name: "Let me see."}]}
+    for row in (in_row, in_turn):
+        with pytest.raises(ValueError, match=f"field '{name}'.*no place.*--columns ignore={name}"):
+            parse_row(row, 0)
+        assert parse_row(row, 0, columns=ignore)[0].prompt == (("user", "And?"),)
+    for empty in (None, "", [], "[]", {}):
+        assert parse_row({**TRL, name: empty}, 0)[0].chosen == "Good."
+
+
+def test_other_fields_are_listed_once(tokenizer, tmp_path, capsys):
+    row = {**TRL, "prompt": [{**user("And?"), "weight": 1}], "split": "train"}
+    rows = [{**row, "id": 5, "source": "x"}, {**row, "id": 6, "score": 1.0}]
+    path = write(tmp_path / "a.jsonl", rows)
+    prepare_pairs([path], ("train",), tokenizer, 256, 0, columns=["ignore=source"])
+    printed = capsys.readouterr().out
+    assert printed.count("not read: 'source', 'id', 'prompt.weight', 'score'\n") == 1
+    write(path, [{**row, "prompt": "And?"}])
+    prepare_pairs([path], ("train",), tokenizer, 256, 0)
+    assert "not read" not in capsys.readouterr().out
+
+
+def test_replies_in_other_fields():
+    row = {"prompt": "And?", "chosen_response": "Good.", "rejected_response": "Bad."}
+    assert parse_row(row, 0) == parse_row(TRL, 0)
+
+
+def test_columns_are_mapped(tokenizer, tmp_path):
+    row = {"ask": "And?", "good": "Good.", "bad": "Bad.", "who": "Be brief.", "split": "odd"}
+    row |= {"question": "Not this?", "tools": "[search]"}
+    path = write(tmp_path / "a.jsonl", [row])
+    names = ["prompt=ask", "chosen=good", "rejected=bad", "system=who"]
+    columns = [*names, "ignore=split", "ignore=tools"]
+    prepared = prepare_pairs([path], ("all",), tokenizer, 256, 0, columns=columns)
+    pair = prepared["all"][0].pair
+    assert pair.prompt == (("system", "Be brief."), ("user", "And?"))
+    assert (pair.chosen, pair.rejected) == ("Good.", "Bad.")
+
+    swapped = parse_columns(["chosen=rejected", "rejected=chosen"])
+    pair, _ = parse_row(TRL, 0, columns=swapped)
+    assert (pair.chosen, pair.rejected) == ("Bad.", "Good.")
+    dolly = {"question": "Add.", "context": "1 and 2", "chosen": "3", "rejected": "4"}
+    columns = parse_columns(["instruction=question", "input=context"])
+    assert parse_row(dolly, 0, columns=columns)[0].prompt == (("user", "Add.\n1 and 2"),)
+    with pytest.raises(UserError, match="line 1: --columns prompt=nothing: the row has no field"):
+        load_pairs(path, 0, columns=["prompt=nothing"])
+
+
+@pytest.mark.parametrize("item", ["prompt", "prompt=", "answer=x", "=x"])
+def test_bad_column_settings(item):
+    with pytest.raises(UserError, match=f"--columns {item}: expected FIELD=COLUMN"):
+        parse_columns([item])
+    with pytest.raises(UserError, match="prompt is already a"):
+        parse_columns(["prompt=a", "prompt=b"])
+
+
+# ---------------------------------------------------------------- formats and tags in texts
+
+
+@pytest.mark.parametrize(
+    "prompt, marker",
+    [
+        ("<s>[INST] And? [/INST]", "[INST]"),
+        ("<s> And?", "<s>"),
+        ("<|im_start|>user\nAnd?<|im_end|>\n", "<|im_start|>"),
+        ("### Instruction:\nAdd.", "### Instruction:"),
+    ],
+)
+def test_a_formatted_prompt_is_named(tokenizer, tmp_path, capsys, prompt, marker):
+    row = {**TRL, "split": "train"}
+    path = write(tmp_path / "a.jsonl", [{**row, "prompt": prompt}, row])
+    prepare_pairs([path], ("train",), tokenizer, 256, 0)
+    assert f"a.jsonl: 1 prompts hold {marker!r}" in capsys.readouterr().out
+    write(path, [{**row, "prompt": "What does <s>this</s> mean?"}])
+    prepare_pairs([path], ("train",), tokenizer, 256, 0)
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "reply, expected",
+    [
+        ("<s>Old</s> new.", "<s>Old</s> new."),
+        ("New, not <s>old</s>.", "New, not <s>old</s>."),
+        ("</s> closes it.", "</s> closes it."),
+        ("It begins with <s>", "It begins with <s>"),
+        ("Good.</s> </s>", "Good."),
+        ("<s> Good.", "Good."),
+        ("Good.<|im_end|>", "Good.<|im_end|>"),
+    ],
+)
+def test_a_replys_own_tags_stay(reply, expected):
+    pair, _ = parse_row({**TRL, "chosen": reply}, 0, ("<s>", "</s>"))
+    assert pair.chosen == expected
+
+
+def test_a_tokenizer_without_bos_or_eos():
+    row = {**TRL, "chosen": "Good.</s>"}
+    assert parse_row(row, 0, (None, "</s>"))[0].chosen == "Good."
+    assert parse_row(row, 0, ("<s>", None))[0].chosen == "Good.</s>"
+    assert parse_row(row, 0, ("</s>", "</s>"))[0].chosen == "Good."
+
+
+# ---------------------------------------------------------------- rows that are refused by name
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({**TRL, "prompt": "\n\nAssistant:"}, "does not end with a user turn"),
+        ({**TRL, "prompt": "\n\nAssistant:", "system": "x"}, "does not end with a user turn"),
+        (
+            {"prompt": "\n\nAssistant:", "chosen": [assistant("x")], "rejected": [assistant("y")]},
+            "",
+        ),
+        ({**TRL, "chosen": "Half \ud83d"}, "'chosen' holds '\\ud83d', one half"),
+        ({**TRL, "prompt": "Half \ud83d"}, "the prompt holds '\\ud83d', one half"),
+        ({**TRL, "history": [["\udc00", "x"]]}, "the prompt holds '\\udc00', one half"),
+        ({**TRL, "system": 5}, "field 'system' holds '5'"),
+        ({**TRL, "system": ["x"]}, "field 'system' holds 'x'"),
+        ({**TRL, "system": [user("x")]}, "'system' holds turns of other roles"),
+        ({**TRL, "query": 5}, "field 'query' holds '5'"),
+        ({"prompt": "", "chosen": "A b.", "rejected": "A c."}, "--columns prompt=FIELD"),
+        ({**TRL, "tools": "search"}, "field 'tools'"),
+        ({"prompt": "q", "answer\ud800": "x"}, "the row has 'prompt', 'answer\\ud800'"),
+    ],
+)
+def test_rows_that_raised_are_named(tmp_path, row, words):
+    path = write(tmp_path / "rows.jsonl", [TRL, row])
+    with pytest.raises(UserError, match="line 2: ") as error:
+        load_pairs(path, 0)
+    assert words in str(error.value)
+    # it can be printed
+    str(error.value).encode()
+
+
+# ---------------------------------------------------------------- splits and long rows
+
+
+def test_a_dialogue_and_its_continuation_are_in_one_split():
+    for i in range(200):
+        start = (("user", f"question {i}"),)
+        longer = (*start, ("assistant", "Yes."), ("user", "And?"))
+        with_system = (("system", "Be brief."), *longer)
+        assert split_of(start, 0) == split_of(longer, 0) == split_of(with_system, 0)
+
+
+def test_files_with_and_without_split_are_refused_together(tokenizer, tmp_path):
+    with_split = write(tmp_path / "a.jsonl", [{**TRL, "split": "train"}])
+    without = write(tmp_path / "b.jsonl", [TRL])
+    message = r"a\.jsonl has a field 'split' and .*b\.jsonl has none.*ignore=split"
+    for paths in ([with_split, without], [without, with_split]):
+        with pytest.raises(UserError, match=message):
+            prepare_pairs(paths, ("train",), tokenizer, 256, 0)
+    columns = ["ignore=split"]
+    paths = [with_split, without]
+    assert len(prepare_pairs(paths, ("all",), tokenizer, 256, 0, columns=columns)["all"]) == 2
+    mixed = write(tmp_path / "c.jsonl", [{**TRL, "split": "train"}, TRL])
+    with pytest.raises(UserError, match="line 2: this row has no split"):
+        load_pairs(mixed, 0)
+
+
+def test_the_source_digest_tells_other_data_and_other_splits(tokenizer, tmp_path):
+    rows = [{**TRL, "prompt": f"Question {i}?"} for i in range(100)]
+    path = write(tmp_path / "a.jsonl", rows)
+
+    def digest(splits, seed=0, **options):
+        return prepare_pairs([path], splits, tokenizer, 256, seed, **options).source_digest
+
+    first = digest(("train", "valid"))
+    assert digest(("test",), limit=3, template="plain") == first
+    assert digest(("test",), seed=1) != first
+    assert digest(("all",), columns=["chosen=rejected", "rejected=chosen"]) != first
+    write(path, rows[:-1])
+    assert digest(("all",)) != first
+
+
+@pytest.mark.parametrize("tokens, times", [(128, 0), (60, 1)])
+def test_long_rows_are_tokenized_once_at_most(
+    tokenizer, tmp_path, monkeypatch, capsys, tokens, times
+):
+    """Not at all where no 64 tokens have that many characters."""
+    n = tokens * max(map(len, tokenizer.get_vocab()))
+    long_text = "¶" * n
+    fits = {**TRL, "split": "train"}
+    rows = [{**fits, "chosen": long_text}, {**fits, "prompt": long_text}, fits]
+    path = write(tmp_path / "a.jsonl", rows)
+    tokenized = []
+    tokenize = type(tokenizer).__call__
+
+    def count_characters(self, texts, **options):
+        tokenized.append(sum(map(len, texts)))
+        return tokenize(self, texts, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", count_characters)
+    prepared = prepare_pairs([path], ("train",), tokenizer, 64, 0)
+    assert len(prepared["train"]) == 1
+    assert "2 of train over 64 tokens" in capsys.readouterr().out
+    # the short row takes less than 500
+    assert 2 * n * times <= sum(tokenized) < 2 * n * times + 500
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -413,8 +789,8 @@ def hub(tmp_path, monkeypatch):
     def download(name, file, repo_type):
         return write(tmp_path / "downloaded.jsonl", [{**TRL, "chosen": file}])
 
-    monkeypatch.setattr(pairs_module.HfApi, "list_repo_files", lambda self, name, repo_type: files)
-    monkeypatch.setattr(pairs_module, "hf_hub_download", download)
+    monkeypatch.setattr(rows_module.HfApi, "list_repo_files", lambda self, name, repo_type: files)
+    monkeypatch.setattr(rows_module, "hf_hub_download", download)
     return files
 
 
@@ -453,7 +829,7 @@ def test_hub_errors_are_one_line(monkeypatch):
     def fail(self, name, repo_type):
         raise RuntimeError("no such repository\nmore")
 
-    monkeypatch.setattr(pairs_module.HfApi, "list_repo_files", fail)
+    monkeypatch.setattr(rows_module.HfApi, "list_repo_files", fail)
     with pytest.raises(UserError, match=r"hub:someone/none: no such repository$"):
         load_pairs("hub:someone/none", 0)
 
@@ -490,15 +866,6 @@ def test_turns_of_one_role_are_joined_for_strict_templates(chat_tokenizer):
     message = "refuses a dialogue of assistant, user: Roles must alternate"
     with pytest.raises(UserError, match=message):
         render_chat(chat_tokenizer, (("assistant", "A."), ("user", "And?")))
-
-
-def test_an_open_think_block_is_closed_in_the_prompt(chat_tokenizer):
-    thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    chat_tokenizer.chat_template = thinking.replace("<|im_end|>\n", "<|im_end|>\n<|end|>")
-    encoded = encode_chat(chat_tokenizer, ("user", "And?"))
-    plain = chat_tokenizer.decode(encoded.prompts["plain"])
-    assert plain.endswith("assistant\n<think>\n\n</think>\n\n")
-    assert chat_tokenizer.decode(encoded.responses["chosen"]) == "Good.<|end|>"
 
 
 def test_a_reply_ends_with_the_first_special_token_after_it(chat_tokenizer):
@@ -620,6 +987,9 @@ def test_response_that_the_tokenizer_would_merge_with_the_prompt():
     vocab = {token: i for i, token in enumerate(["<s>", *characters, ": "])}
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[(":", " ")]))
     bpe.decoder = decoders.Fuse()
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
+    )
     merging = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<s>", bos_token="<s>")
     encoded = encode_one(merging, "Yes.", "No.")
     prompt = encoded.prompts["plain"]

@@ -106,7 +106,7 @@ def test_an_error_as_a_user_sees_it(tmp_path):
         (["--steps", "many"], ["--steps", "many"]),
         (["--steps", "0"], ["--steps", "less than 1"]),
         (["--lr", "-1"], ["--lr"]),
-        (["--lr", "nan"], ["nan is not a number"]),
+        (["--lr", "nan"], ["nan is not a finite number"]),
         (["--anchor", "1.5"], ["--anchor", "more than 1"]),
         (["--lora-dropout", "2"], ["more than 1"]),
         (["--dtype", "int8"], ["--dtype"]),
@@ -250,7 +250,7 @@ def test_strengths_and_ranks(refused, done):
     for stage in (align, sweep):
         refused(stage, *out, *both, words=["--alpha", "--strength"], folder=done)
     refused(align, *out, "--rank", "33", words=["--rank 33", "32 directions"], folder=done)
-    refused(align, *out, "--strength", "inf", words=["--strength inf", "finite"], folder=done)
+    refused(align, *out, "--strength", "inf", words=["--strength: inf", "finite"], folder=done)
     # before the first adapter is trained
     words = ["--strength 0.1 inf", "finite"]
     refused(sweep, *out, "--strength", "0.1", "inf", words=words, folder=done)

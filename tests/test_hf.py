@@ -28,6 +28,7 @@ def test_hidden_states_are_those_of_transformers(model):
 
 
 def test_a_cut_model_has_the_hidden_states_of_the_whole(model, tmp_path):
+    """... and nothing of the blocks above, whose weights are not read."""
     model.save_pretrained(tmp_path)
     batch = some_batch()
     trunk = hf.load_trunk(str(tmp_path), 3, "float32", "cpu")
@@ -38,13 +39,8 @@ def test_a_cut_model_has_the_hidden_states_of_the_whole(model, tmp_path):
         assert torch.equal(one, other)
     path, blocks = hf.find_blocks(trunk)
     assert len(blocks) == 3
+    assert not any(f"{path}.3." in name for name, _ in trunk.named_modules())
     assert trunk.get_output_embeddings() is None
-
-    # no final norm is left to run
-    decoder = trunk.get_submodule(path.rpartition(".")[0])
-    for name, child in decoder.named_children():
-        if "embed" not in name and ("norm" in name or name.startswith("ln_")):
-            assert isinstance(child, torch.nn.Identity), name
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_each_stage_clips_large_gradients_alone(lora_alpha, large, done, tmp_pat
 
     for stage in (scit, dual, align):
         monkeypatch.setattr(stage, "clip_grad_norm_", clip)
-    shutil.copytree(done / "dual" / "collect", tmp_path / "dual" / "collect")
+    shutil.copytree(done / "dual" / "collect", tmp_path / "collected" / "dual" / "collect")
     settings = read_stage(done / "dual" / "collect", "collect", "")["settings"]
     source = ["--model", settings["model"], "--data", *settings["data"], "--out", tmp_path]
     options = ["--steps", "1", "--batch-size", "4", "--lora-alpha", lora_alpha, *CPU]
@@ -145,7 +145,7 @@ def test_each_stage_clips_large_gradients_alone(lora_alpha, large, done, tmp_pat
     try:
         go(scit, *source, *options)
         go(dual, *source, *options)
-        go(align, "--out", tmp_path, "--method", "dual", *options)
+        go(align, "--out", tmp_path / "collected", *options)
     finally:
         hook.remove()
     # dual trains two adapters

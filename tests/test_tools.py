@@ -78,13 +78,14 @@ def test_exported_model_may_have_another_dtype(aligned):
     assert merged.dtype == torch.bfloat16
 
 
-def test_export_for_another_model_is_refused(aligned, tmp_path, fails):
+def test_export_for_another_model_is_refused(aligned, tokenizer, tmp_path, fails):
     out, _ = aligned
     make_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
     code, lines = fails(export, "--out", out, "--model", tmp_path / "other", *CPU)
     assert code == 2
     assert len(lines) == 1
-    assert f"--model {tmp_path / 'other'} is another model" in lines[0]
+    assert f"--model {tmp_path / 'other'}: this is another model" in lines[0]
     assert not (out / "dual" / "merged").exists()
 
 

@@ -12,8 +12,8 @@ from typing import Literal
 from transformers import AutoTokenizer
 
 from common.config import run, setting
-from common.hf import check_same_model, choose_device, load_model
-from common.stages import choose_method, inherit, read_stage, verified_path, write_stage
+from common.hf import check_same_model, choose_device, load_model, load_tokenizer
+from common.stages import choose_method, claim, inherit, read_stage, verified_path, write_stage
 from lora import LoRA, load_adapter
 
 
@@ -40,14 +40,17 @@ def main(config):
     folder = Path(config.out) / method / "align"
     manifest = read_stage(folder, "align", "python align.py")
     inherit(config, manifest["settings"], ("model", "dtype"), folder)
+    tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, choose_device(config.device))
-    check_same_model(config.model, manifest, folder)
+    check_same_model(config.model, tokenizer, manifest, folder)
     weights = load_adapter(verified_path(folder, manifest), model.base_model)
     LoRA(model.base_model, weights=weights).merge()
     target = folder.with_name("merged")
-    with write_stage(target, "merged", {"settings": manifest["settings"]}) as new:
+    with claim(target), write_stage(target, "merged", {"settings": manifest["settings"]}) as new:
         model.save_pretrained(new)
-        AutoTokenizer.from_pretrained(config.model).save_pretrained(new)
+        # the model's own, without our padding token
+        own_tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+        own_tokenizer.save_pretrained(new)
     print(f"wrote {target}: the whole model with {folder} in its weights")
 
 

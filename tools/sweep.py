@@ -11,7 +11,6 @@ them and their table to OUT/METHOD/sweep, and the best to OUT/METHOD/align.
 
 import dataclasses
 import gc
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from common.score import (
     GenerationSettings,
     check_reward_model,
     choose_best,
+    inherited_judge,
     load_judge,
     load_reward_model,
     markdown_table,
@@ -31,6 +31,7 @@ from common.score import (
 )
 from common.stages import (
     MANIFEST,
+    claim,
     next_command,
     read_stage,
     verified_path,
@@ -69,14 +70,15 @@ def plan_runs(config):
     for value in values:
         run_settings = {**shared, "strength": None, "alpha": None, setting_name: value}
         runs[f"{setting_name}_{value:g}"] = align.Config(**run_settings)
-    if len(runs) < len(values) or not all(map(math.isfinite, values)):
+    if len(runs) < len(values):
         text = " ".join(f"{value:g}" for value in values)
-        raise UserError(f"--{setting_name} {text}: give finite values, each of them once")
+        raise UserError(f"--{setting_name} {text}: give each value once")
     return runs
 
 
-def read_pairs(config, collected, tokenizer):
-    """The validation pairs on which the adapters are scored. collected: collect's settings."""
+def read_pairs(config, manifest, tokenizer):
+    """The validation pairs on which the adapters are scored. manifest: that of the collection."""
+    collected = manifest["settings"]
     pairs = prepare_pairs(
         collected["data"],
         ("valid",),
@@ -87,7 +89,13 @@ def read_pairs(config, collected, tokenizer):
         collected["positive"],
         collected["negative"],
         collected["template"],
+        collected["columns"],
     )
+    if pairs.source_digest != manifest["inputs"]["pairs"]:
+        raise UserError(
+            f"{', '.join(collected['data'])}: these are other pairs than those that were "
+            "collected: bring those back, or run `python collect.py` again"
+        )
     return sample(pairs["valid"], SCORED_PAIRS, config.seed)
 
 
@@ -120,20 +128,21 @@ def main(config):
     collected, folder = manifest["settings"], Path(config.out) / first.method
     for name in ("method", "model", "seed", "layers"):
         setattr(config, name, getattr(first, name))
-    config.judge = config.judge or collected.get("judge")
+    config.judge = config.judge or inherited_judge(collected)
     scorers = {"judge": load_judge(config.judge)} if config.judge else {}
     if config.reward_model:
         check_reward_model(config.reward_model)
     tokenizer = load_tokenizer(config.model)
-    pairs = read_pairs(config, collected, tokenizer)
+    pairs = read_pairs(config, manifest, tokenizer)
 
     # 2. train, where an earlier run of this sweep has not
     settings = {**collected, **vars(config)}
     depends_on = {**settings, "values": list(runs), "collected": manifest["digests"]}
     result = {"settings": settings, "method": config.method}
-    if config.restart:
-        shutil.rmtree(folder / ".sweep.partial", ignore_errors=True)
-    with write_stage(folder / "sweep", "sweep", result, depends_on) as new:
+    with (
+        claim(folder / "sweep", folder / "align"),
+        write_stage(folder / "sweep", "sweep", result, depends_on, config.restart) as new,
+    ):
         names = train_missing(runs, new)
 
         # 3. score
@@ -146,15 +155,23 @@ def main(config):
         for name in names:
             adapters[name] = (load_adapter(new / name, model.base_model), "plain")
         generation = GenerationSettings(config.max_new_tokens, config.batch_size, config.seed)
+        answers_path = folder / "sweep_answers.jsonl"
         reports, _ = score_models(
-            model, adapters, tokenizer, pairs, scorers, generation, config.tokens_per_pass
+            model,
+            adapters,
+            tokenizer,
+            pairs,
+            scorers,
+            generation,
+            answers_path,
+            config.tokens_per_pass,
         )
         best, why = choose_best(reports)
         text = f"{markdown_table(reports)}\n\nbest: {best}, {why}\n"
         print(text)
         summary = {"best": best, "why": why, "pairs": len(pairs), "models": reports}
         write_json(new / "sweep.json", {**summary, "settings": settings})
-        (new / "sweep.md").write_text(text)
+        (new / "sweep.md").write_text(text, encoding="utf-8")
 
         # 4. the best becomes the aligned adapter, before the sweep counts as complete
         best_manifest = read_stage(new / best, "align", "python -m tools.sweep")
