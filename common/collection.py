@@ -56,7 +56,8 @@ class Collection:
     """The responses of some shards. Their states are read from the mapped files as needed."""
 
     def __init__(self, paths, layers, store, pad_id):
-        """layers: those to read. store: collect's setting, "full" or "diff"."""
+        """layers: those to read. store: collect's setting, "full" or "diff". UserError where the
+        shards hold no response."""
         self.layers = layers
         self.pad_id = pad_id
         self.plus_name = "plus" if store == "full" else "v"
@@ -65,6 +66,8 @@ class Collection:
         self.responses = []
         for path in paths:
             self.responses += read_shard(path)
+        if not self.responses:
+            raise UserError("the collection has no responses: run `python collect.py` again")
         # tokens of each response with its prompt, and of its recorded part
         self.lengths = [r.ids.stop - r.ids.start for r in self.responses]
         self.recorded_lengths = [r.rows.stop - r.rows.start for r in self.responses]

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ if not torch.cuda.is_available():
     # read when the kernels are imported: without a GPU they run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
-from helpers import CPU, FAMILIES, SMALL_WORLD, arguments, go, make_model, succeed
+from helpers import CPU, FAMILIES, SMALL_WORLD, arguments, go, listing, make_model, name_of, succeed
 
 import align
 import collect
@@ -101,3 +102,28 @@ def fails(capfd):
         return bool(re.search(r"\d+%\|", line))
 
     return run
+
+
+@pytest.fixture
+def refused(fails, tmp_path):
+    """A function that calls a stage which must refuse its input: one line on standard error that
+    holds all the words, and every file in the folder as it was."""
+
+    def check(stage, *args, words, folder=tmp_path):
+        before = listing(folder)
+        code, lines = fails(stage, *args)
+        assert code == 2
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(f"{name_of(stage)}: error: ")
+        for word in [words] if isinstance(words, str) else words:
+            assert word in lines[0]
+        assert listing(folder) == before
+
+    return check
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    """A copy of the finished folder that a test may spoil."""
+    shutil.copytree(done, tmp_path / "out")
+    return tmp_path / "out"

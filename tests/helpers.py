@@ -159,11 +159,16 @@ def script_of(stage):
     return ["-m", stage.__name__] if "." in stage.__name__ else [f"{stage.__name__}.py"]
 
 
+def name_of(stage):
+    """What the messages of a stage or tool begin with."""
+    return f"{stage.__name__.rpartition('.')[2]}.py"
+
+
 def go(stage, *args):
     """A stage's command line in this process (a fresh interpreter for each would take minutes).
     Returns what it printed."""
     argv, output = sys.argv, io.StringIO()
-    sys.argv = [f"{stage.__name__.rpartition('.')[2]}.py", *map(str, args)]
+    sys.argv = [name_of(stage), *map(str, args)]
     try:
         with contextlib.redirect_stdout(output):
             config.run(stage.main, stage.Config)

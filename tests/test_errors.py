@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import CPU, call, go, listing, make_model, without_logs
+from helpers import CPU, call, go, listing, make_model, name_of, without_logs
 
 import align
 import collect
@@ -22,36 +22,6 @@ from tools import export, profile, survey, sweep
 
 QUICK = ["--steps", "2", "--batch-size", "2", *CPU]
 SCIT = ["--method", "scit"]
-
-
-def name_of(stage):
-    """What the messages of a stage or tool begin with."""
-    return f"{stage.__name__.rpartition('.')[2]}.py"
-
-
-@pytest.fixture
-def refused(fails, tmp_path):
-    """A function that calls a stage which must refuse its input: one line on standard error that
-    holds all the words, and every file in the folder as it was."""
-
-    def check(stage, *args, words, folder=tmp_path):
-        before = listing(folder)
-        code, lines = fails(stage, *args)
-        assert code == 2
-        assert len(lines) == 1, lines
-        assert lines[0].startswith(f"{name_of(stage)}: error: ")
-        for word in [words] if isinstance(words, str) else words:
-            assert word in lines[0]
-        assert listing(folder) == before
-
-    return check
-
-
-@pytest.fixture
-def copy(done, tmp_path):
-    """A copy of the finished folder that a test may spoil."""
-    shutil.copytree(done, tmp_path / "out")
-    return tmp_path / "out"
 
 
 # ---------------------------------------------------------------- the command line
@@ -106,6 +76,8 @@ def test_an_error_as_a_user_sees_it(tmp_path):
         (["--steps", "many"], ["--steps", "many"]),
         (["--steps", "0"], ["--steps", "less than 1"]),
         (["--lr", "-1"], ["--lr"]),
+        (["--lr", "1e300"], ["--lr", "too large"]),
+        (["--seed", "123456789012345678901"], ["--seed", "too large"]),
         (["--lr", "nan"], ["nan is not a finite number"]),
         (["--anchor", "1.5"], ["--anchor", "more than 1"]),
         (["--lora-dropout", "2"], ["more than 1"]),
@@ -201,6 +173,12 @@ def test_rows(refused, tiny, tmp_path, content, words):
         refused(stage, *source, "--out", tmp_path, words=words)
 
 
+def test_a_rank_above_every_weights_is_refused(refused, tiny, tmp_path):
+    source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path]
+    words = ["--lora-rank 33", "rank 32 at most"]
+    refused(scit, *source, "--lora-rank", "33", *CPU, words=words)
+
+
 def test_nothing_left_after_max_length(refused, tiny, tmp_path):
     source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path]
     words = ["no train pair is left", "over 5 tokens", "--max-length"]
@@ -252,7 +230,7 @@ def test_strengths_and_ranks(refused, done):
     refused(align, *out, "--rank", "33", words=["--rank 33", "32 directions"], folder=done)
     refused(align, *out, "--strength", "inf", words=["--strength: inf", "finite"], folder=done)
     # before the first adapter is trained
-    words = ["--strength 0.1 inf", "finite"]
+    words = ["--strength: inf", "finite"]
     refused(sweep, *out, "--strength", "0.1", "inf", words=words, folder=done)
     words = ["--alpha 1 1", "once"]
     refused(sweep, *out, "--alpha", "1", "1", words=words, folder=done)

@@ -21,6 +21,7 @@ from helpers import (
     stage1_source,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import align
 import collect
@@ -30,6 +31,7 @@ import scit
 from common import hf
 from common.config import UserError
 from lora import LoRA, load_adapter, save_adapter, stack
+from studies import families
 from tools import export
 
 BATCH = some_batch()
@@ -290,6 +292,64 @@ def test_a_trunk_within_a_larger_model_is_cut_too(tmp_path):
 
 
 # ---------------------------------------------------------------- refusals
+
+
+# In these the number of blocks, or the final norm, matters in the blocks too.
+@pytest.mark.parametrize("kind", ["nanochat", "minicpm3"])
+def test_families_in_which_a_cut_matters(kind):
+    """Half of the model has the states of the whole, and PEFT gives the same logits."""
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this version of transformers has no {kind}")
+    assert families.check_family(kind)["verdict"] == "works"
+
+
+def test_a_trunk_with_other_states_is_refused(tmp_path, monkeypatch):
+    """Granite scales what its blocks add. Were its trunk another, it would be noticed before
+    anything is trained."""
+    make_model("granite").save_pretrained(tmp_path)
+    model = hf.load_model(str(tmp_path), "float32", torch.device("cpu"))
+    hf.check_trunk(str(tmp_path), model, "float32")
+    load_trunk = hf.load_trunk
+
+    def other_trunk(*args):
+        trunk = load_trunk(*args)
+        for block in trunk.layers:
+            block.residual_multiplier *= 0.9
+        return trunk
+
+    monkeypatch.setattr(hf, "load_trunk", other_trunk)
+    with pytest.raises(UserError, match=r"the first 3 blocks of Granite.* have other states alone"):
+        hf.check_trunk(str(tmp_path), model, "float32")
+
+
+@pytest.mark.parametrize(
+    "kind, options, words",
+    [
+        ("gemma3n_text", {}, "a block of Gemma3nForCausalLM returns (4, 2, 5, 32)"),
+        ("openai-gpt", {}, "a block of OpenAIGPTLMHeadModel returns list"),
+        ("bert", {"is_decoder": True}, "has more around its blocks than a decoder"),
+        ("dory", {}, "have other states alone than in the whole model"),
+        ("nemotron_h", {}, "no such linear in NemotronHModel"),
+    ],
+)
+def test_stage_1_refuses_what_later_stages_cannot_do(
+    kind, options, words, tiny, tmp_path, fails, monkeypatch
+):
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this version of transformers has no {kind}")
+    monkeypatch.setitem(families.EXTRA, kind, {**families.EXTRA.get(kind, {}), **options})
+    families.tiny_model(kind).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "model")
+    source = ["--model", tmp_path / "model", "--data", tiny / "pairs.jsonl"]
+    code, lines = fails(dual, *source, "--out", tmp_path / "out", "--steps", "1", *CPU)
+    assert code == 2
+    assert words in lines[-1]
+    assert not (tmp_path / "out" / "dual").exists()
+
+
+def test_of_mamba_peft_gets_no_out_proj(tmp_path):
+    """Its fast kernels read that weight past the layer."""
+    assert families.check_family("mamba")["verdict"] == "works"
 
 
 @pytest.mark.parametrize(

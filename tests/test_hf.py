@@ -1,14 +1,32 @@
 """Loading, blocks, hidden states and log-probabilities, on random models of several families."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
-from helpers import make_model, random_adapter, saved_bytes, some_batch
+from helpers import (
+    CPU,
+    go,
+    logits_of,
+    make_model,
+    random_adapter,
+    saved_bytes,
+    some_batch,
+    stage1_source,
+)
+from transformers import AutoTokenizer
 
+import collect
+import dual
+import evaluate
+import scit
 from common import hf
 from common.config import UserError
 from common.data import collate
+from common.stages import read_stage
+from lora import save_adapter
 
 # ---------------------------------------------------------------- blocks and hidden states
 
@@ -169,3 +187,88 @@ def test_weights_without_a_head_are_refused(tmp_path):
         hf.load_model(str(tmp_path), "float32", torch.device("cpu"))
     trunk = hf.load_trunk(str(tmp_path), 1, "float32", torch.device("cpu"))
     assert len(hf.find_blocks(trunk)[1]) == 1
+
+
+def test_an_adapter_beside_full_weights_is_not_added(tmp_path, capsys):
+    """... with peft installed: the logits are those of the weights alone. A note says so."""
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    batch = some_batch()
+    expected = logits_of(model, batch)
+    adapter = random_adapter(model)
+    save_adapter(tmp_path, adapter.weights(), model.base_model, str(tmp_path))
+    loaded = hf.load_model(str(tmp_path), "float32", torch.device("cpu"))
+    assert torch.equal(logits_of(loaded, batch), expected)
+    assert "its adapter_config.json is not read" in capsys.readouterr().out
+    trunk = hf.load_trunk(str(tmp_path), 2, "float32", torch.device("cpu"))
+    assert not [name for name, _ in trunk.named_parameters() if "lora" in name]
+
+
+def edit_config(folder, **changes):
+    """Change the config.json of a model folder."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def source(tiny, tmp_path):
+    """A copy of the tiny model and its pairs, to be spoiled: a folder."""
+    shutil.copytree(tiny, tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_a_quantized_model_is_refused(source, refused, tmp_path):
+    edit_config(source / "model", quantization_config={"quant_method": "bitsandbytes"})
+    args = [*stage1_source(source, tmp_path / "out"), *CPU]
+    refused(dual, *args, words=["is quantized", "original weights"])
+
+
+def test_ids_without_an_embedding_are_refused_before_training(source, refused, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(source / "model")
+    tokenizer.add_tokens(["fool"])
+    tokenizer.save_pretrained(source / "model")
+    args = [*stage1_source(source, tmp_path / "out"), *CPU]
+    refused(scit, *args, words=["has written the id 800", "embeddings for 800 ids"])
+
+
+def test_a_padding_token_without_an_embedding_is_replaced(source, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(source / "model")
+    tokenizer.pad_token = "<|other pad|>"
+    tokenizer.add_special_tokens({"pad_token": "<|other pad|>"})
+    tokenizer.save_pretrained(source / "model")
+    assert tokenizer.pad_token_id == 800
+    loaded = hf.load_tokenizer(str(source / "model"))
+    assert loaded.pad_token_id == loaded.eos_token_id
+    go(dual, *stage1_source(source, tmp_path / "out"), "--steps", "1", *CPU)
+
+
+def test_no_input_is_longer_than_the_context(done, tmp_path, refused):
+    """--max-length is lowered to it, in every stage that reads pairs; a --prompt is refused."""
+    shutil.copytree(done, tmp_path / "out")
+    out = ["--out", tmp_path / "out"]
+    options = [*out, "--method", "dual", "--layers", "1", "--max-length", "5000", *CPU]
+    go(collect, *options)
+    manifest = read_stage(tmp_path / "out" / "dual" / "collect", "collect", "")
+    assert manifest["settings"]["max_length"] == 128
+    short = ["--limit", "2", "--max-new-tokens", "2", "--max-length", "5000", *CPU]
+    go(evaluate, *out, *short)
+    report = json.loads((tmp_path / "out" / "evaluate" / "report.json").read_text())
+    assert report["settings"]["max_length"] == 128
+    words = ["--prompt", "no room for an answer in the model's 128"]
+    refused(evaluate, *out, "--prompt", "word " * 300, *CPU, words=words)
+
+
+def test_code_from_a_model_folder_is_never_run(source, refused, tmp_path, monkeypatch):
+    """Whatever stands on standard input: it is not asked."""
+
+    def asked(*args):
+        raise AssertionError("a question on standard input")
+
+    monkeypatch.setattr("builtins.input", asked)
+    (source / "model" / "code.py").write_text("open('trace', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    edit_config(source / "model", model_type="somebody_elses", auto_map=code)
+    args = [*stage1_source(source, tmp_path / "out"), *CPU]
+    refused(dual, *args, words=["--model", "cannot read its config"])
+    assert not (tmp_path / "trace").exists()
