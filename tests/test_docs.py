@@ -125,6 +125,20 @@ def test_readme_is_short():
 # ---------------------------------------------------------------- figures
 
 
+def test_templates_and_families():
+    text = " ".join(README.split())
+    templates = result("templates")
+    assert templates["outcomes"].keys() == {"works", "refused"}
+    works, refused = templates["outcomes"]["works"], templates["outcomes"]["refused"]
+    sentence = (
+        f"Of {templates['templates']} templates in use {works} work and {refused} are refused"
+    )
+    assert sentence in text
+    counts = result("families")["counts"]
+    assert "WRONG" not in counts
+    assert f"{counts['works']} work and {counts['refused']} are refused" in text
+
+
 def test_answers_at_several_strengths():
     answers = result("strengths")["answers"]
     shown = [kind for kind in answers if answers[kind]["question"] in README]
