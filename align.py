@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import Checkpoint
+from common.checkpoint import LOG_INTERVAL, Checkpoint
 from common.collection import Collection, principal_directions
 from common.config import TrainingSettings, UserError, run, setting
 from common.data import shuffled_batches, split_into_passes
@@ -195,7 +195,7 @@ def train(trunk, adapter, collection, alphas, config, checkpoint_path, depends_o
             clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if step % 10 == 0 or step == config.steps:
+            if step % LOG_INTERVAL == 0 or step == config.steps:
                 bar.set_postfix(loss=f"{loss:.3f}")
                 line = {"adapter": "align", "step": step, "loss": loss.item(), "lr": config.lr}
                 print(json.dumps(line), file=log)

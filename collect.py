@@ -29,7 +29,14 @@ from tqdm import tqdm
 from common.checkpoint import Signals
 from common.collection import recorded_length, recorded_mask
 from common.config import UserError, run, setting
-from common.data import collate, digest_pairs, prepare_pairs, sample, split_into_passes
+from common.data import (
+    RESPONSES,
+    collate,
+    digest_pairs,
+    prepare_pairs,
+    sample,
+    split_into_passes,
+)
 from common.hf import (
     check_ids,
     check_same_model,
@@ -50,13 +57,14 @@ from lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, enable_only
 # at most this many validation pairs are recorded, for the distances that align.py reports
 VALIDATION_PAIRS = 64
 
-RESPONSES = ("chosen", "rejected")
 DEFAULT_BASE = {"scit": "instructed", "dual": "original"}
+DEFAULT_STIMULUS = {"scit": "instructed", "dual": "plain"}
 
 
 @dataclass
 class RecordingSettings:
-    """What is run under which stimulus. tools/survey.py has these settings too."""
+    """The settings that tools/survey.py has too: what is run on which pairs, under which
+    stimulus."""
 
     base: Literal["instructed", "original"] | None = setting(
         None,
@@ -265,13 +273,13 @@ def check_disk(pairs, config, bytes_per_token, folder):
     print(f"{total_gb:.3g} GB to write, {bytes_per_token:,} bytes of states per token")
 
 
-def plan_shards(examples, config, bytes_per_token):
+def plan_shards(examples, lengths, config, bytes_per_token):
     """The examples in shards of at most --shard-mb of states (or one response): lists of indices.
 
     The longest come first, so that what does not fit in memory shows early. A shard's content
-    does not depend on the size of a forward pass: a run may resume with another.
+    does not depend on the size of a forward pass: a run may resume with another. lengths: those of
+    input_lengths().
     """
-    lengths = input_lengths(examples, config)
     shards, size = [[]], 0
     for i in sorted(range(len(examples)), key=lengths.__getitem__, reverse=True):
         pair, response = examples[i]
@@ -284,9 +292,8 @@ def plan_shards(examples, config, bytes_per_token):
     return shards
 
 
-def plan_passes(shard, examples, config):
+def plan_passes(shard, examples, lengths, config):
     """The examples of one shard (indices) in forward passes: lists of (EncodedPair, response)."""
-    lengths = input_lengths(examples, config)
     # split_into_passes goes from short to long, a shard from long to short
     passes = []
     for part in split_into_passes(shard[::-1], lengths, config.tokens_per_pass):
@@ -308,9 +315,11 @@ def plan_files(examples, config, bytes_per_token):
     files, names = {}, {}
     for key, split in (("validation_shards", "valid"), ("shards", "train")):
         names[key] = []
-        for i, shard in enumerate(plan_shards(examples[split], config, bytes_per_token)):
+        lengths = input_lengths(examples[split], config)
+        shards = plan_shards(examples[split], lengths, config, bytes_per_token)
+        for i, shard in enumerate(shards):
             name = f"{key.removesuffix('s').replace('_', '-')}-{i:05d}.safetensors"
-            files[name] = plan_passes(shard, examples[split], config)
+            files[name] = plan_passes(shard, examples[split], lengths, config)
             names[key].append(name)
     return files, names
 
@@ -413,10 +422,11 @@ def open_inputs(config):
     inherit(config, settings, inherited, source)
     config.max_length = min(config.max_length, context_length(load_config(config.model)))
     config.method = stage1.method
-    if config.method == "scit":
-        # its model knows right from wrong by the instruction alone
-        config.stimulus = "instructed"
-    config.stimulus = config.stimulus or "plain"
+    if config.method == "scit" and config.stimulus == "plain":
+        raise UserError(
+            "--stimulus plain: SCIT's model knows right from wrong by the instruction alone"
+        )
+    config.stimulus = config.stimulus or DEFAULT_STIMULUS[config.method]
     config.base = config.base or DEFAULT_BASE[config.method]
     tokenizer = load_tokenizer(config.model)
     pairs = prepare_pairs(
@@ -426,10 +436,10 @@ def open_inputs(config):
         config.max_length,
         settings["split_seed"],
         config.limit,
-        settings["positive"],
-        settings["negative"],
-        settings["template"],
-        config.columns,
+        positive=settings["positive"],
+        negative=settings["negative"],
+        template=settings["template"],
+        columns=config.columns,
     )
     check_ids(config.model, pairs.max_id)
     if own_data:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import Checkpoint, remove_checkpoints
+from common.checkpoint import LOG_INTERVAL, Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingDiverged, TrainingSettings, run, setting
 from common.data import collate, sample, shuffled_batches, split_into_passes
 from common.hf import response_logprobs
@@ -94,7 +94,7 @@ def train(name, response, adapter, inputs, config, log):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            if step % 10 == 0 or step == config.steps:
+            if step % LOG_INTERVAL == 0 or step == config.steps:
                 bar.set_postfix(loss=f"{loss:.3f}")
                 line = {"adapter": name, "step": step, "loss": loss.item()}
                 print(json.dumps({**line, "lr": schedule.get_last_lr()[0]}), file=log)

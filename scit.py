@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from common.checkpoint import Checkpoint, remove_checkpoints
+from common.checkpoint import LOG_INTERVAL, Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
 from common.data import collate, sample, shuffled_batches, split_into_passes
 from common.hf import response_logprobs, token_mean
@@ -161,7 +161,7 @@ def train(adapter, inputs, config, log):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            if step % 10 == 0 or step == config.steps:
+            if step % LOG_INTERVAL == 0 or step == config.steps:
                 bar.set_postfix(loss=f"{loss:.3f}")
                 line = {"adapter": "scit", "step": step, "loss": loss.item()}
                 line |= {"contrast": contrast.item(), "lr": schedule.get_last_lr()[0]}

@@ -114,15 +114,17 @@ def apply_template(tokenizer, source, messages, thinking=False, expects_reply=Fa
 
 
 def merged_messages(turns):
-    """User and assistant turns as {"role", "content"} messages.
+    """The user and assistant turns as {"role", "content"} messages.
 
     Many templates refuse two turns of one role in a row: such turns become one message.
     """
     messages = []
     for role, text in turns:
+        if role == "system":
+            continue
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += f"\n\n{text}"
-        elif role != "system":
+        else:
             messages.append({"role": role, "content": text})
     return messages
 
@@ -519,6 +521,7 @@ def chat_reply(form, prompt, reply):
     block = THOUGHTS.match(reply)
     if not block:
         return Text(prompt.lead) + Text.literal(reply)
+    # a lead that is no blank space is the template's empty block
     lead = "" if prompt.lead.strip() else prompt.lead
     # the tags of the block are control tokens, where they are tokens
     return Text(lead) + Text(reply, (block.span("thoughts"), (block.end(), len(reply))))

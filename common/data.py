@@ -25,13 +25,15 @@ from common.chat import (
     render_transcript,
 )
 from common.config import NEGATIVE, POSITIVE, UserError
-from common.pairs import NO_COLUMNS, REPLY_FIELDS, Pair, parse_columns, read_pairs
+from common.pairs import NO_COLUMNS, Pair, parse_columns, read_pairs
+
+RESPONSES = ("chosen", "rejected")
 
 # Pairs tokenized in one call.
 CHUNK = 1000
 
-# A pair with more characters than this for each token that may be used is measured first. A token
-# of ordinary text has about four.
+# A pair with more characters than this for each token that it may have is measured before it is
+# tokenized in full. A token of ordinary text has about four.
 LONG_TEXT = 8
 
 
@@ -81,6 +83,8 @@ def encode_pairs(tokenizer, pairs, positive=POSITIVE, negative=NEGATIVE, templat
             BOS only where the tokenizer itself puts one
     chat:   the tokenizer's chat template; p stands in the system turn
 
+    (in the first user turn, where the template has none)
+
     Texts are only text: a control token that a turn, an instruction or a reply spells out gets the
     ids of its letters. Returns a list of EncodedPair. UserError where the chat template refuses a
     dialogue.
@@ -98,7 +102,7 @@ def encode_pairs(tokenizer, pairs, positive=POSITIVE, negative=NEGATIVE, templat
 
     end = as_ids(tokenizer.eos_token_id)
     responses = {}
-    for name in REPLY_FIELDS:
+    for name in RESPONSES:
         replies = [Text.literal(f" {getattr(pair, name)}") for pair in pairs]
         responses[name] = encode_replies(tokenizer, dialogues, dialogue_ids, replies, end, controls)
     return join_pairs(pairs, prompts, responses, end)
@@ -108,20 +112,21 @@ def encode_chat_pairs(tokenizer, pairs, positive, negative):
     """encode_pairs in the tokenizer's chat template."""
     form = chat_form(tokenizer)
     prompts = {}
-    plain_prompts = None
+    rendered = {}
     for name, instruction in (("plain", ""), ("positive", positive), ("negative", negative)):
-        rendered = []
+        rendered[name] = []
         for pair in pairs:
             thinking = has_thoughts(pair.chosen) or has_thoughts(pair.rejected)
-            rendered.append(chat_prompt(tokenizer, form, pair.prompt, instruction, thinking))
-        plain_prompts = plain_prompts or rendered
-        prompts[name] = tokenize(tokenizer, [prompt.text for prompt in rendered], form.controls)
+            prompt = chat_prompt(tokenizer, form, pair.prompt, instruction, thinking)
+            rendered[name].append(prompt)
+        texts = [prompt.text for prompt in rendered[name]]
+        prompts[name] = tokenize(tokenizer, texts, form.controls)
 
-    dialogues = [prompt.text for prompt in plain_prompts]
+    dialogues = [prompt.text for prompt in rendered["plain"]]
     responses = {}
-    for name in REPLY_FIELDS:
+    for name in RESPONSES:
         replies = []
-        for prompt, pair in zip(plain_prompts, pairs):
+        for prompt, pair in zip(rendered["plain"], pairs):
             replies.append(chat_reply(form, prompt, getattr(pair, name)))
         responses[name] = encode_replies(
             tokenizer, dialogues, prompts["plain"], replies, form.end, form.controls
@@ -179,7 +184,8 @@ def spell_out(tokenizer, text, controls):
         is_literal = any(start < last and first < end for first, last in text.literals)
         # an unknown word is a special token too, but it is not spelled like one
         if is_literal and token in controls and spelled.strip() == controls[token]:
-            # cut after its first letter it is no token
+            # Cut after its first letter it is no token. Some tokenizers add a space at the start of
+            # a text, but not after a line break.
             cut = len(spelled) - len(spelled.lstrip()) + 1
             ids += ids_after(tokenizer, "\n", spelled[:cut])
             ids += ids_after(tokenizer, "\n", spelled[cut:])
@@ -294,6 +300,7 @@ def prepare_pairs(
     max_length,
     seed,
     limit=None,
+    *,
     positive=POSITIVE,
     negative=NEGATIVE,
     template="plain",
@@ -313,6 +320,7 @@ def prepare_pairs(
     prepared = PreparedPairs(digest_source(pairs))
     max_characters = max_length * longest_token(tokenizer)
     for split in splits:
+        # in random order, then chunk by chunk until `limit` pairs are short enough
         selected = [pair for pair in pairs if split in (pair.split, "all")]
         if limit:
             selected = sample(selected, len(selected), seed)

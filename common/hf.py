@@ -158,7 +158,7 @@ def load_trunk(name, n_blocks, dtype, device, gradient_checkpointing=False):
         trunk = load_weights(cut_class(trunk_class, n_blocks), name, dtype)
     trunk = prepare_model(trunk.to(device), trunk, gradient_checkpointing)
     ids = torch.tensor([[2, 3]], device=trunk.device)
-    # hybrids may need a block of another kind that stands above
+    # hybrids such as Kimi Linear may need an attention block that stands above
     try_or_refuse(
         f"run its first {n_blocks} blocks alone, choose higher --layers",
         name,
@@ -262,7 +262,7 @@ def check_trunk(name, model, dtype):
     kind = type(model).__name__
     layer = len(find_blocks(model.base_model)[1]) // 2
     trunk = load_trunk(name, layer + 1, dtype, "cpu")
-    # the same weights in memory, not a second time
+    # the model's own tensors in place of the copies that were just read
     trunk.load_state_dict(model.base_model.state_dict(), strict=False, assign=True)
     trunk.to(model.device)
     ids = torch.tensor([[2, 3, 4, 5, 6], [7, 6, 5, 4, 3]], device=model.device)

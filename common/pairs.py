@@ -200,7 +200,7 @@ def rename_columns(row, columns):
     if "prompt" in sources or "instruction" in sources:
         # The prompt was chosen, so that other fields for it do not count.
         left_out |= set(PROMPT_FIELDS) - set(HISTORY_FIELDS)
-        if "instruction" in sources:
+        if "instruction" in sources and "input" not in ignored:
             left_out.discard("input")
     renamed = {name: value for name, value in row.items() if name not in left_out}
     for name, column in sources.items():
@@ -410,7 +410,8 @@ def parse_prompt(row, fields):
         return ()
     if name == "instruction":
         return parse_instruction(row, fields)
-    value = decode_json(row[name])
+    decode = decode_history if name in HISTORY_FIELDS else decode_json
+    value = decode(row[name])
     if isinstance(value, str):
         return parse_text_prompt(value)
     if name in HISTORY_FIELDS:
@@ -555,7 +556,7 @@ def parse_dialogues(row, fields, prompt, chosen, rejected):
         if not turns or turns[-1][0] != "assistant":
             raise ValueError("field 'chosen' or 'rejected' does not end with the assistant's reply")
     before = chosen[:-1]
-    if before != rejected[:-1]:
+    if not same_turns(before, rejected[:-1]):
         return None
     if prompt:
         prompt_text = row[fields.prompt]
@@ -910,13 +911,3 @@ def read_pairs(path, seed, specials=(), columns=NO_COLUMNS):
         except ValueError as error:
             raise UserError(f"{path} {place}: {error}") from None
     return file
-
-
-def load_pairs(path, seed, specials=(), columns=None):
-    """The usable pairs of a file or of hub:owner/name[:split].
-
-    columns: the setting --columns. Returns (pairs, {reason: count} of the rows left out, the rows'
-    form). A bad row raises a UserError that names it.
-    """
-    file = read_pairs(path, seed, specials, parse_columns(columns))
-    return file.pairs, file.skipped, file.form

@@ -63,7 +63,7 @@ def prepare_stage1(config):
     config.dtype = choose_dtype(config.dtype, device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
     source = toy.source_or_default(config)
-    # whether or not the embedded default was made just now
+    # after the embedded default, so that the adapter starts the same whether it was made just now
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(source["model"])
     config.template = choose_template(config.template, tokenizer)
@@ -75,10 +75,10 @@ def prepare_stage1(config):
         config.max_length,
         config.seed,
         config.limit,
-        config.positive,
-        config.negative,
-        config.template,
-        config.columns,
+        positive=config.positive,
+        negative=config.negative,
+        template=config.template,
+        columns=config.columns,
     )
     check_ids(source["model"], pairs.max_id)
     model = load_model(source["model"], config.dtype, device, config.gradient_checkpointing)

@@ -1,12 +1,13 @@
 """Stage folders: how one stage hands its files to the next.
 
-Every stage writes one folder. It is written under a temporary name, its `stage.json` (the
-manifest) goes in last, and the folder is renamed when it is complete, so that a folder with a
-`stage.json` is a complete one:
+A stage writes a folder (dual.py two) under a temporary name, its `stage.json` (the manifest) last,
+and renames the folder when it is complete, so that a folder with a `stage.json` is a complete one:
 
-    {"kind": "scit", "version": 6, "made_by": {...}, "settings": {...}, "digests": {file: sha256}}
+    {"kind": "scit", "version": 7, "made_by": {...}, "settings": {...}, "digests": {file: sha256},
+     "inputs": {"model" | "tokenizer" | "chat template" | "pairs": sha256}}
 
-A later stage reads the manifest, checks kind, version and digests, and inherits the settings.
+A later stage reads the manifest, checks kind and version, and inherits the settings; it checks the
+digest of each file that it takes, and that model, tokenizer and pairs are still the same.
 """
 
 import fcntl
@@ -24,7 +25,7 @@ from pathlib import Path
 from common.config import UserError
 
 # The version of the files: a stage refuses any other.
-VERSION = 6
+VERSION = 7
 MANIFEST = "stage.json"
 RESUME_KEY = "resume_key"
 
@@ -40,6 +41,7 @@ IRRELEVANT = (
     "judge",
     "reward_model",
     "max_new_tokens",
+    "max_gb",
     "tokens_per_pass",
     "gradient_checkpointing",
     "backend",
@@ -302,7 +304,8 @@ def inherit(config, settings, names, source):
     inherited = [name for name in names if getattr(config, name) is None]
     for name in inherited:
         setattr(config, name, settings[name])
-    print(f"from {source}: " + ", ".join(f"{name} {settings[name]}" for name in inherited))
+    if inherited:
+        print(f"from {source}: " + ", ".join(f"{name} {settings[name]}" for name in inherited))
 
 
 def choose_method(out, method, required, commands):
@@ -310,11 +313,11 @@ def choose_method(out, method, required, commands):
 
     required: {method: folder that must exist in OUT/method}; commands: what would write one.
     """
+    if method is not None:
+        return method
     present = [
         name for name in required if recover_folder(Path(out) / name / required[name]).is_dir()
     ]
-    if method is not None:
-        return method
     if len(present) > 1:
         options = " or ".join(f"--method {name}" for name in present)
         raise UserError(f"{out} holds both {' and '.join(present)}: choose with {options}")

@@ -66,8 +66,14 @@ def tiny(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A smaller world with a base model that has learned it: (model folder, pairs file)."""
-    out = tmp_path_factory.mktemp("world")
+    """A smaller world with a base model that has learned it: (model folder, pairs file).
+
+    The processes of a test run share it: the first one makes it, the others wait.
+    """
+    out = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        out = out.parent
+    out = out / "world"
     succeed(toy, "--out", out, *arguments(SMALL_WORLD))
     return out / "toy" / "seed0" / "model", out / "toy" / "seed0" / "pairs.jsonl"
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common import config
 from common.data import collate
 from common.hf import find_blocks
+from common.pairs import parse_columns, read_pairs
 from lora import AdapterWeights, LoRA
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,6 +127,12 @@ def saved_bytes():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield byte_counts
+
+
+def load_pairs(path, seed, specials=(), columns=None):
+    """(pairs, {reason: count} of the rows left out, the rows' form) of a file."""
+    file = read_pairs(path, seed, specials, parse_columns(columns))
+    return file.pairs, file.skipped, file.form
 
 
 def load_peft(base_folder, adapter_folder):

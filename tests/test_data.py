@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from helpers import SHARED
+from helpers import SHARED, load_pairs
 from templates import CHATML, NO_SYSTEM, SILENT, STRICT
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -24,7 +24,6 @@ from common.pairs import (
     SYSTEM_FIELDS,
     UNPLACED_FIELDS,
     Pair,
-    load_pairs,
     parse_columns,
     parse_row,
     split_of,
@@ -454,6 +453,21 @@ def test_history_in_every_form(form, name):
         assert (pair.prompt, pair.chosen) == (TURNS, "Good.")
 
 
+@pytest.mark.parametrize("history", [PROMPT_TURNS, [user("And?")]])
+def test_a_history_as_json_may_be_the_whole_prompt(history):
+    """... as the same history as a list is."""
+    replies = {"chosen": "Good.", "rejected": "Bad."}
+    prompt = parse_row({"history": history, **replies}, 0)[0].prompt
+    assert prompt[-1] == ("user", "And?")
+    assert parse_row({"history": json.dumps(history), **replies}, 0)[0].prompt == prompt
+
+
+def test_dialogues_that_differ_in_whitespace_alone_are_the_same():
+    before = "\n\nHuman: Two  words?\n\nAssistant:"
+    row = {"chosen": f"{before} Good.", "rejected": f"{before.replace('  ', ' ')} Bad."}
+    assert parse_row(row, 0)[0].rejected == "Bad."
+
+
 @pytest.mark.parametrize("history", [None, [], "", "[]", [[]]])
 def test_an_empty_history_is_none(history):
     assert parse_row({**TRL, "history": history}, 0)[0].prompt == (("user", "And?"),)
@@ -523,6 +537,9 @@ def test_columns_are_mapped(tokenizer, tmp_path):
     dolly = {"question": "Add.", "context": "1 and 2", "chosen": "3", "rejected": "4"}
     columns = parse_columns(["instruction=question", "input=context"])
     assert parse_row(dolly, 0, columns=columns)[0].prompt == (("user", "Add.\n1 and 2"),)
+    columns = parse_columns(["instruction=question", "ignore=input", "ignore=context"])
+    dolly |= {"input": "Not."}
+    assert parse_row(dolly, 0, columns=columns)[0].prompt == (("user", "Add."),)
     with pytest.raises(UserError, match="line 1: --columns prompt=nothing: the row has no field"):
         load_pairs(path, 0, columns=["prompt=nothing"])
 

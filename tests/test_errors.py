@@ -222,6 +222,11 @@ def test_layers_out_of_range_or_not_collected(refused, done):
     refused(align, *out, "--layers", "0", words=words, folder=done)
 
 
+def test_scit_without_instructions_is_refused(refused, done):
+    words = ["--stimulus plain", "SCIT"]
+    refused(collect, "--out", done, *SCIT, "--stimulus", "plain", words=words, folder=done)
+
+
 def test_strengths_and_ranks(refused, done):
     out = ["--out", done, *SCIT]
     both = ["--alpha", "1", "--strength", "0.2"]

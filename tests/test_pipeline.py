@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import CPU, SHARED, go, listing, make_model, stage1_source, succeed
+from helpers import CPU, SHARED, go, listing, load_pairs, make_model, stage1_source, succeed
 from safetensors.torch import load_file
 
 import align
@@ -20,7 +20,6 @@ import scit
 from common import stage1, toy
 from common.collection import Collection, principal_directions
 from common.hf import hidden_states, load_model
-from common.pairs import load_pairs
 from common.stages import read_stage
 from lora import LoRA, load_adapter
 from tools import sweep

@@ -157,7 +157,7 @@ def test_an_adapter_that_diverges_is_left_out(done, tmp_path):
         (["--alpha", "1", "2"], "pairs.jsonl"),
         (["--alpha", "1", "2", "--judge", "no:such"], "--judge"),
         (["--alpha", "1", "2", "--reward-model", "./no"], "--reward-model"),
-        (["--strength", "0.2", "0.2"], "each of them once"),
+        (["--strength", "0.2", "0.2"], "each value once"),
         (["--alpha", "nan", "1"], "nan is not a finite number"),
         (["--alpha", "inf", "1"], "finite"),
         (["--alpha", "1", "--strength", "0.1"], "--strength or of --alpha"),

@@ -85,11 +85,10 @@ def read_pairs(config, manifest, tokenizer):
         tokenizer,
         collected["max_length"],
         collected["split_seed"],
-        None,
-        collected["positive"],
-        collected["negative"],
-        collected["template"],
-        collected["columns"],
+        positive=collected["positive"],
+        negative=collected["negative"],
+        template=collected["template"],
+        columns=collected["columns"],
     )
     if pairs.source_digest != manifest["inputs"]["pairs"]:
         raise UserError(
