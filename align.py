@@ -218,55 +218,59 @@ def choose_backend(backend, hidden_size, device):
 
 def main(config, target=None):
     """Train an adapter and write it to the folder target, by default OUT/METHOD/align."""
-    # 1. what collect recorded
     manifest = complete_settings(config)
     collected, layers = manifest["settings"], config.layers
     folder = Path(config.out) / config.method
-    device = choose_device(config.device)
-    config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
-    config.backend = choose_backend(config.backend, manifest["hidden_size"], device)
-    ratios = [manifest["ratio"][collected["layers"].index(layer)] for layer in layers]
-    alphas = alpha_per_layer(config, ratios)
-    tokenizer = load_tokenizer(config.model)
-    pad_id = tokenizer.pad_token_id
-    shards = [verified_path(folder / "collect", manifest, name) for name in manifest["shards"]]
-    collection = Collection(shards, layers, collected["store"], pad_id)
-    shards = [
-        verified_path(folder / "collect", manifest, name) for name in manifest["validation_shards"]
-    ]
-    validation = Collection(shards, layers, collected["store"], pad_id)
-    if config.limit:
-        collection.keep_random(config.limit, config.seed)
-
-    # 2. the model up to the highest target layer, with stage 1's adapter if b is of that model
-    trunk = load_trunk(
-        config.model, layers[-1] + 1, collected["dtype"], device, config.gradient_checkpointing
-    )
-    check_same_model(config.model, tokenizer, manifest, folder / "collect")
-    stage1_weights = None
-    if collected["base"] == "instructed":
-        stage1_folder = verified_path(folder / "collect", manifest, "base_adapter")
-        stage1_weights = load_adapter(stage1_folder, trunk)
-        # its hooks keep it on the trunk, where it is part of the base model from here on
-        LoRA(trunk, weights=stage1_weights).requires_grad_(False).eval()
-    shares = project_on_directions(collection, validation, config, device)
-    torch.manual_seed(config.seed)
-    adapter = LoRA(
-        trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets
-    )
-    print_plan(config, alphas, ratios, shares, manifest, collection, trunk, adapter)
-
-    # 3. train
     target = Path(target or folder / "align")
-    layer_alphas = torch.tensor(alphas, device=device)
-    measure = functools.partial(
-        validation_distances, trunk, adapter, validation, layer_alphas, config.tokens_per_pass
-    )
-    checkpoint_path = target.with_name(f".checkpoint-{target.name}")
-    depends_on = {**collected, "alphas": alphas, "collected": manifest["digests"]}
-    with claim(target), open_log(target.parent, target.name) as log:
+    with claim(target):
+        # 1. what collect recorded
+        device = choose_device(config.device)
+        config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
+        config.backend = choose_backend(config.backend, manifest["hidden_size"], device)
+        ratios = [manifest["ratio"][collected["layers"].index(layer)] for layer in layers]
+        alphas = alpha_per_layer(config, ratios)
+        tokenizer = load_tokenizer(config.model)
+        pad_id = tokenizer.pad_token_id
+        shards = [verified_path(folder / "collect", manifest, name) for name in manifest["shards"]]
+        collection = Collection(shards, layers, collected["store"], pad_id)
+        shards = [
+            verified_path(folder / "collect", manifest, name)
+            for name in manifest["validation_shards"]
+        ]
+        validation = Collection(shards, layers, collected["store"], pad_id)
+        if config.limit:
+            collection.keep_random(config.limit, config.seed)
+
+        # 2. the model up to the highest target layer, with stage 1's adapter if b is of that model
+        trunk = load_trunk(
+            config.model, layers[-1] + 1, collected["dtype"], device, config.gradient_checkpointing
+        )
+        check_same_model(config.model, tokenizer, manifest, folder / "collect")
+        stage1_weights = None
+        if collected["base"] == "instructed":
+            stage1_folder = verified_path(folder / "collect", manifest, "base_adapter")
+            stage1_weights = load_adapter(stage1_folder, trunk)
+            # its hooks keep it on the trunk, where it is part of the base model from here on
+            LoRA(trunk, weights=stage1_weights).requires_grad_(False).eval()
+        shares = project_on_directions(collection, validation, config, device)
+        torch.manual_seed(config.seed)
+        adapter = LoRA(
+            trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets
+        )
+        print_plan(config, alphas, ratios, shares, manifest, collection, trunk, adapter)
+
+        # 3. train
+        layer_alphas = torch.tensor(alphas, device=device)
+        measure = functools.partial(
+            validation_distances, trunk, adapter, validation, layer_alphas, config.tokens_per_pass
+        )
+        checkpoint_path = target.with_name(f".checkpoint-{target.name}")
+        depends_on = {**collected, "alphas": alphas, "collected": manifest["digests"]}
         distance_start = measure()
-        train(trunk, adapter, collection, layer_alphas, config, checkpoint_path, depends_on, log)
+        with open_log(target.parent, target.name) as log:
+            train(
+                trunk, adapter, collection, layer_alphas, config, checkpoint_path, depends_on, log
+            )
         distance_end = measure()
 
         # 4. save: stage 1's adapter is stacked in, so that the original base model is all it needs

@@ -89,7 +89,10 @@ class RecordingSettings:
         None, "preference pairs, as in stage 1; empty takes stage 1's", group="data"
     )
     columns: list[str] | None = setting(
-        None, "what the fields of --data mean, as in stage 1; empty takes stage 1's", group="data"
+        None,
+        "what the fields of --data mean, as in stage 1; empty takes stage 1's, unless --data is "
+        "given",
+        group="data",
     )
     max_length: int | None = setting(
         None, "longest input in tokens; empty takes stage 1's", minimum=2, group="data"
@@ -333,76 +336,78 @@ def main(config):
     settings = stage1.manifest["settings"]
     config.layers = choose_layers(config.layers, load_config(config.model).num_hidden_layers)
     pairs["valid"] = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
-
-    # 2. the model up to the highest target layer, and its adapters
-    device = choose_device(config.device)
-    config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
-    trunk = load_trunk(config.model, config.layers[-1] + 1, config.dtype, device)
-    check_same_model(config.model, tokenizer, stage1.manifest, f"{config.out}/{config.method}")
-    adapters = stage1.load_adapters(trunk)
-
-    # 3. what it will take
     folder = Path(config.out) / config.method
-    width = trunk.config.get_text_config().hidden_size
-    bytes_per_token = token_bytes(config, width)
-    check_disk(pairs, config, bytes_per_token, folder)
-    examples = {split: examples_of(pairs[split]) for split in pairs}
-    tokens = {split: count_recorded(examples[split], config) for split in examples}
-    print(
-        f"{memory_summary(trunk)}; layers {config.layers} of width {width} in {config.dtype}, "
-        f"{sum(tokens.values()):,} tokens"
-    )
-    prompt = "positive" if config.stimulus == "instructed" else "plain"
-    example, _ = pairs["train"][0].example(prompt, "chosen")
-    print(f"one input: {tokenizer.decode(example)!r}")
 
-    # 4. record, shard by shard: an interrupted run resumes at the first missing one
-    files, names = plan_files(examples, config, bytes_per_token)
-    manifest = {
-        "settings": {**settings, **vars(config)},
-        "method": config.method,
-        "inputs": {**stage1.manifest["inputs"], "pairs": pairs.source_digest},
-        "adapters": {kind: m["digests"][ADAPTER_WEIGHTS] for kind, m in stage1.manifests.items()},
-        "hidden_size": width,
-        "token_bytes": bytes_per_token,
-        **names,
-    }
-    depends_on = {
-        **manifest["settings"],
-        "model_digest": manifest["inputs"]["model"],
-        "adapters": manifest["adapters"],
-        "pairs": digest_pairs(pairs),
-    }
-    n_passes = sum(map(len, files.values()))
-    with (
-        claim(folder / "collect"),
-        Signals() as signals,
-        tqdm(total=n_passes, desc="collect", unit="pass") as bar,
-        write_stage(folder / "collect", "collect", manifest, depends_on) as new,
-    ):
+    with claim(folder / "collect"):
+        # 2. the model up to the highest target layer, and its adapters
+        device = choose_device(config.device)
+        config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
+        trunk = load_trunk(config.model, config.layers[-1] + 1, config.dtype, device)
+        check_same_model(config.model, tokenizer, stage1.manifest, f"{config.out}/{config.method}")
+        adapters = stage1.load_adapters(trunk)
 
-        @torch.no_grad()
-        def record(part):
-            signals.check()
-            bar.update()
-            return record_states(trunk, adapters, config, part, tokenizer.pad_token_id)
+        # 3. what it will take
+        width = trunk.config.get_text_config().hidden_size
+        bytes_per_token = token_bytes(config, width)
+        check_disk(pairs, config, bytes_per_token, folder)
+        examples = {split: examples_of(pairs[split]) for split in pairs}
+        tokens = {split: count_recorded(examples[split], config) for split in examples}
+        print(
+            f"{memory_summary(trunk)}; layers {config.layers} of width {width} in {config.dtype}, "
+            f"{sum(tokens.values()):,} tokens"
+        )
+        prompt = "positive" if config.stimulus == "instructed" else "plain"
+        example, _ = pairs["train"][0].example(prompt, "chosen")
+        print(f"one input: {tokenizer.decode(example)!r}")
 
-        for name, passes in files.items():
-            if (new / name).exists():
-                bar.update(len(passes))
-            else:
-                record_shard(new / name, passes, record, config)
-        if config.base == "instructed":
-            # align then needs no folder of stage 1
-            copy_adapter(next(iter(stage1.folders.values())), new / "base_adapter")
-        manifest |= {"tokens": sum(tokens.values()), "tokens_train": tokens["train"]}
-        manifest |= read_statistics([new / name for name in files], manifest["tokens"])
+        # 4. record, shard by shard: an interrupted run resumes at the first missing one
+        files, names = plan_files(examples, config, bytes_per_token)
+        manifest = {
+            "settings": {**settings, **vars(config)},
+            "method": config.method,
+            "inputs": {**stage1.manifest["inputs"], "pairs": pairs.source_digest},
+            "adapters": {
+                kind: m["digests"][ADAPTER_WEIGHTS] for kind, m in stage1.manifests.items()
+            },
+            "hidden_size": width,
+            "token_bytes": bytes_per_token,
+            **names,
+        }
+        depends_on = {
+            **manifest["settings"],
+            "model_digest": manifest["inputs"]["model"],
+            "adapters": manifest["adapters"],
+            "pairs": digest_pairs(pairs),
+        }
+        n_passes = sum(map(len, files.values()))
+        with (
+            Signals() as signals,
+            tqdm(total=n_passes, desc="collect", unit="pass") as bar,
+            write_stage(folder / "collect", "collect", manifest, depends_on) as new,
+        ):
+
+            @torch.no_grad()
+            def record(part):
+                signals.check()
+                bar.update()
+                return record_states(trunk, adapters, config, part, tokenizer.pad_token_id)
+
+            for name, passes in files.items():
+                if (new / name).exists():
+                    bar.update(len(passes))
+                else:
+                    record_shard(new / name, passes, record, config)
+            if config.base == "instructed":
+                # align then needs no folder of stage 1
+                copy_adapter(next(iter(stage1.folders.values())), new / "base_adapter")
+            manifest |= {"tokens": sum(tokens.values()), "tokens_train": tokens["train"]}
+            manifest |= read_statistics([new / name for name in files], manifest["tokens"])
 
     # 5. report
     for i, layer in enumerate(config.layers):
         print(
-            f"  layer {layer}: |v| {manifest['norm_v'][i]:.3f}, |h| {manifest['norm_h'][i]:.3f}, "
-            f"mean |v|/|h| {manifest['ratio'][i]:.3f}"
+            f"  layer {layer}: |v| {manifest['norm_v'][i]:.3f}, "
+            f"|h| {manifest['norm_h'][i]:.3f}, mean |v|/|h| {manifest['ratio'][i]:.3f}"
         )
     print(
         f"wrote {folder / 'collect'}: {manifest['tokens']:,} tokens of "

@@ -103,50 +103,51 @@ def train(name, response, adapter, inputs, config, log):
 
 
 def main(config):
-    # 1. pairs, base model and two adapters
-    inputs = prepare_stage1(config)
-    model, tokenizer, pairs = inputs.model, inputs.tokenizer, inputs.pairs
-    trunk = model.base_model
-    adapters = {}
-    for name in ("good", "bad"):
-        adapters[name] = LoRA(
-            trunk,
-            config.lora_rank,
-            config.lora_alpha,
-            config.lora_dropout,
-            config.lora_targets,
-        )
-    example, _ = pairs["train"][0].example("plain", "chosen")
-    print(f"one input: {tokenizer.decode(example)!r}")
-    lengths = [pair.length("plain", "chosen") for pair in pairs["train"]]
-    print(
-        f"{memory_summary(model, *adapters.values())}; twice {config.steps} steps of "
-        f"{config.batch_size} responses of {sum(lengths) / len(lengths):.0f} tokens on average"
-    )
-
-    # 2. train one after the other
     folder = Path(config.out) / "dual"
-    valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
-    results = {}
-    with claim(folder / "good", folder / "bad"), open_log(folder, "dual") as log:
-        for name, response in (("good", "chosen"), ("bad", "rejected")):
-            measure = functools.partial(
-                validation_nll,
-                model,
-                valid,
-                response,
-                tokenizer.pad_token_id,
-                config.tokens_per_pass,
+    with claim(folder / "good", folder / "bad"):
+        # 1. pairs, base model and two adapters
+        inputs = prepare_stage1(config)
+        model, tokenizer, pairs = inputs.model, inputs.tokenizer, inputs.pairs
+        trunk = model.base_model
+        adapters = {}
+        for name in ("good", "bad"):
+            adapters[name] = LoRA(
+                trunk,
+                config.lora_rank,
+                config.lora_alpha,
+                config.lora_dropout,
+                config.lora_targets,
             )
-            with enable_only(adapters.values(), adapters[name]):
-                nll_start = measure()
-                try:
-                    train(name, response, adapters[name], inputs, config, log)
-                except TrainingDiverged:
-                    # with another --lr neither model can resume
-                    remove_checkpoints(folder, "dual")
-                    raise
-                results[name] = {"nll_start": nll_start, "nll_end": measure()}
+        example, _ = pairs["train"][0].example("plain", "chosen")
+        print(f"one input: {tokenizer.decode(example)!r}")
+        lengths = [pair.length("plain", "chosen") for pair in pairs["train"]]
+        print(
+            f"{memory_summary(model, *adapters.values())}; twice {config.steps} steps of "
+            f"{config.batch_size} responses of {sum(lengths) / len(lengths):.0f} tokens on average"
+        )
+
+        # 2. train one after the other
+        valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
+        results = {}
+        with open_log(folder, "dual") as log:
+            for name, response in (("good", "chosen"), ("bad", "rejected")):
+                measure = functools.partial(
+                    validation_nll,
+                    model,
+                    valid,
+                    response,
+                    tokenizer.pad_token_id,
+                    config.tokens_per_pass,
+                )
+                with enable_only(adapters.values(), adapters[name]):
+                    nll_start = measure()
+                    try:
+                        train(name, response, adapters[name], inputs, config, log)
+                    except TrainingDiverged:
+                        # with another --lr neither model can resume
+                        remove_checkpoints(folder, "dual")
+                        raise
+                    results[name] = {"nll_start": nll_start, "nll_end": measure()}
 
         # 3. save
         for name, adapter in adapters.items():

@@ -48,9 +48,9 @@ from common.stage1 import check_adapters
 from common.stages import (
     MANIFEST,
     claim,
+    find_folder,
     inherit,
     read_stage,
-    recover_folder,
     verified_path,
     versions,
     write_json,
@@ -99,7 +99,9 @@ class Config:
         None, "preference pairs, as in stage 1; empty inherits", group="data"
     )
     columns: list[str] | None = setting(
-        None, "what the fields of --data mean, as in stage 1; empty inherits", group="data"
+        None,
+        "what the fields of --data mean, as in stage 1; empty inherits, unless --data is given",
+        group="data",
     )
     split: Literal["test", "valid", "train", "all"] = setting(
         "test", "pairs to evaluate on", group="data"
@@ -140,7 +142,7 @@ def read_manifests(out):
     """
     manifests = {}
     for name, model in MODELS.items():
-        folder = recover_folder(out / model.folder)
+        folder = find_folder(out / model.folder)
         if (folder / MANIFEST).is_file():
             manifests[name] = read_stage(folder, model.kind, f"python {model.script}")
     if not manifests:
@@ -249,55 +251,57 @@ def main(config):
     inherited = ["model", "dtype", "max_length", "seed"]
     own_data = config.data is not None
     if not own_data:
-        inherited += ["data", "columns", "judge"]
-        settings = {**settings, "judge": inherited_judge(settings)}
+        inherited += ["data", "columns"]
+        if config.judge is None:
+            inherited.append("judge")
+            settings = {**settings, "judge": inherited_judge(settings)}
     inherit(config, settings, inherited, out / MODELS[latest].folder)
     config.max_length = min(config.max_length, context_length(load_config(config.model)))
 
-    # 2. Scorers, model and adapters.
-    device = choose_device(config.device)
-    scorers = {}
-    if config.judge:
-        scorers["judge"] = load_judge(config.judge)
-    if config.reward_model:
-        scorers["reward"] = load_reward_model(
-            config.reward_model, config.dtype, device, config.batch_size
-        )
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, device)
-    adapters = load_adapters(out, manifests, model, config.model, tokenizer)
-    if config.prompt is not None:
-        print_answers(model, tokenizer, adapters, config, settings["template"])
-        return
-
-    # 3. The pairs. Only SCIT's models are given instructions: those of their own run.
-    instructions = manifests.get("scit_plus", manifests[latest])["settings"]
-    prepared = prepare_pairs(
-        config.data,
-        (config.split,),
-        tokenizer,
-        config.max_length,
-        settings["split_seed"],
-        config.limit,
-        positive=instructions["positive"],
-        negative=instructions["negative"],
-        template=settings["template"],
-        columns=config.columns,
-    )
-    if own_data:
-        print("--data: whether a stage has trained on these pairs is not known")
-    else:
-        check_pairs(prepared, manifests, config)
-    check_ids(config.model, prepared.max_id)
-    pairs = prepared[config.split]
-
-    # 4. Every model's scores and answers, and how often they beat those of the base.
-    models = {"base": (None, "plain")}
-    for name, weights in adapters.items():
-        models[name] = (weights, MODELS[name].prompt)
-    generation = GenerationSettings(config.max_new_tokens, config.batch_size, config.seed)
     target = out / "evaluate"
     with claim(target):
+        # 2. Scorers, model and adapters.
+        device = choose_device(config.device)
+        scorers = {}
+        if config.judge:
+            scorers["judge"] = load_judge(config.judge)
+        if config.reward_model:
+            scorers["reward"] = load_reward_model(
+                config.reward_model, config.dtype, device, config.batch_size
+            )
+        tokenizer = load_tokenizer(config.model)
+        model = load_model(config.model, config.dtype, device)
+        adapters = load_adapters(out, manifests, model, config.model, tokenizer)
+        if config.prompt is not None:
+            print_answers(model, tokenizer, adapters, config, settings["template"])
+            return
+
+        # 3. The pairs. Only SCIT's models are given instructions: those of their own run.
+        instructions = manifests.get("scit_plus", manifests[latest])["settings"]
+        prepared = prepare_pairs(
+            config.data,
+            (config.split,),
+            tokenizer,
+            config.max_length,
+            settings["split_seed"],
+            config.limit,
+            positive=instructions["positive"],
+            negative=instructions["negative"],
+            template=settings["template"],
+            columns=config.columns,
+        )
+        if own_data:
+            print("--data: whether a stage has trained on these pairs is not known")
+        else:
+            check_pairs(prepared, manifests, config)
+        check_ids(config.model, prepared.max_id)
+        pairs = prepared[config.split]
+
+        # 4. Every model's scores and answers, and how often they beat those of the base.
+        models = {"base": (None, "plain")}
+        for name, weights in adapters.items():
+            models[name] = (weights, MODELS[name].prompt)
+        generation = GenerationSettings(config.max_new_tokens, config.batch_size, config.seed)
         reports, samples = score_models(
             model,
             models,

@@ -171,30 +171,31 @@ def train(adapter, inputs, config, log):
 
 
 def main(config):
-    # 1. pairs, base model and adapter
-    inputs = prepare_stage1(config)
-    model, tokenizer, pairs = inputs.model, inputs.tokenizer, inputs.pairs
-    trunk = model.base_model
-    adapter = LoRA(
-        trunk,
-        config.lora_rank,
-        config.lora_alpha,
-        config.lora_dropout,
-        config.lora_targets,
-    )
-    for prompt in ("plain", "positive"):
-        example, _ = pairs["train"][0].example(prompt, "chosen")
-        print(f"one input, {prompt}: {tokenizer.decode(example)!r}")
-    lengths = [pair.length("positive", "chosen") for pair in pairs["train"]]
-    print(
-        f"{memory_summary(model, adapter)}; {config.steps} steps of {config.batch_size} pairs of "
-        f"{sum(lengths) / len(lengths):.0f} tokens on average"
-    )
-
-    # 2. train
     folder = Path(config.out) / "scit"
-    with claim(folder / "adapter"), open_log(folder, "scit") as log:
-        train(adapter, inputs, config, log)
+    with claim(folder / "adapter"):
+        # 1. pairs, base model and adapter
+        inputs = prepare_stage1(config)
+        model, tokenizer, pairs = inputs.model, inputs.tokenizer, inputs.pairs
+        trunk = model.base_model
+        adapter = LoRA(
+            trunk,
+            config.lora_rank,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.lora_targets,
+        )
+        for prompt in ("plain", "positive"):
+            example, _ = pairs["train"][0].example(prompt, "chosen")
+            print(f"one input, {prompt}: {tokenizer.decode(example)!r}")
+        lengths = [pair.length("positive", "chosen") for pair in pairs["train"]]
+        print(
+            f"{memory_summary(model, adapter)}; {config.steps} steps of {config.batch_size} pairs "
+            f"of {sum(lengths) / len(lengths):.0f} tokens on average"
+        )
+
+        # 2. train
+        with open_log(folder, "scit") as log:
+            train(adapter, inputs, config, log)
         valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
         validation = validate(model, valid, tokenizer.pad_token_id, config)
 

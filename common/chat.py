@@ -56,6 +56,9 @@ CLOSE = (
 # A reply that begins with thoughts, and one that also ends them.
 OPEN_THOUGHTS = re.compile(rf"\s*{OPEN}")
 THOUGHTS = re.compile(rf"\s*(?P<open>{OPEN})(?P<thoughts>.*?)(?P<close>{CLOSE})", re.DOTALL)
+# Thoughts without the opening tag, which was part of the prompt: a closing one ends a line.
+ENDED_THOUGHTS = re.compile(rf"(?!\s*{OPEN})(?:(?!{OPEN}).)*?</think>(?=\s*\n)", re.DOTALL)
+OPENING = "<think>"
 # The block that a template puts before a reply: empty, left open, or only its end.
 BLOCK = re.compile(rf"(?:{OPEN}\s*{CLOSE}|{OPEN}|{CLOSE})\s*\Z")
 OPEN_BLOCK = re.compile(rf"{OPEN}\s*\Z")
@@ -499,12 +502,12 @@ def closing_tag(tag):
 
 def has_thoughts(reply):
     """Whether a reply begins with a closed block of thoughts of its own."""
-    return THOUGHTS.match(reply) is not None
+    return bool(THOUGHTS.match(reply) or ENDED_THOUGHTS.match(reply))
 
 
 def without_thoughts(reply):
     """A reply without the block of thoughts that it begins with; "" where that does not end."""
-    block = THOUGHTS.match(reply)
+    block = THOUGHTS.match(reply) or ENDED_THOUGHTS.match(reply)
     if block:
         return reply[block.end() :]
     return "" if OPEN_THOUGHTS.match(reply) else reply
@@ -518,26 +521,37 @@ def chat_reply(form, prompt, reply):
     """
     if form.end_text and reply.rstrip().endswith(form.end_text):
         reply = reply.rstrip().removesuffix(form.end_text).rstrip()
-    block = THOUGHTS.match(reply)
-    if not block:
+    if not has_thoughts(reply):
         return Text(prompt.lead) + Text.literal(reply)
     # a lead that is no blank space is the template's empty block
     lead = "" if prompt.lead.strip() else prompt.lead
-    # the tags of the block are control tokens, where they are tokens
-    return Text(lead) + Text(reply, (block.span("thoughts"), (block.end(), len(reply))))
+    return Text(lead) + reply_text(reply)
+
+
+def reply_text(reply):
+    """A reply as a Text: the tags of its block of thoughts are control tokens, where they are
+    tokens. The opening one, which may have been part of another prompt, is put back."""
+    block = THOUGHTS.match(reply)
+    if not block and ENDED_THOUGHTS.match(reply):
+        reply = f"{OPENING}\n{reply.lstrip()}"
+        block = THOUGHTS.match(reply)
+    if not block:
+        return Text.literal(reply)
+    return Text(reply, (block.span("thoughts"), (block.end(), len(reply))))
 
 
 def render_chat(tokenizer, turns, instruction="", reply=None, form=None):
-    """A dialogue by the tokenizer's chat template: with the reply, or up to where it begins.
+    """The Text of a dialogue by the tokenizer's chat template: with the reply, or up to where it
+    begins.
 
     form: the tokenizer's ChatForm, for callers that render many dialogues. UserError where the
     template refuses the dialogue.
     """
     form = form or chat_form(tokenizer)
     if reply is None:
-        return chat_prompt(tokenizer, form, turns, instruction).text.text
+        return chat_prompt(tokenizer, form, turns, instruction).text
     rendered, after = render_around_reply(tokenizer, form, turns, instruction)
     before = rendered.text
     if has_thoughts(reply):
         before = before[: start_of_block(before)]
-    return close_block(before) + reply + after
+    return Text(close_block(before), rendered.literals) + reply_text(reply) + Text(after)

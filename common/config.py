@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 import math
+import os
 import re
 import resource
 import shlex
@@ -36,6 +37,9 @@ GROUPS = {
     "data": "model and data",
     "run": "this run",
 }
+
+# Settings that models read, unlike names of files, which may be any bytes.
+TEXT_SETTINGS = ("positive", "negative", "prompt")
 
 # What numbers of any setting may be: what torch can take.
 LARGEST = {int: 2**31 - 1, float: torch.finfo(torch.float32).max}
@@ -231,12 +235,26 @@ def parse_command_line(config_class):
     summary = sys.modules[config_class.__module__].__doc__.split("\n\n")[0]
     parser = Parser(config_class, description=summary)
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    for name in TEXT_SETTINGS:
+        if isinstance(getattr(config, name, None), str):
+            setattr(config, name, decoded(name, getattr(config, name)))
     if unknown:
         known = parser._option_string_actions
         similar = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
         hint = f": did you mean {similar[0]}?" if similar else " (see --help)"
         raise UserError(f"unknown setting {unknown[0]}{hint}")
     return config
+
+
+def decoded(name, text):
+    """A text of the command line. In a locale without UTF-8 Python has kept its bytes apart.
+
+    UserError where these are no text.
+    """
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise UserError(f"--{name}: this is not UTF-8: {text[:60]!r}") from None
 
 
 def run(main, config_class):

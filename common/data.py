@@ -117,7 +117,11 @@ def encode_chat_pairs(tokenizer, pairs, positive, negative):
         rendered[name] = []
         for pair in pairs:
             thinking = has_thoughts(pair.chosen) or has_thoughts(pair.rejected)
-            prompt = chat_prompt(tokenizer, form, pair.prompt, instruction, thinking)
+            try:
+                prompt = chat_prompt(tokenizer, form, pair.prompt, instruction, thinking)
+            except UserError as error:
+                beginning = pair.prompt[0][1][:60]
+                raise UserError(f"{error} (the dialogue begins {beginning!r})") from None
             rendered[name].append(prompt)
         texts = [prompt.text for prompt in rendered[name]]
         prompts[name] = tokenize(tokenizer, texts, form.controls)
@@ -342,7 +346,8 @@ def prepare_pairs(
         if not prepared[split]:
             raise UserError(
                 f"{', '.join(map(str, paths))}: no {split} pair is left of {len(pairs)} "
-                f"({'; '.join(left_out)}): raise --max-length or add {split} rows"
+                f"({'; '.join(left_out)}): raise --max-length, add {split} rows, or draw all "
+                "splits with --columns ignore=split"
             )
     counts = ", ".join(f"{len(prepared[split])} {split} pairs" for split in splits)
     print(f"{counts} (left out: {', '.join(left_out)})")

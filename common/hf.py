@@ -4,6 +4,7 @@ layers, reading hidden states and log-probabilities.
 A "trunk" is a causal language model without its head: embeddings, decoder blocks, final norm.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -84,14 +85,26 @@ def try_or_refuse(what, name, function, setting="--model"):
         raise UserError(f"{setting} {name}: no such folder")
     try:
         return function()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EIO):
+            # the machine's fault
+            raise
         message = f"{setting} {name}: cannot {what}: {first_line(error)}"
         raise UserError(message) from None
 
 
 def load_config(name):
-    """The text configuration of a model folder or hub name."""
-    return load_whole_config(name).get_text_config()
+    """The text configuration of a model folder or hub name. UserError where it is not that of a
+    decoder-only language model."""
+    config = load_whole_config(name)
+    config = try_or_refuse("read its config", name, config.get_text_config)
+    for size in ("vocab_size", "num_hidden_layers", "hidden_size"):
+        if getattr(config, size, None) is None:
+            kind = type(config).__name__
+            raise UserError(f"--model {name}: {kind} has no {size}: a decoder-only model is needed")
+    return config
 
 
 def load_whole_config(name):
@@ -115,6 +128,11 @@ def load_tokenizer(name):
     end-of-text token."""
     load = functools.partial(AutoTokenizer.from_pretrained, name, trust_remote_code=False)
     tokenizer = try_or_refuse("read its tokenizer", name, load)
+    if type(tokenizer).__name__.startswith("MistralCommon"):
+        raise UserError(
+            f"--model {name}: its tokenizer is Mistral's own (tekken.json), which is not "
+            "supported: use a folder of this model that has a tokenizer.json"
+        )
     pad_id = tokenizer.pad_token_id
     if pad_id is None or pad_id >= load_config(name).vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -144,7 +162,8 @@ def load_model(name, dtype, device, gradient_checkpointing=False):
 def load_trunk(name, n_blocks, dtype, device, gradient_checkpointing=False):
     """The frozen trunk of a model, without the blocks after its first n_blocks.
 
-    The weights of later blocks and of the head are not read.
+    The weights of later blocks and of the head are not read. dtype: "float32", "bfloat16", or
+    "auto" for that of the files.
     """
     config = load_whole_config(name)
 
@@ -185,20 +204,28 @@ def cut_class(trunk_class, n_blocks):
     return type(trunk_class.__name__, (trunk_class,), members)
 
 
-def load_weights(model_class, name, dtype):
-    """from_pretrained of a transformers class. UserError where the files lack weights."""
+def loading_options(name):
+    """How from_pretrained is to read any model: without code, and without an adapter that lies in
+    the model's folder, which it would add where peft is installed."""
     if (Path(name) / "adapter_config.json").is_file():
         print(f"{name}: its adapter_config.json is not read, only the model's own weights are")
+    return {
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        "adapter_kwargs": {"subfolder": "no adapter"},
+    }
+
+
+def load_weights(model_class, name, dtype):
+    """from_pretrained of a transformers class. UserError where the files lack weights."""
+    options = loading_options(name)
 
     def load():
         return model_class.from_pretrained(
             name,
             config=load_whole_config(name),
-            dtype=getattr(torch, dtype),
-            trust_remote_code=False,
-            output_loading_info=True,
-            # with peft installed, an adapter in the model's folder would be added to it
-            adapter_kwargs={"subfolder": "no adapter"},
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            **options,
         )
 
     model, info = try_or_refuse("read its weights", name, load)
@@ -256,13 +283,13 @@ def check_decoder_only(name, model):
 
 
 @torch.no_grad()
-def check_trunk(name, model, dtype):
+def check_trunk(name, model):
     """UserError unless the first half of a model has the hidden states that it has in the whole:
     collect.py and align.py run no more than such a part, whose adapter is then for the whole."""
     kind = type(model).__name__
     layer = len(find_blocks(model.base_model)[1]) // 2
-    trunk = load_trunk(name, layer + 1, dtype, "cpu")
-    # the model's own tensors in place of the copies that were just read
+    # in the files' dtype their weights are only mapped; the model's own tensors take their place
+    trunk = load_trunk(name, layer + 1, "auto", "cpu")
     trunk.load_state_dict(model.base_model.state_dict(), strict=False, assign=True)
     trunk.to(model.device)
     ids = torch.tensor([[2, 3, 4, 5, 6], [7, 6, 5, 4, 3]], device=model.device)
@@ -306,9 +333,11 @@ def model_digests(name, tokenizer):
     Of a tokenizer, its vocabulary and special tokens count, and the ids of one text.
     """
     vocabulary = sorted(tokenizer.get_vocab().items())
+    added = tokenizer.added_tokens_decoder.items()
+    special = [tokenizer.special_tokens_map, [(i, str(token), token.special) for i, token in added]]
     probe = tokenizer("How do I cut a plank?\n\n1. Take 12.5 cm; naïve 你好")["input_ids"]
     contents = {
-        "tokenizer": [vocabulary, tokenizer.special_tokens_map, probe],
+        "tokenizer": [vocabulary, special, probe],
         "chat template": tokenizer.chat_template,
     }
     digests = {"model": model_digest(name)}
@@ -321,9 +350,10 @@ def model_digests(name, tokenizer):
 def check_same_model(name, tokenizer, manifest, folder):
     """UserError unless model, tokenizer and chat template are those that a stage folder, with this
     manifest, was made with. To be called after the model is loaded: only then its files are sure
-    to be at hand."""
+    to be at hand. Without a chat template in use it may change."""
+    in_use = manifest["settings"]["template"] == "chat"
     for part, digest in model_digests(name, tokenizer).items():
-        if manifest["inputs"].get(part) != digest:
+        if manifest["inputs"].get(part) != digest and (in_use or part != "chat template"):
             raise UserError(
                 f"--model {name}: this is another {part} than {folder} was made with: give that "
                 "one, or run the earlier stages again"

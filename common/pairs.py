@@ -125,9 +125,14 @@ KNOWN_TURN_FIELDS = {*ROLE_FIELDS, *TEXT_FIELDS, *UNPLACED_FIELDS}
 
 # Signs of a prompt that somebody has already written in the format of a model.
 FORMAT_MARKERS = re.compile(
-    r"^<s>|^<bos>|\[INST\]|<<SYS>>|<\|im_start\|>|<\|start_header_id\|>|<\|begin_of_text\|>"
+    r"(?m)^<s>|^<bos>|\[INST\]|<<SYS>>|<\|im_start\|>|<\|start_header_id\|>|<\|begin_of_text\|>"
     r"|<start_of_turn>|<\|start\|>|<\|(?:user|system|assistant)\|>|<\|START_OF_TURN_TOKEN\|>"
-    r"|<｜User｜>|^### (?:Instruction|Human|User):|^USER:"
+    r"|<｜User｜>|^### (?:Instruction|Human|User):|\bUSER:|\b(?:Assistant|ASSISTANT):\s*\Z"
+)
+# What such a format is made of, besides the texts.
+FORMAT_PARTS = re.compile(
+    r"<[^<>\s]*>|<<|>>|\[/?\w+\]|\b(?:user|human|assistant|system|model|instruction|response)\b",
+    re.IGNORECASE,
 )
 
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -241,7 +246,7 @@ class Fields(NamedTuple):
 def assign_fields(row):
     """The Fields of a row. Raises ValueError that names a missing field or one without a place."""
     for name in UNPLACED_FIELDS:
-        if holds_text(row.get(name)):
+        if holds_content(row.get(name)):
             raise ValueError(no_place(f"field {name!r}", name))
     chosen, *more_chosen = reply_fields(row, "chosen")
     rejected, *more_rejected = reply_fields(row, "rejected")
@@ -256,6 +261,8 @@ def assign_fields(row):
     system = tuple(name for name in SYSTEM_FIELDS if is_given(row.get(name)))
 
     repeating = [name for name in prompts if name not in (input_field, history)]
+    # such as the number of a conversation
+    repeating = [name for name in repeating if not is_number(row[name])]
     repeating += more_chosen + more_rejected
     return Fields(chosen, rejected, prompt, input_field, history, system, tuple(repeating))
 
@@ -275,6 +282,22 @@ def holds_text(value):
     if isinstance(value, dict):
         return any(map(holds_text, value.values()))
     return isinstance(value, list) and any(map(holds_text, value))
+
+
+def holds_content(value):
+    """Whether a field's value has a text or anything else than numbers in it, such as an image."""
+    if isinstance(value, dict):
+        return any(map(holds_content, value.values()))
+    if isinstance(value, list):
+        return any(map(holds_content, value))
+    if value is None or is_number(value):
+        return False
+    return holds_text(value) if isinstance(value, str) else True
+
+
+def is_number(value):
+    """Whether a value is a number or a truth value, which holds no part of a dialogue."""
+    return isinstance(value, (bool, int, float))
 
 
 def is_given(value):
@@ -311,6 +334,8 @@ def primary_fields(row):
 def unread_fields(row, fields):
     """The names of fields that are not read, those of turns included, in the order of the row."""
     unread = [name for name in row if name not in KNOWN_FIELDS]
+    unread += [name for name in UNPLACED_FIELDS if is_number(row.get(name))]
+    unread += [name for name in prompt_fields(row)[1:] if is_number(row[name])]
     for name in (fields.prompt, fields.history, fields.chosen, fields.rejected):
         value = row.get(name)
         for turn in value if isinstance(value, list) else [value]:
@@ -370,7 +395,7 @@ def parse_turn(turn, name):
     role = text = None
     if isinstance(turn, dict):
         for unplaced in UNPLACED_FIELDS:
-            if holds_text(turn.get(unplaced)):
+            if holds_content(turn.get(unplaced)):
                 raise ValueError(no_place(f"field {unplaced!r} of a turn in {name!r}", unplaced))
         role = first_value(turn, ROLE_FIELDS)
         text = first_value(turn, TEXT_FIELDS)
@@ -447,23 +472,27 @@ def parse_history(row, name):
     if are_objects and any(first_value(turn, ROLE_FIELDS) for turn in value):
         return parse_turns(value, name)
     turns = []
-    for exchange in exchanges_of(value, name):
+    for exchange in exchanges_of(row, name, value):
         turns += [(role, tidy(text)) for role, text in zip(("user", "assistant"), exchange)]
     return tuple(turns)
 
 
-def exchanges_of(value, name):
-    """A history without roles as pairs of texts. Raises ValueError where it is none."""
-    if is_list_of_texts(value) and len(value) % 2 == 0:
+def exchanges_of(row, name, value):
+    """A history without roles as pairs of texts. Raises ValueError where it is none.
+
+    Texts in turn are one, unless they are called context: these may be passages to read.
+    """
+    if is_list_of_texts(value) and len(value) % 2 == 0 and name != "context":
         return list(zip(value[::2], value[1::2]))
     exchanges = []
     if isinstance(value, list):
         exchanges = [parse_exchange(item) if isinstance(item, dict) else item for item in value]
     if not exchanges or not all(is_exchange(exchange) for exchange in exchanges):
+        first = prompt_fields(row)[0]
         raise ValueError(
-            f"field {name!r} holds neither turns nor pairs of strings: name what it holds with "
-            f"--columns (such as prompt={name} or input={name}), or leave it out with "
-            f"--columns ignore={name}"
+            f"field {name!r} holds neither turns nor pairs of strings: read it with --columns "
+            f"history={name}, or, where it is a text that belongs to {first!r}, with --columns "
+            f"instruction={first} input={name}, or leave it out with --columns ignore={name}"
         )
     return exchanges
 
@@ -523,6 +552,8 @@ def parse_whole_row(row, fields):
     prompt = parse_prompt(row, fields)
     chosen = parse_reply(row, fields.chosen)
     rejected = parse_reply(row, fields.rejected)
+    if prompt and prompt[-1] == ("assistant", ""):
+        prompt = prompt[:-1]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("fields 'chosen' and 'rejected' are of different kinds")
     if isinstance(chosen, str):
@@ -564,14 +595,34 @@ def parse_dialogues(row, fields, prompt, chosen, rejected):
             as_user_turn = (("user", tidy(prompt_text)),)
             if same_turns(before[-1:], as_user_turn) or is_formatted(prompt_text, before):
                 prompt = ()
+        asked = split_system(prompt[:-1])[1]
+        if prompt and prompt[-1][0] == "assistant" and ends_with(before, asked):
+            # "messages" is often prompt and reply; a third reply is a contradiction
+            check_is_reply(prompt[-1], (chosen[-1], rejected[-1]), fields.prompt)
+            prompt = prompt[:-1]
         before = join_dialogues(prompt, before, fields.prompt)
     return ParsedRow(before, chosen[-1][1], rejected[-1][1])
 
 
+def check_is_reply(turn, replies, name):
+    """Raise ValueError unless the turn that ends the field's dialogue is one of the two replies."""
+    if not any(same_turns((turn,), (reply,)) for reply in replies):
+        raise ValueError(
+            f"field {name!r} ends with another reply than 'chosen' and 'rejected': leave it out "
+            f"with --columns ignore={name}"
+        )
+
+
 def is_formatted(text, turns):
     """Whether a prompt is nothing but these turns, written in the format of a model."""
-    has_marker = turns and FORMAT_MARKERS.search(text.strip())
-    return bool(has_marker) and all(turn_text in text for _, turn_text in turns)
+    if not turns or not FORMAT_MARKERS.search(text.strip()):
+        return False
+    for _, turn_text in sorted(turns, key=lambda turn: -len(turn[1])):
+        if turn_text not in text:
+            return False
+        text = text.replace(turn_text, " ", 1)
+    # a system text, or earlier turns, would be left
+    return not re.search(r"\w", FORMAT_PARTS.sub(" ", text))
 
 
 def parse_text_replies(row, fields, prompt, chosen, rejected):
@@ -580,6 +631,10 @@ def parse_text_replies(row, fields, prompt, chosen, rejected):
         return parse_shared_beginning(row, fields, chosen, rejected)
     if fields.prompt and isinstance(row[fields.prompt], str):
         chosen, rejected = remove_repeated_prompt(tidy(row[fields.prompt]), chosen, rejected)
+    if prompt and prompt[-1][0] == "assistant":
+        replies = (("assistant", chosen), ("assistant", rejected))
+        check_is_reply(prompt[-1], replies, fields.prompt)
+        prompt = prompt[:-1]
     return ParsedRow(prompt, chosen, rejected)
 
 
@@ -609,13 +664,15 @@ def parse_shared_beginning(row, fields, chosen, rejected):
 def remove_repeated_prompt(prompt, chosen, rejected):
     """The replies without the prompt where both begin with it; whitespace is compared loosely.
 
-    A prompt of one word stays: "Hi" and "Hi there." is a greeting and an answer to it.
+    A prompt of one word stays: "Hi" and "Hi there." is a greeting and an answer to it. Of languages
+    that write no spaces, a prompt of ten characters is more than a word.
     """
-    if " " not in prompt:
-        return chosen, rejected
-    start = unify_whitespace(f"{prompt} ")
+    is_word = " " not in prompt and (prompt.isascii() or len(prompt) < 10)
+    start = unify_whitespace(prompt)
     for reply in (chosen, rejected):
-        if not unify_whitespace(reply).startswith(start):
+        following = reply[len(start) :][:1]
+        inside_a_word = start[-1:].isalnum() and following.isalnum()
+        if is_word or inside_a_word or not unify_whitespace(reply).startswith(start):
             return chosen, rejected
     return chosen[len(start) :].strip(), rejected[len(start) :].strip()
 
@@ -666,10 +723,20 @@ def same_turns(turns, others):
     return all(a == b and normalize(x) == normalize(y) for (a, x), (b, y) in zip(turns, others))
 
 
-def add_context(row, fields, prompt):
+def ends_with(turns, others):
+    """Whether a list of turns ends with others, of which there is at least one."""
+    return bool(others) and same_turns(turns[-len(others) :], others)
+
+
+def add_context(row, fields, prompt, replies):
     """The prompt with the row's history and system text in front of it."""
     if fields.history:
-        prompt = join_dialogues(parse_history(row, fields.history), prompt, fields.history)
+        history = parse_history(row, fields.history)
+        repeats_prompt = ends_with(history[:-1], prompt) and history[-1][0] == "assistant"
+        if repeats_prompt and normalize(history[-1][1]) in ("", *map(normalize, replies)):
+            # with its reply
+            history = history[:-1]
+        prompt = join_dialogues(history, prompt, fields.history)
     system = parse_system(row, fields)
     present = [turn for turn in prompt if turn[0] == "system"]
     return (*(turn for turn in system if turn not in present), *prompt)
@@ -688,19 +755,24 @@ def check_repeated(row, fields, parsed):
         if isinstance(row.get(name), str):
             known.add(normalize(row[name]))
     for name in fields.repeating:
-        if not all(normalize(text) in known for text in texts_of(row[name], name)):
+        try:
+            repeats = all(normalize(text) in known for text in texts_of(row, name))
+        except ValueError:
+            repeats = False
+        if not repeats:
             raise ValueError(
                 f"field {name!r} holds something else than {quoted(first_fields(fields, name))}: "
                 f"choose one with --columns, or leave it out with --columns ignore={name}"
             )
 
 
-def texts_of(value, name):
-    """The texts of a field that holds a text or turns."""
-    value = decode_json(value)
+def texts_of(row, name):
+    """The texts of a field that holds a text, turns, or pairs of texts."""
+    value = decode_json(row[name])
     if isinstance(value, str):
-        turns = (("user", value),)
-        turns = parse_transcript(value) or turns
+        turns = parse_transcript(value) or (("user", value),)
+    elif isinstance(value, list):
+        turns = parse_history(row, name)
     else:
         turns = parse_turns(value, name)
     return [text for _, text in turns if text]
@@ -741,7 +813,7 @@ def parse_row(row, seed, specials=(), columns=NO_COLUMNS):
         return None, "differing in the prompt"
     if not parsed.chosen and not parsed.rejected:
         return None, "empty"
-    prompt = add_context(row, fields, parsed.prompt)
+    prompt = add_context(row, fields, parsed.prompt, (parsed.chosen, parsed.rejected))
     if not prompt or prompt[-1][0] != "user" or not prompt[-1][1]:
         raise ValueError(
             "the prompt does not end with a user turn that has a text: name the field that holds "
@@ -869,9 +941,11 @@ class PairsFile:
                 "give all rows a field 'split', or draw all splits with --columns ignore=split"
             )
         self.form, self.has_split = form, has_split
-        left_out = [name for name in row if name not in renamed]
+        sources = columns.sources
+        # a field whose name --columns has given to another one is not read either
+        left_out = [n for n in row if n not in renamed or sources.get(n, n) != n]
         unread = left_out + unread_fields(renamed, assign_fields(renamed))
-        unread = [name for name in unread if name not in columns.sources.values()]
+        unread = [name for name in unread if name not in sources.values()]
         self.not_read.update(dict.fromkeys(unread))
         if pair is None:
             self.skipped[reason] += 1

@@ -28,17 +28,17 @@ from transformers import (
 
 from common import toy
 from common.chat import (
-    OPEN_THOUGHTS,
     chat_form,
     render_chat,
     render_transcript,
     without_thoughts,
 )
 from common.config import UserError, first_line
-from common.data import collate, split_into_passes
+from common.data import collate, split_into_passes, tokenize
 from common.hf import (
     choose_tokens_per_pass,
     context_length,
+    loading_options,
     response_logprobs,
     token_mean,
     try_or_refuse,
@@ -98,7 +98,7 @@ def load_judge(name):
             raise UserError(message) from None
         try:
             value = math.nan if isinstance(score, str) else float(score)
-        except (TypeError, ValueError):
+        except Exception:
             value = math.nan
         if not math.isfinite(value):
             raise UserError(f"--judge {name} returns {score!r} {where}: a number is needed")
@@ -129,14 +129,12 @@ def load_classifier(name, dtype):
 
     UserError where its files lack weights.
     """
+    options = loading_options(name)
     model, loading = try_or_refuse(
         "read its weights",
         name,
         lambda: AutoModelForSequenceClassification.from_pretrained(
-            name,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=False,
-            output_loading_info=True,
+            name, dtype=getattr(torch, dtype), **options
         ),
         "--reward-model",
     )
@@ -174,30 +172,43 @@ def load_reward_model(name, dtype, device, batch_size):
     max_length = min(tokenizer.model_max_length, context)
     form = chat_form(tokenizer) if tokenizer.chat_template else None
 
-    def render(turns, reply):
-        """The one or two texts that the tokenizer reads."""
-        if form:
-            return [render_chat(tokenizer, turns, reply=reply, form=form)]
+    def encode_chat(dialogues, replies):
+        """Ids by the chat template: control tokens that a text spells out stay text."""
+        texts = []
+        for turns, reply in zip(dialogues, replies):
+            texts.append(render_chat(tokenizer, turns, reply=reply, form=form))
+        ids = [ids[-max_length:].tolist() for ids in tokenize(tokenizer, texts, form.controls)]
+        return tokenizer.pad({"input_ids": ids}, padding=batch_size > 1, return_tensors="pt")
+
+    def encode_texts(dialogues, replies):
+        """Ids of question and reply as a pair, or of one transcript."""
         if tokenizer.sep_token:
-            return [question(turns), reply]
-        return [f"{render_transcript(turns)} {reply}"]
+            columns = [[question(turns) for turns in dialogues], list(replies)]
+        else:
+            pairs = zip(dialogues, replies)
+            columns = [[f"{render_transcript(turns)} {reply}" for turns, reply in pairs]]
+        return tokenizer(
+            *columns,
+            padding=batch_size > 1,
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        )
 
     @torch.no_grad()
     def score(dialogues, replies):
-        inputs = [render(turns, reply) for turns, reply in zip(dialogues, replies)]
         rewards = []
-        for start in range(0, len(inputs), batch_size):
-            columns = zip(*inputs[start : start + batch_size])
-            encoded = tokenizer(
-                *map(list, columns),
-                padding=batch_size > 1,
-                truncation=True,
-                max_length=max_length,
-                add_special_tokens=not tokenizer.chat_template,
-                return_tensors="pt",
-            )
+        for start in range(0, len(replies), batch_size):
+            part = slice(start, start + batch_size)
+            encode = encode_chat if form else encode_texts
+            encoded = encode(dialogues[part], replies[part])
             logits = model(**encoded.to(device)).logits
             rewards += logits[:, 0].float().tolist()
+        for reward, reply in zip(rewards, replies):
+            if not math.isfinite(reward):
+                raise UserError(
+                    f"--reward-model {name} gives {reward} on the answer {reply[:60]!r}"
+                )
         return rewards
 
     return score
@@ -354,29 +365,19 @@ def text_of(tokenizer, answer, stops=()):
     It is cut where the model begins to write the next human turn. stops: the ids that end answers;
     such a token may be an added one that is not special.
     """
-    answer = answer_ids(tokenizer, answer)
     if answer and answer[-1] in stops:
         answer = answer[:-1]
-    text = tokenizer.decode(answer, skip_special_tokens=True)
-    return text.split("\n\nHuman:")[0].strip()
-
-
-def answer_ids(tokenizer, answer):
-    """An answer's ids after its block of thoughts; [] where that does not end.
-
-    The tags of the block may be special tokens, which are lost when only the text is decoded.
-    """
-    text = tokenizer.decode(answer)
-    if not OPEN_THOUGHTS.match(text):
-        return answer
-    block = text.removesuffix(without_thoughts(text))
-    # the number of ids that write the block
+    # The tags of a block of thoughts may be special tokens, which the text of an answer lacks: the
+    # block is found in the text with all of them.
+    whole = tokenizer.decode(answer)
+    block = whole.removesuffix(without_thoughts(whole))
+    # the number of ids that write the block, and what the last of them writes after it
     count = bisect_left(
-        range(len(answer)),
-        True,
-        key=lambda n: tokenizer.decode(answer[:n]).startswith(block),
+        range(len(answer)), True, key=lambda n: tokenizer.decode(answer[:n]).startswith(block)
     )
-    return answer[count:]
+    rest = tokenizer.decode(answer[:count]).removeprefix(block)
+    text = rest + tokenizer.decode(answer[count:], skip_special_tokens=True)
+    return text.split("\n\nHuman:")[0].strip()
 
 
 def repeated_ngrams(answers, n=4):

@@ -82,7 +82,7 @@ def prepare_stage1(config):
     )
     check_ids(source["model"], pairs.max_id)
     model = load_model(source["model"], config.dtype, device, config.gradient_checkpointing)
-    check_trunk(source["model"], model, config.dtype)
+    check_trunk(source["model"], model)
     # later stages may take another seed, but never another split
     settings = {**vars(config), **source, "split_seed": config.seed}
     digests = {**model_digests(source["model"], tokenizer), "pairs": pairs.source_digest}

@@ -10,6 +10,7 @@ A later stage reads the manifest, checks kind and version, and inherits the sett
 digest of each file that it takes, and that model, tokenizer and pairs are still the same.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -148,7 +149,8 @@ def write_stage(folder, kind, manifest, depends_on=None, restart=False):
         write_manifest(partial, kind, manifest)
     except BaseException:
         # a run that failed before its first file leaves nothing to resume from
-        if not resumable or os.listdir(partial) == [RESUME_KEY]:
+        results = [path for path in partial.iterdir() if path.suffix != ".lock"]
+        if not resumable or results == [partial / RESUME_KEY]:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     previous = folder.with_name(f".{folder.name}.old")
@@ -200,7 +202,8 @@ def relevant_settings(settings):
 def recover_folder(folder):
     """The path of a stage folder, renamed back where a run was killed between two renames.
 
-    Such a run has left the previous folder as `.name.old` and none under `name`.
+    Such a run has left the previous folder as `.name.old` and none under `name`. To be called
+    while no other run can be writing the folder.
     """
     folder = Path(folder)
     previous = folder.with_name(f".{folder.name}.old")
@@ -208,6 +211,15 @@ def recover_folder(folder):
         shutil.rmtree(previous)
     elif previous.exists():
         previous.rename(folder)
+    return folder
+
+
+def find_folder(folder):
+    """The path of a stage folder that is to be read, recovered unless a run is writing it."""
+    folder = Path(folder)
+    if folder.with_name(f".{folder.name}.old").exists():
+        with contextlib.suppress(UserError), claim(folder):
+            recover_folder(folder)
     return folder
 
 
@@ -245,7 +257,7 @@ def read_stage(folder, kind, command):
     UserError if the folder is missing, unfinished, or of another kind or version; command: what
     writes such a folder, for the message.
     """
-    folder = recover_folder(folder)
+    folder = find_folder(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: run `{command}` first")
@@ -315,9 +327,7 @@ def choose_method(out, method, required, commands):
     """
     if method is not None:
         return method
-    present = [
-        name for name in required if recover_folder(Path(out) / name / required[name]).is_dir()
-    ]
+    present = [name for name in required if find_folder(Path(out) / name / required[name]).is_dir()]
     if len(present) > 1:
         options = " or ".join(f"--method {name}" for name in present)
         raise UserError(f"{out} holds both {' and '.join(present)}: choose with {options}")

@@ -411,17 +411,20 @@ def ensure_world(config):
         raise UserError(f"--width {config.width}: it must be a multiple of 8")
     folder = Path(config.out) / "toy" / f"seed{config.seed}"
     settings = {k: v for k, v in vars(config).items() if k not in ("out", "device")}
-    # a stage that starts while another one makes the world waits for it
-    with claim(folder, wait=True):
+
+    def is_there():
         try:
-            manifest = read_stage(folder, "toy", "python -m common.toy")
-            reusable = manifest["settings"] == settings
+            return read_stage(folder, "toy", "python -m common.toy")["settings"] == settings
         except UserError:
             # missing, unfinished or of another version
-            reusable = False
-        if not reusable:
-            with write_stage(folder, "toy", {"settings": settings}) as tmp_path:
-                write_world(tmp_path, config)
+            return False
+
+    if not is_there():
+        # a stage that starts while another one makes the world waits for it
+        with claim(folder, wait=True):
+            if not is_there():
+                with write_stage(folder, "toy", {"settings": settings}) as tmp_path:
+                    write_world(tmp_path, config)
     return {
         "model": str(folder / "model"),
         "data": [str(folder / "pairs.jsonl")],

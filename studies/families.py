@@ -171,7 +171,7 @@ def check_family(kind):
             return {"verdict": "not built", "why": first_line(error)[:120]}
         try:
             model = load_model(folder, "float32", torch.device("cpu"))
-            check_trunk(folder, model, "float32")
+            check_trunk(folder, model)
             LoRA(model.base_model, rank=4).remove()
         except UserError as error:
             return {"verdict": "refused", "why": str(error).replace(folder, kind)[:200]}

@@ -59,7 +59,7 @@ class Config:
 def make_random(config):
     """A folder with a random Llama of config.shape and the tokenizer of config.model."""
     folder = Path(config.work) / "model"
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     shape = SHAPES[config.shape]
     torch.manual_seed(0)
     model = LlamaForCausalLM(

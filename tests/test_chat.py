@@ -9,7 +9,7 @@ from tokenizers import AddedToken, processors
 from transformers import GenerationConfig
 
 from common import score
-from common.chat import render_chat
+from common.chat import has_thoughts, render_chat, reply_text, without_thoughts
 from common.config import POSITIVE, UserError
 from common.data import choose_template, encode_pairs
 from common.pairs import Pair
@@ -126,7 +126,7 @@ def test_short_texts_are_missed_too(chat_tokenizer):
 
 def render_chat_with(tokenizer, template, *turns, **options):
     tokenizer.chat_template = template
-    return render_chat(tokenizer, turns, **options)
+    return render_chat(tokenizer, turns, **options).text
 
 
 def test_templates_without_a_default_are_refused(chat_tokenizer):
@@ -137,7 +137,7 @@ def test_templates_without_a_default_are_refused(chat_tokenizer):
     ):
         render_chat(chat_tokenizer, (QUESTION,))
     chat_tokenizer.chat_template["default"] = templates.CHATML
-    assert render_chat(chat_tokenizer, (QUESTION,)) == CHATML_PROMPT
+    assert render_chat(chat_tokenizer, (QUESTION,)).text == CHATML_PROMPT
 
 
 def test_the_plain_form_is_not_taken_silently(tokenizer, tmp_path, capsys):
@@ -267,6 +267,30 @@ def test_answers_are_judged_without_their_thoughts(tokenizer, special):
 def test_an_added_end_token_is_no_part_of_an_answer(chat_tokenizer):
     answer = chat_tokenizer("Left.<turn_end>")["input_ids"]
     assert text_of(chat_tokenizer, answer, stops={answer[-1]}) == "Left."
+
+
+def test_thoughts_whose_opening_tag_was_in_the_prompt(chat_tokenizer):
+    """... get it back, and are no part of what is judged. A tag in the middle of a line is text."""
+    ended = "I count.\n</think>\n\nLeft."
+    whole = f"<think>\n{ended}"
+    assert has_thoughts(ended) and without_thoughts(ended).strip() == "Left."
+    assert reply_text(ended) == reply_text(whole)
+    inside = "The tag </think> ends thoughts."
+    assert not has_thoughts(inside) and without_thoughts(inside) == inside
+
+
+def test_the_first_letter_of_an_answer_is_kept(chat_tokenizer):
+    """Where one token writes the end of the block of thoughts and the beginning of the answer."""
+
+    class OneToken:
+        """A tokenizer that writes ">A" as one token."""
+
+        pieces = ("<think></think", ">A", " saw.", "<|end|>")
+
+        def decode(self, ids, skip_special_tokens=False):
+            return "".join(self.pieces[i] for i in ids if not (skip_special_tokens and i == 3))
+
+    assert text_of(OneToken(), [0, 1, 2, 3], stops={3}) == "A saw."
 
 
 # ---------------------------------------------------------------- beginning of text

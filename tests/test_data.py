@@ -377,6 +377,64 @@ def test_replies_that_are_dialogues_themselves_stay_text():
     assert pair.chosen == row["chosen"]
 
 
+ASKED = [user("What?")]
+ANSWERED = [*ASKED, assistant("Good.")]
+BOTH = {"chosen": ANSWERED, "rejected": [*ASKED, assistant("Bad.")]}
+TEXTS = {"chosen": "Good.", "rejected": "Bad."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": ANSWERED, **BOTH},
+        {"conversations": [human("What?"), gpt("Bad.")], **BOTH},
+        {"messages": [SYSTEM_TURN, *ANSWERED], **BOTH},
+        {"messages": ANSWERED, **TEXTS},
+        {"prompt": "\n\nHuman: What?\n\nAssistant: Good.", **BOTH},
+        {"prompt": "\n\nHuman: What?\n\nAssistant: Good.", **TEXTS},
+        {"history": [["What?", "Good."]], "prompt": "What?", **TEXTS},
+        {"conversation_history": [["What?", ""]], "prompt": "What?", **TEXTS},
+    ],
+)
+def test_a_prompt_field_that_holds_the_reply_too(row):
+    """The reply never becomes a part of the prompt."""
+    pair, _ = parse_row(row, 0)
+    assert [turn for turn in pair.prompt if turn[0] != "system"] == [("user", "What?")]
+    assert (pair.chosen, pair.rejected) == ("Good.", "Bad.")
+
+
+@pytest.mark.parametrize("replies", [BOTH, TEXTS])
+def test_a_prompt_field_with_a_third_reply_is_refused(replies):
+    with pytest.raises(ValueError, match=r"'messages' ends with another reply.*ignore=messages"):
+        parse_row({"messages": [*ASKED, assistant("Perhaps.")], **replies}, 0)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<s>[INST] <<SYS>>\nBe a pirate.\n<</SYS>>\n\nWhat? [/INST]",
+        "<|im_start|>system\nBe a pirate.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>",
+        "[INST] Who? [/INST] Nobody.</s>[INST] What? [/INST]",
+    ],
+)
+def test_a_formatted_prompt_that_holds_more_than_the_dialogue_is_refused(prompt):
+    with pytest.raises(ValueError, match="--columns ignore=prompt"):
+        parse_row({"prompt": prompt, **BOTH}, 0)
+    bare = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    assert parse_row({"prompt": bare, **BOTH}, 0)[0].prompt == (("user", "What?"),)
+
+
+def test_prompts_of_languages_without_spaces_are_removed_too():
+    prompt = "请介绍一下长城的历史，并说明它为什么重要。"
+    row = {"prompt": prompt, "chosen": f"{prompt}\n长城很长。", "rejected": f"{prompt}不知道。"}
+    pair, _ = parse_row(row, 0)
+    assert (pair.chosen, pair.rejected) == ("长城很长。", "不知道。")
+    row = {"prompt": "What is it?", "chosen": "What is it?Good.", "rejected": "What is it? Bad."}
+    assert parse_row(row, 0)[0].chosen == "Good."
+    row = {"prompt": "I can", "chosen": "I cannot.", "rejected": "I candle."}
+    assert parse_row(row, 0)[0].chosen == "I cannot."
+
+
 # ---------------------------------------------------------------- every field is read, or named
 
 SKY = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
@@ -449,6 +507,11 @@ def test_history_in_every_form(form, name):
         {"prompt": PROMPT_TURNS, "chosen": "Good.", "rejected": "Bad."},
     ]
     for row in rows:
+        if (form, name) == ("texts in turn", "context"):
+            # they may be passages to read
+            with pytest.raises(ValueError, match="field 'context' holds neither turns"):
+                parse_row({**row, name: HISTORIES[form]}, 0)
+            continue
         pair, _ = parse_row({**row, name: HISTORIES[form]}, 0)
         assert (pair.prompt, pair.chosen) == (TURNS, "Good.")
 
@@ -501,6 +564,33 @@ def test_a_part_of_the_dialogue_without_a_place_is_named(name):
         assert parse_row(row, 0, columns=ignore)[0].prompt == (("user", "And?"),)
     for empty in (None, "", [], "[]", {}):
         assert parse_row({**TRL, name: empty}, 0)[0].chosen == "Good."
+
+
+@pytest.mark.parametrize("value", [b"bytes", {"bytes": b"x", "path": None}, object(), [object()]])
+def test_content_that_is_no_text_is_named(value):
+    with pytest.raises(ValueError, match="'image' holds a part of the dialogue"):
+        parse_row({**TRL, "image": value}, 0)
+
+
+def test_columns_that_lose_a_prompt_say_so(tmp_path, capsys, tokenizer):
+    """A passage belongs to the prompt; where --columns drops a field, it is listed."""
+    row = {"prompt": "And?", "context": "A passage.", "split": "train", **TEXTS}
+    with pytest.raises(ValueError, match="--columns instruction=prompt input=context"):
+        parse_row(row, 0)
+    columns = parse_columns(["instruction=prompt", "input=context"])
+    assert parse_row(row, 0, columns=columns)[0].prompt == (("user", "And?\nA passage."),)
+    path = write(tmp_path / "a.jsonl", [row])
+    prepare_pairs([path], ("train",), tokenizer, 256, 0, columns=["prompt=context"])
+    assert "not read: 'prompt'" in capsys.readouterr().out
+
+
+def test_numbers_beside_a_prompt_are_not_read(tmp_path, capsys, tokenizer):
+    row = {**TRL, "conversation": 17, "thinking": True, "split": "train"}
+    path = write(tmp_path / "a.jsonl", [row])
+    prepare_pairs([path], ("train",), tokenizer, 256, 0)
+    assert "not read: 'thinking', 'conversation'" in capsys.readouterr().out
+    row = {**TRL, "conversation": [{"input": "And?", "output": "Good."}]}
+    assert parse_row(row, 0) == parse_row(TRL, 0)
 
 
 def test_other_fields_are_listed_once(tokenizer, tmp_path, capsys):
@@ -616,7 +706,6 @@ def test_a_tokenizer_without_bos_or_eos():
         ({**TRL, "system": 5}, "field 'system' holds '5'"),
         ({**TRL, "system": ["x"]}, "field 'system' holds 'x'"),
         ({**TRL, "system": [user("x")]}, "'system' holds turns of other roles"),
-        ({**TRL, "query": 5}, "field 'query' holds '5'"),
         ({"prompt": "", "chosen": "A b.", "rejected": "A c."}, "--columns prompt=FIELD"),
         ({**TRL, "tools": "search"}, "field 'tools'"),
         ({"prompt": "q", "answer\ud800": "x"}, "the row has 'prompt', 'answer\\ud800'"),
@@ -907,7 +996,7 @@ def test_a_template_that_writes_todays_date_writes_the_same_tomorrow(
     """Else a run past midnight would have other pairs, and a later stage other prompts."""
     date = "{% if strftime_now is defined %}{{ " + expression + " }}{% endif %}"
     chat_tokenizer.chat_template = f"\n  {date}\n{CHATML}"
-    assert render_chat(chat_tokenizer, (("user", "Hi"),)).startswith(f"\n{day}")
+    assert render_chat(chat_tokenizer, (("user", "Hi"),)).text.startswith(f"\n{day}")
 
 
 @pytest.mark.parametrize("template", [CHATML, NO_SYSTEM, SILENT])

@@ -222,6 +222,11 @@ def test_layers_out_of_range_or_not_collected(refused, done):
     refused(align, *out, "--layers", "0", words=words, folder=done)
 
 
+def test_an_instruction_that_is_no_text_is_refused(refused, tiny, tmp_path):
+    source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path]
+    refused(scit, *source, "--positive", "\udcff x", *CPU, words=["--positive", "not UTF-8"])
+
+
 def test_scit_without_instructions_is_refused(refused, done):
     words = ["--stimulus plain", "SCIT"]
     refused(collect, "--out", done, *SCIT, "--stimulus", "plain", words=words, folder=done)

