@@ -4,8 +4,8 @@ A dialogue is a tuple of (role, text) turns with the roles user, assistant and s
 
 A chat template is read off one rendered text: the whole dialogue, with a placeholder as the reply.
 
-    <|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nREPLY<|im_end|>\n
-    `------------------- the prompt: all of the text before the reply -----------'      `-- tail --'
+    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nREPLY<|im_end|>\n
+    `------------------ the prompt: all of the text before the reply ----------'      `-- tail --'
 
 * The prompt is what stands before the reply. Whatever format the template puts there (an empty
   block of thoughts, a channel, a START_RESPONSE) belongs to it. Only blank space that the
@@ -65,8 +65,8 @@ OPEN_BLOCK = re.compile(rf"{OPEN}\s*\Z")
 
 # Tokens that a vocabulary may have for markup in texts: they control nothing.
 PLAIN_MARKUP = re.compile(
-    r"</?(?:a|b|blockquote|br|caption|code|dd|div|dl|dt|em|h[1-6]|hr|i|img|li|ol|p|pre|s|span|strike"
-    r"|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|u|ul)/?>"
+    r"</?(?:a|b|blockquote|br|caption|code|dd|div|dl|dt|em|h[1-6]|hr|i|img|li|ol|p|pre|s|span"
+    r"|strike|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|u|ul)/?>"
 )
 
 

@@ -39,7 +39,7 @@ import scit
 from common.collection import CollectedBatch, Collection
 from common.config import run, setting
 from common.data import collate, prepare_pairs
-from common.hf import find_blocks, load_tokenizer, load_trunk, model_digest
+from common.hf import find_blocks, load_tokenizer, load_trunk, model_digests
 from common.stages import read_stage, write_stage
 from lora import LoRA, save_adapter
 from studies import authors
@@ -225,7 +225,10 @@ def write_stage1(out, method, model):
         "max_length": WINDOW[method],
         "split_seed": 0,
     }
-    manifest = {"settings": settings, "model_digest": model_digest(settings["model"])}
+    tokenizer = load_tokenizer(settings["model"])
+    pairs = prepare_pairs(settings["data"], ("valid",), tokenizer, WINDOW[method], 0)
+    inputs = {**model_digests(settings["model"], tokenizer), "pairs": pairs.source_digest}
+    manifest = {"settings": settings, "inputs": inputs}
     kinds = ("scit",) if method == "scit" else ("good", "bad")
     for kind in kinds:
         adapter = LoRA(model.base_model)
