@@ -5,7 +5,7 @@ A dialogue is a tuple of (role, text) turns with the roles user, assistant and s
 A chat template is read off one rendered text: the whole dialogue, with a placeholder as the reply.
 
     <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nREPLY<|im_end|>\n
-    `------------------ the prompt: all of the text before the reply ----------'      `-- tail --'
+    `--------------- the prompt: all of the text before the reply ---------------'     `-- tail --'
 
 * The prompt is what stands before the reply. Whatever format the template puts there (an empty
   block of thoughts, a channel, a START_RESPONSE) belongs to it. Only blank space that the
