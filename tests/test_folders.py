@@ -397,14 +397,11 @@ def test_a_terminal_without_utf8_costs_nothing(tiny, tmp_path):
     source = ["--model", tiny / "model", "--data", folder / "pairs.jsonl"]
     out = ["--out", folder / "out"]
     succeed(dual, *source, *out, *QUICK, **environment)
-    succeed(collect, *out, "--layers", "1", *CPU, **environment)
-    succeed(align, *out, *QUICK, **environment)
     options = ["--limit", "2", "--max-new-tokens", "2", *CPU]
     succeed(evaluate, *out, *options, **environment)
     samples = (folder / "out" / "evaluate" / "samples.jsonl").read_text(encoding="utf-8")
     assert "Ţļ→" in samples
-    output = succeed(evaluate, *out, "--prompt", "Grüße?", *CPU, **environment)
-    assert "dual_aligned:" in output
+    succeed(evaluate, *out, "--prompt", "Grüße?", *CPU, **environment)
     wrong = call(evaluate, "--out", tmp_path / "→", **environment)
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr

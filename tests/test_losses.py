@@ -228,11 +228,11 @@ def test_shards_hold_the_same_whatever_a_pass_holds_and_begin_with_the_longest(p
     plans, pass_counts = [], []
     for tokens in (10**6, 60):
         config = collect.Config(shard_mb=0.01, tokens_per_pass=tokens)
-        shards = collect.plan_shards(examples, config, 100)
+        shards = collect.plan_shards(examples, lengths, config, 100)
         plans.append(shards)
         pass_counts.append([])
         for shard in shards:
-            passes = collect.plan_passes(shard, examples, config)
+            passes = collect.plan_passes(shard, examples, lengths, config)
             assert list(itertools.chain(*passes)) == [examples[i] for i in shard]
             pass_counts[-1].append(len(passes))
     assert plans[0] == plans[1]

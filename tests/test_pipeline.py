@@ -214,7 +214,7 @@ def test_without_stored_base_align_trains_the_same_adapter(runs, world, tmp_path
     for method in METHODS:
         shutil.copytree(out / method, tmp_path / method)
         later = ["--out", tmp_path, "--method", method, *CPU]
-        training = ["--rank", "8", "--steps", "40"]
+        training = ["--rank", "8", "--steps", "15"]
         folder = tmp_path / method / "align"
         go(align, *later, *training)
         expected, before = adapted_logits(world, folder), manifest_of(folder)
@@ -232,7 +232,7 @@ def test_all_directions_are_the_papers_form(collected, world):
     """--rank D is the same adapter as without directions, within rounding; a small rank is not."""
     logits = {}
     for name, rank in (("paper", []), ("all", ["--rank", "128"]), ("two", ["--rank", "2"])):
-        args = ["--out", collected, "--method", "dual", "--alpha", "1", "--steps", "40", *CPU]
+        args = ["--out", collected, "--method", "dual", "--alpha", "1", "--steps", "15", *CPU]
         output = go(align, *args, *rank)
         assert output.count(" directions hold ") == (2 if rank else 0)
         logits[name] = adapted_logits(world, collected / "dual" / "align")
