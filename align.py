@@ -1,16 +1,16 @@
 """Stage 3: train a LoRA that moves the hidden states to b + α (h+ - h-) (paper section 3.3).
 
     python align.py                                      after collect.py
-    python align.py --alpha 1                            as in the paper: one α for all layers
+    python align.py --alpha 5                            the paper's α
 
 On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same positions:
 
     loss = mean over target layers l and recorded tokens of
-           || A(π_lora, <q, r>, l) - (b_l + α_l (h+_l - h-_l)) ||_2
+           || A(π_lora, <q, r>, l) - (b_l + α (h+_l - h-_l)) ||_2
 
 Two things go beyond the paper. The best α differs between models, the best strength ρ less so:
-α_l = ρ / mean(|v_l| / |b_l|) with v = h+ - h-, so that states move by a share ρ of their length.
-And --rank projects v on the layer's top principal directions U: v U^T U.
+α = ρ / mean(|v_l| / |b_l|) with v = h+ - h-, so that states move by a share ρ of their length on
+average. And --rank projects v on the layer's top principal directions U: v U^T U.
 
 The LoRA is on blocks 0 to the highest target layer; nothing above is loaded or run ("trunk" means
 a model without its head). One collection serves many α. Writes OUT/METHOD/align, a PEFT adapter for
@@ -66,11 +66,11 @@ class Config(TrainingSettings):
 
     strength: float | None = setting(
         None,
-        f"ρ: states move by this share of their length, on average over the tokens of each layer; "
+        f"ρ: states move by this share of their length, on average over tokens and layers; "
         f"empty takes {STRENGTH}, unless --alpha is given",
     )
     alpha: float | None = setting(
-        None, "α, the same for every layer, as in the paper; empty takes what --strength says"
+        None, "α, as in the paper; empty takes what --strength says"
     )
     rank: int | None = setting(
         None,
@@ -115,19 +115,21 @@ class Config(TrainingSettings):
     )
 
 
-def alpha_per_layer(config, ratios):
-    """α_l for each target layer. ratios: mean |v_l|/|b_l| of each layer.
+def choose_alpha(config, ratios):
+    """α of all layers: --alpha, or ρ / mean(|v_l|/|b_l|) with ρ = --strength.
 
-    α_l = --alpha,   or   α_l = ρ / mean(|v_l|/|b_l|)   with ρ = --strength
+    One α for all layers, as in the paper: |v|/|b| differs between layers, and an α for each would
+    ask later blocks to undo what earlier ones did. ratios: mean |v_l|/|b_l| of each layer.
     """
     if config.alpha is not None:
-        return [config.alpha] * len(ratios)
-    if not all(0 < ratio < math.inf for ratio in ratios):
+        return config.alpha
+    ratio = sum(ratios) / len(ratios)
+    if not 0 < ratio < math.inf:
         raise UserError(
             f"--strength: |v|/|h| is {ratios} at layers {config.layers}: h+ and h- must differ; "
             "train stage 1 longer, or give --alpha"
         )
-    return [config.strength / ratio for ratio in ratios]
+    return config.strength / ratio
 
 
 def read_batch(collection, indices, trunk, adapter):
@@ -143,7 +145,7 @@ def read_batch(collection, indices, trunk, adapter):
 
 
 @torch.no_grad()
-def validation_distances(trunk, adapter, validation, alphas, tokens_per_pass):
+def validation_distances(trunk, adapter, validation, alpha, tokens_per_pass):
     """Mean over validation tokens of || h - (b + α v) ||, per layer: list of L floats."""
     norms = []
     everything = range(len(validation.responses))
@@ -152,11 +154,11 @@ def validation_distances(trunk, adapter, validation, alphas, tokens_per_pass):
         hidden = hidden_states(trunk, validation.layers, batch.ids)
         index = response_index(batch.recorded)
         states = (batch.base, batch.plus, batch.minus)
-        norms.append(representation_loss(hidden, *states, index, alphas)[1])  # [L, T]
+        norms.append(representation_loss(hidden, *states, index, alpha)[1])  # [L, T]
     return torch.cat(norms, 1).mean(1).tolist()
 
 
-def train(trunk, adapter, collection, alphas, config, checkpoint_path, depends_on, log):
+def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, log):
     """Train the adapter to move the hidden states to their targets."""
     layers, lengths = collection.layers, collection.lengths
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
@@ -183,7 +185,7 @@ def train(trunk, adapter, collection, alphas, config, checkpoint_path, depends_o
                     batch.plus,
                     batch.minus,
                     response_index(batch.recorded),
-                    alphas,
+                    alpha,
                     kind=config.kind,
                     denom=len(layers) * tokens,
                     backend=config.backend,
@@ -228,7 +230,7 @@ def main(config, target=None):
         config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
         config.backend = choose_backend(config.backend, manifest["hidden_size"], device)
         ratios = [manifest["ratio"][collected["layers"].index(layer)] for layer in layers]
-        alphas = alpha_per_layer(config, ratios)
+        alpha = choose_alpha(config, ratios)
         tokenizer = load_tokenizer(config.model)
         pad_id = tokenizer.pad_token_id
         shards = [verified_path(folder / "collect", manifest, name) for name in manifest["shards"]]
@@ -257,20 +259,17 @@ def main(config, target=None):
         adapter = LoRA(
             trunk, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets
         )
-        print_plan(config, alphas, ratios, shares, manifest, collection, trunk, adapter)
+        print_plan(config, alpha, ratios, shares, manifest, collection, trunk, adapter)
 
         # 3. train
-        layer_alphas = torch.tensor(alphas, device=device)
         measure = functools.partial(
-            validation_distances, trunk, adapter, validation, layer_alphas, config.tokens_per_pass
+            validation_distances, trunk, adapter, validation, alpha, config.tokens_per_pass
         )
         checkpoint_path = target.with_name(f".checkpoint-{target.name}")
-        depends_on = {**collected, "alphas": alphas, "collected": manifest["digests"]}
+        depends_on = {**collected, "chosen_alpha": alpha, "collected": manifest["digests"]}
         distance_start = measure()
         with open_log(target.parent, target.name) as log:
-            train(
-                trunk, adapter, collection, layer_alphas, config, checkpoint_path, depends_on, log
-            )
+            train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, log)
         distance_end = measure()
 
         # 4. save: stage 1's adapter is stacked in, so that the original base model is all it needs
@@ -282,7 +281,7 @@ def main(config, target=None):
             "method": config.method,
             "inputs": manifest["inputs"],
             "adapters": manifest["adapters"],
-            "alphas": alphas,
+            "alpha": alpha,
             "distance_start": distance_start,
             "distance_end": distance_end,
         }
@@ -342,11 +341,12 @@ def project_on_directions(collection, validation, config, device):
     return [share[config.rank - 1] for share in shares]
 
 
-def print_plan(config, alphas, ratios, shares, manifest, collection, trunk, adapter):
+def print_plan(config, alpha, ratios, shares, manifest, collection, trunk, adapter):
     """Print what will be trained on what, layer by layer."""
+    print(f"α {alpha:.3g}")
     for i, layer in enumerate(config.layers):
-        moved = abs(alphas[i]) * ratios[i]
-        line = f"  layer {layer}: α {alphas[i]:.3g}, α|v|/|h| {moved:.2f}"
+        moved = abs(alpha) * ratios[i]
+        line = f"  layer {layer}: α|v|/|h| {moved:.2f}"
         if shares:
             line += f", {config.rank} directions hold {shares[i]:.0%} of |v|²"
         if moved > 0.8:

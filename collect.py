@@ -117,8 +117,11 @@ class RecordingSettings:
     device: str | None = setting(
         None, "cpu, cuda or cuda:1; empty takes the GPU where there is one", group="run"
     )
-    dtype: Literal["float32", "bfloat16"] | None = setting(
-        None, "dtype of model and states; empty takes stage 1's", group="run"
+    compute_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "what the model computes in; bfloat16 halves the memory, but its rounding, 1 to 2% of a "
+        "state, is as large as a small v",
+        group="run",
     )
 
 
@@ -136,6 +139,9 @@ class Config(RecordingSettings):
     )
     store_base: bool = setting(
         True, "write b too; without it align runs the base model again in each step", group="run"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = setting(
+        None, "dtype of the written states; empty takes stage 1's", group="run"
     )
     max_gb: float = setting(20, "most gigabytes to write", minimum=0, group="run")
     shard_mb: float = setting(
@@ -194,9 +200,10 @@ def record_shard(path, passes, record, config):
         stored = {"plus": plus, "minus": minus} if config.store == "full" else {"v": v}
         if config.store_base:
             stored["base"] = base
+        dtype = getattr(torch, config.dtype)
         for name, states in stored.items():
             for layer, state in zip(config.layers, states):
-                parts[f"{name}.{layer}"].append(state.cpu())
+                parts[f"{name}.{layer}"].append(state.to("cpu", dtype))
         # what align needs to run <q, r> again: ids, their number, the first recorded position
         for pair, response in examples:
             ids, prompt_length = pair.example("plain", response)
@@ -334,6 +341,7 @@ def main(config):
     # 1. what stage 1 says, and the pairs
     stage1, tokenizer, pairs = open_inputs(config)
     settings = stage1.manifest["settings"]
+    inherit(config, settings, ("dtype",), f"{config.out}/{config.method}")
     config.layers = choose_layers(config.layers, load_config(config.model).num_hidden_layers)
     pairs["valid"] = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
     folder = Path(config.out) / config.method
@@ -342,7 +350,7 @@ def main(config):
         # 2. the model up to the highest target layer, and its adapters
         device = choose_device(config.device)
         config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
-        trunk = load_trunk(config.model, config.layers[-1] + 1, config.dtype, device)
+        trunk = load_trunk(config.model, config.layers[-1] + 1, config.compute_dtype, device)
         check_same_model(config.model, tokenizer, stage1.manifest, f"{config.out}/{config.method}")
         adapters = stage1.load_adapters(trunk)
 
@@ -420,7 +428,7 @@ def open_inputs(config):
     """Stage1Output, tokenizer and pairs {"train" | "valid": [EncodedPair]}; completes config."""
     stage1 = open_stage1(config.out, config.method)
     settings, source = stage1.manifest["settings"], f"{config.out}/{stage1.method}"
-    inherited = ["model", "dtype", "max_length", "seed"]
+    inherited = ["model", "max_length", "seed"]
     own_data = config.data is not None
     if not own_data:
         inherited += ["data", "columns"]

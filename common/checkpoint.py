@@ -18,7 +18,7 @@ LOG_INTERVAL = 10
 
 # What a run depends on besides its settings, in words.
 INPUT_LABELS = {
-    "alphas": "α of each layer (--strength or --alpha)",
+    "chosen_alpha": "α (--strength or --alpha)",
     "collected": "another collection, with digests",
     "pairs": "other pairs, with digest",
     "model_digest": "another model, with digest",

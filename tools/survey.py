@@ -227,7 +227,7 @@ def main(config):
     stage1, tokenizer, pairs = collect.open_inputs(config)
     device = choose_device(config.device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
-    model = load_model(config.model, config.dtype, device)
+    model = load_model(config.model, config.compute_dtype, device)
     check_same_model(config.model, tokenizer, stage1.manifest, f"{config.out}/{config.method}")
     adapters = stage1.load_adapters(model.base_model)
     config.layers = list(range(len(find_blocks(model.base_model)[1])))

@@ -1,0 +1,154 @@
+"""Answers with common noise and exact KL: what the real-model studies measure policies with.
+
+Every policy draws its answers with the same Gumbel noise, argmax_v (log π(v) + g_v), so that two
+policies that are near each other mostly give the same answer, and their difference has little noise.
+The base runs beside each policy, which gives the KL of an answer as a sum over its positions of the
+exact sum over the vocabulary:
+
+    KL(answer) = Σ_t Σ_v π(v | q, r_<t) (log π(v | q, r_<t) - log π_base(v | q, r_<t))
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from common.data import encode_pairs
+from common.hf import choose_device, load_model
+from common.pairs import Pair
+from common.score import left_pad, stop_tokens, text_of
+from lora import LoRA, enable_only
+
+# The answers drawn at a time.
+BATCH = 256
+
+
+@dataclass
+class Policy:
+    """logits = Σ coefficient_i · logits_i, each of the base with an adapter (or None) on a prompt.
+
+    terms: list of (coefficient, AdapterWeights or None, "plain" | "positive").
+    """
+
+    terms: list = field(default_factory=lambda: [(1.0, None, "plain")])
+
+
+@dataclass
+class Answer:
+    """ids: up to and with the stop token; kl: nats, the whole answer's."""
+
+    ids: list
+    text: str
+    kl: float
+    ended: bool
+
+
+def load_sampler(model, dtype="bfloat16"):
+    """The model that answers are drawn from."""
+    return load_model(model, dtype, choose_device(None))
+
+
+def encode_prompts(tokenizer, prompts, **instructions):
+    """EncodedPairs of some requests, without responses."""
+    pairs = [Pair((("user", prompt),), "", "", "test") for prompt in prompts]
+    return encode_pairs(tokenizer, pairs, template="chat", **instructions)
+
+
+class Stream:
+    """One model that reads a batch of prompts and then token after token."""
+
+    def __init__(self, model, adapters, adapter, prompts, pad_id):
+        """adapters: all LoRA on the model; adapter: the one of them that is enabled, or None."""
+        self.model = model
+        self.adapters = adapters
+        self.enabled = [adapter] if adapter else []
+        self.ids, self.attention = left_pad(prompts, pad_id)
+        self.cache = DynamicCache(config=model.config)
+
+    def logits(self):
+        """fp32 [B, V] of the next token."""
+        with enable_only(self.adapters, *self.enabled):
+            output = self.model.base_model(
+                input_ids=self.ids,
+                attention_mask=self.attention,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        # contiguous: else the head's matrix is copied for each prompt
+        last = output.last_hidden_state[:, -1].contiguous()
+        return self.model.get_output_embeddings()(last).float()
+
+    def append(self, tokens):
+        """tokens: int64 [B]."""
+        self.ids = tokens[:, None]
+        self.attention = torch.cat([self.attention, torch.ones_like(self.ids)], 1)
+
+
+@torch.no_grad()
+def sample_answers(model, tokenizer, encoded, policy, count, seed, max_new_tokens):
+    """`count` answers of a policy to each prompt: for each prompt a list of Answers.
+
+    encoded: EncodedPairs. The noise depends on the seed and on the prompts alone.
+    """
+    stops = stop_tokens(model, tokenizer, encoded[0].end_token)
+    adapters = {}
+    for _, weights, _ in policy.terms:
+        if weights is not None:
+            adapters[id(weights)] = LoRA(model.base_model, weights=weights).eval()
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompts["plain"]))
+    order = [i for i in order for _ in range(count)]
+    answers = [[] for _ in encoded]
+    for start in tqdm(range(0, len(order), BATCH), desc="sample", unit="batch"):
+        batch = [encoded[i] for i in order[start : start + BATCH]]
+        drawn = sample_batch(
+            model, tokenizer, batch, policy, adapters, stops, (seed, start), max_new_tokens
+        )
+        for i, answer in zip(order[start:], drawn):
+            answers[i].append(answer)
+    for adapter in adapters.values():
+        adapter.remove()
+    return answers
+
+
+def sample_batch(model, tokenizer, batch, policy, adapters, stops, seed, max_new_tokens):
+    """One Answer to each prompt of a batch."""
+
+    def stream(weights, prompt):
+        prompts = [pair.prompts[prompt].tolist() for pair in batch]
+        adapter = adapters[id(weights)] if weights is not None else None
+        return Stream(model, adapters.values(), adapter, prompts, tokenizer.pad_token_id)
+
+    base = stream(None, "plain")
+    streams = []
+    for _, weights, prompt in policy.terms:
+        is_base = weights is None and prompt == "plain"
+        streams.append(base if is_base else stream(weights, prompt))
+    noise = np.random.Generator(np.random.SFC64(seed))
+    ids = [[] for _ in batch]
+    kl = torch.zeros(len(batch))
+    running = torch.ones(len(batch), dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        base_logits = base.logits()
+        logits = 0
+        for (coefficient, *_), one in zip(policy.terms, streams):
+            logits = logits + coefficient * (base_logits if one is base else one.logits())
+        if streams != [base]:
+            log_p, log_base = logits.log_softmax(-1), base_logits.log_softmax(-1)
+            kl += running * (log_p.exp() * (log_p - log_base)).sum(-1)
+        # Gumbel noise: -log(-log u)
+        uniform = torch.from_numpy(noise.random(logits.shape, dtype=np.float32))
+        tokens = (logits - uniform.log_().neg_().log_()).argmax(-1)
+        for i, token in enumerate(tokens.tolist()):
+            if running[i]:
+                ids[i].append(token)
+                running[i] = token not in stops
+        if not running.any():
+            break
+        for one in {id(s): s for s in [base, *streams]}.values():
+            one.append(tokens)
+    return [
+        Answer(answer, text_of(tokenizer, answer, stops), kl[i].item(), answer[-1] in stops)
+        for i, answer in enumerate(ids)
+    ]
