@@ -1,6 +1,7 @@
 """Stage 3: train a LoRA that moves the hidden states to b + α (h+ - h-) (paper section 3.3).
 
     python align.py                                      after collect.py
+    python align.py --kl 2                               as strong as 2 nats allow
     python align.py --alpha 5                            the paper's α
 
 On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same positions:
@@ -11,6 +12,9 @@ On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same
 Two things go beyond the paper. The best α differs between models, the best strength ρ less so:
 α = ρ / mean(|v_l| / |b_l|) with v = h+ - h-, so that states move by a share ρ of their length on
 average. And --rank projects v on the layer's top principal directions U: v U^T U.
+
+How strong an adapter comes out is hard to know beforehand, so the last step scales it: --kl says
+how many nats its answers may be from those of the base (see common/dial.py).
 
 The LoRA is on blocks 0 to the highest target layer; nothing above is loaded or run ("trunk" means
 a model without its head). One collection serves many α. Writes OUT/METHOD/align, a PEFT adapter for
@@ -27,10 +31,12 @@ from typing import Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from common.answers import GenerationSettings
 from common.checkpoint import LOG_INTERVAL, Checkpoint
 from common.collection import Collection, principal_directions
 from common.config import TrainingSettings, UserError, run, setting
 from common.data import shuffled_batches, split_into_passes
+from common.dial import dial, scaled
 from common.hf import (
     check_same_model,
     choose_device,
@@ -38,6 +44,7 @@ from common.hf import (
     choose_tokens_per_pass,
     hidden_states,
     load_config,
+    load_model,
     load_tokenizer,
     load_trunk,
 )
@@ -45,6 +52,7 @@ from common.stage1 import check_adapters
 from common.stages import (
     choose_method,
     claim,
+    fill,
     inherit,
     next_command,
     open_log,
@@ -56,22 +64,29 @@ from common.training import memory_summary, progress_bar
 from kernels import representation_loss, response_index, triton_unavailable_reason
 from lora import LoRA, enable_only, load_adapter, save_adapter, stack
 
-# the default ρ for both methods, chosen on validation pairs of the embedded default
-STRENGTH = 0.25
+# What the settings are for real models where they are left empty: common/toy.py has those of the
+# embedded default.
+DEFAULTS = {"steps": 80, "batch_size": 16, "lr": 3e-4}
+STRENGTH = 0.1
+KL = 3.0
 
 
 @dataclass
 class Config(TrainingSettings):
     """The settings of this stage. Those that it shares with others are in common/config.py."""
 
+    kl: float | None = setting(
+        None,
+        "scale the trained adapter until its answers are this many nats from the base's; empty "
+        f"takes {KL:g}, unless --strength or --alpha is given: then it stays as it is",
+        minimum=1e-3,
+    )
     strength: float | None = setting(
         None,
         f"ρ: states move by this share of their length, on average over tokens and layers; "
         f"empty takes {STRENGTH}, unless --alpha is given",
     )
-    alpha: float | None = setting(
-        None, "α, as in the paper; empty takes what --strength says"
-    )
+    alpha: float | None = setting(None, "α, as in the paper; empty takes what --strength says")
     rank: int | None = setting(
         None,
         "project v on this many top principal directions of each layer; empty takes all of v",
@@ -84,9 +99,20 @@ class Config(TrainingSettings):
         None,
         "target layers among the collected ones, as in collect.py; empty takes all of them",
     )
-    steps: int = setting(150, "optimizer steps", minimum=1)
-    batch_size: int = setting(16, "responses in a step", minimum=1)
-    lr: float = setting(1e-3, "learning rate, constant as in the authors' code", minimum=0)
+    steps: int | None = setting(
+        None, f"optimizer steps; empty takes {DEFAULTS['steps']}", minimum=1
+    )
+    batch_size: int | None = setting(
+        None, f"responses in a step; empty takes {DEFAULTS['batch_size']}", minimum=1
+    )
+    lr: float | None = setting(
+        None,
+        f"learning rate, constant as in the authors' code; empty takes {DEFAULTS['lr']}",
+        minimum=0,
+    )
+    max_new_tokens: int = setting(
+        64, "longest answer in tokens, of those that --kl is measured on", minimum=1
+    )
     method: Literal["scit", "dual"] | None = setting(
         None, "whose collection to use; empty takes the one that is there"
     )
@@ -272,16 +298,34 @@ def main(config, target=None):
             train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, log)
         distance_end = measure()
 
-        # 4. save: stage 1's adapter is stacked in, so that the original base model is all it needs
+        # 4. stage 1's adapter is stacked in, so that the original base model is all it needs
         weights = adapter.weights()
         if stage1_weights is not None:
             weights = stack(stage1_weights, weights)
+
+        # 5. scale it to the KL that was asked for
+        # (of the trunk only its structure is needed from here on)
+        trunk.to("meta")
+        dialled = {}
+        if config.kl:
+            model = load_model(config.model, collected["dtype"], device)
+            prompts = validation.prompts(collected["last_prompt_token"])
+            generation = GenerationSettings(config.max_new_tokens, len(prompts), config.seed)
+            end_token, pass_size = manifest["end_token"], config.tokens_per_pass
+            scale, measured = dial(
+                model, tokenizer, weights, prompts, end_token, config.kl, generation, pass_size
+            )
+            weights = scaled(weights, scale)
+            dialled = {"scale": scale, "kl_at_scale": measured}
+
+        # 6. save
         result = {
             "settings": {**collected, **vars(config)},
             "method": config.method,
             "inputs": manifest["inputs"],
             "adapters": manifest["adapters"],
             "alpha": alpha,
+            **dialled,
             "distance_start": distance_start,
             "distance_end": distance_end,
         }
@@ -289,6 +333,9 @@ def main(config, target=None):
             save_adapter(new, weights, trunk, config.model, config.lora_dropout)
         checkpoint_path.unlink(missing_ok=True)
     print_distances(layers, distance_start, distance_end)
+    if config.kl:
+        kl = dict(measured)[scale]
+        print(f"scaled to {scale:.3g} of its strength: KL to the base {kl:.2f} nats")
     if target == folder / "align":
         print(f"wrote {target}")
         print_warnings(folder, weights)
@@ -302,8 +349,6 @@ def complete_settings(config):
     """
     if config.alpha is not None and config.strength is not None:
         raise UserError("--alpha and --strength exclude each other: give one of them")
-    if config.alpha is None and config.strength is None:
-        config.strength = STRENGTH
     required = {"scit": "collect", "dual": "collect"}
     config.method = choose_method(config.out, config.method, required, ["python collect.py"])
     folder = Path(config.out) / config.method / "collect"
@@ -314,6 +359,7 @@ def complete_settings(config):
         n_blocks = load_config(config.model or collected["model"]).num_hidden_layers
         config.layers = choose_layers(config.layers, n_blocks)
     inherit(config, collected, ("model", "seed", "layers"), folder)
+    choose_strength(config, collected.get("align", {}), folder)
     missing = [layer for layer in config.layers if layer not in collected["layers"]]
     if missing:
         raise UserError(
@@ -326,6 +372,21 @@ def complete_settings(config):
             f"--rank {config.rank}: hidden states of width {width} have {width} directions"
         )
     return manifest
+
+
+def choose_strength(config, recorded, folder):
+    """Fill what the user left empty of the training's settings and of strength, alpha and kl.
+
+    recorded: the settings that the embedded default brings for this stage, {} for other models.
+    """
+    asked = (config.kl, config.strength, config.alpha) != (None, None, None)
+    if config.alpha is not None:
+        recorded = {name: value for name, value in recorded.items() if name != "strength"}
+    fill(config, DEFAULTS, recorded, folder)
+    if config.strength is None and config.alpha is None:
+        config.strength = STRENGTH
+        if not asked:
+            config.kl = KL
 
 
 def project_on_directions(collection, validation, config, device):

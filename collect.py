@@ -50,9 +50,12 @@ from common.hf import (
     load_trunk,
 )
 from common.stage1 import open_stage1
-from common.stages import atomic_write, claim, inherit, next_command, write_stage
+from common.stages import atomic_write, claim, fill, inherit, next_command, write_stage
 from common.training import memory_summary
 from lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, enable_only
+
+# some hundred pairs are enough, and the states of more take much disk space
+LIMIT = 500
 
 # at most this many validation pairs are recorded, for the distances that align.py reports
 VALIDATION_PAIRS = 64
@@ -99,7 +102,7 @@ class RecordingSettings:
     )
     limit: int | None = setting(
         None,
-        "use this many pairs of each split, drawn at random; empty takes all",
+        f"use this many pairs of each split, drawn at random; empty takes {LIMIT}",
         minimum=1,
         group="data",
     )
@@ -379,6 +382,7 @@ def main(config):
             },
             "hidden_size": width,
             "token_bytes": bytes_per_token,
+            "end_token": pairs["train"][0].end_token,
             **names,
         }
         depends_on = {
@@ -433,6 +437,7 @@ def open_inputs(config):
     if not own_data:
         inherited += ["data", "columns"]
     inherit(config, settings, inherited, source)
+    fill(config, {"limit": LIMIT}, settings.get("collect", {}), source)
     config.max_length = min(config.max_length, context_length(load_config(config.model)))
     config.method = stage1.method
     if config.method == "scit" and config.stimulus == "plain":

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from common import toy
 from common.checkpoint import LOG_INTERVAL, Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingDiverged, TrainingSettings, run, setting
 from common.data import collate, sample, shuffled_batches, split_into_passes
@@ -36,6 +37,8 @@ VALIDATION_PAIRS = 64
 @dataclass
 class Config(SourceSettings, TrainingSettings):
     """The settings of this stage. Those that it shares with others are in common/config.py."""
+
+    embedded_default = toy.DUAL
 
     steps: int = setting(150, "optimizer steps of each model", minimum=1)
     batch_size: int = setting(16, "responses in a step", minimum=1)

@@ -8,16 +8,18 @@
                        answers of base and aligned models; writes nothing
 
 Preference accuracy does not notice a collapsed model, so every model also answers the prompts
-itself, greedily and at temperature 1. A judge, any callable (prompt, response) -> [0, 1], or a
-reward model scores the answers. Without one, their NLL under the base, their length and their
-repeated n-grams show a collapse. Writes OUT/evaluate/report.json and samples.jsonl, whose rows
-have AlpacaEval's fields.
+itself, greedily and at temperature 1. The implicit reward of stage 1 scores the answers (see
+common/score.py), and so does a judge, any callable (prompt, response) -> [0, 1], or a reward model.
+A reward has a price: `kl_to_base` is how far a model has moved, in nats an answer. Beside the
+trained models stands the base that is told p+, since prompting costs nothing. Writes
+OUT/evaluate/report.json and samples.jsonl, whose rows have AlpacaEval's fields.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from common.answers import GenerationSettings, attached, generate, stop_tokens, text_of
 from common.config import UserError, run, setting
 from common.data import encode_pairs, prepare_pairs
 from common.hf import (
@@ -31,16 +33,12 @@ from common.hf import (
 )
 from common.pairs import Pair
 from common.score import (
-    GenerationSettings,
-    attached,
-    generate,
+    implicit_rewards,
     inherited_judge,
     load_judge,
     load_reward_model,
     markdown_table,
     score_models,
-    stop_tokens,
-    text_of,
     win_rate,
     write_rows,
 )
@@ -206,28 +204,50 @@ def print_answers(model, tokenizer, adapters, config, template):
         print(f"{name:>12}: {text_of(tokenizer, answers[0], stops)}")
 
 
+def scores_of(samples, name, scorer, temperature):
+    """The scores of one model's answers, prompt by prompt."""
+    return [
+        row[scorer]
+        for row in samples
+        if row["generator"] == name and row["temperature"] == temperature
+    ]
+
+
 def win_rates(samples, names, scorers):
     """How often models win over the base, prompt by prompt.
 
     Returns {name: {"judge_greedy" | ...: (rate, low, high)}}.
     """
-
-    def scores(name, scorer, temperature):
-        return [
-            row[scorer]
-            for row in samples
-            if row["generator"] == name and row["temperature"] == temperature
-        ]
-
     wins = {}
     for name in names:
         for scorer in scorers:
             for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
                 rate = win_rate(
-                    scores(name, scorer, temperature), scores("base", scorer, temperature)
+                    scores_of(samples, name, scorer, temperature),
+                    scores_of(samples, "base", scorer, temperature),
                 )
                 wins.setdefault(name, {})[f"{scorer}_{decoding}"] = rate
     return wins
+
+
+def disagreement(samples, name, scorers, implicit):
+    """How often an implicit reward and a scorer disagree whether a model's sampled answer is better
+    than the base's, over the prompts on which both see a difference.
+
+    Returns {"judge and implicit_dual" | ...: share}.
+    """
+
+    def signs(scorer):
+        pairs = zip(scores_of(samples, name, scorer, 1.0), scores_of(samples, "base", scorer, 1.0))
+        return [(a > b) - (a < b) for a, b in pairs]
+
+    shares = {}
+    for scorer in scorers:
+        for reward in implicit:
+            both = [(a, b) for a, b in zip(signs(scorer), signs(reward)) if a and b]
+            if both:
+                shares[f"{scorer} and {reward}"] = sum(a != b for a, b in both) / len(both)
+    return shares
 
 
 def describe_wins(rates):
@@ -298,9 +318,17 @@ def main(config):
         pairs = prepared[config.split]
 
         # 4. Every model's scores and answers, and how often they beat those of the base.
-        models = {"base": (None, "plain")}
+        models = {"base": (None, "plain"), "base_plus": (None, "positive")}
         for name, weights in adapters.items():
             models[name] = (weights, MODELS[name].prompt)
+        implicit = {}
+        for method in ("scit", "dual"):
+            by_kind = {
+                MODELS[name].kind: weights
+                for name, weights in adapters.items()
+                if MODELS[name].folder.startswith(method)
+            }
+            implicit |= implicit_rewards(method, by_kind)
         generation = GenerationSettings(config.max_new_tokens, config.batch_size, config.seed)
         reports, samples = score_models(
             model,
@@ -308,16 +336,20 @@ def main(config):
             tokenizer,
             pairs,
             scorers,
+            implicit,
             generation,
             out / "evaluate_answers.jsonl",
             config.tokens_per_pass,
         )
-        wins = win_rates(samples, adapters, scorers)
+        others = list(models)[1:]
+        wins = win_rates(samples, others, [*scorers, *implicit])
+        disagreements = {name: disagreement(samples, name, scorers, implicit) for name in others}
 
         # 5. Save and print.
         report = {
             "models": reports,
             "win_rate_over_base": wins,
+            "disagreement": disagreements,
             "versions": versions(),
             "settings": {**vars(config), "split_seed": settings["split_seed"], "pairs": len(pairs)},
         }
@@ -328,6 +360,8 @@ def main(config):
     print(f"\n{markdown_table(reports)}\n")
     for name, rates in wins.items():
         print(f"{name} wins over base: {describe_wins(rates)}")
+        for scorers, share in disagreements[name].items():
+            print(f"  {scorers} disagree on {share:.0%} of the prompts")
     print(
         f"wrote {target}: {len(pairs)} {config.split} pairs, {len(samples):,} answers in "
         "samples.jsonl"

@@ -8,22 +8,26 @@ This is contrastive instruction tuning. Every pair gives two examples, (p+, q, r
 the response (NLL), and that the opposite instruction p~ makes it less likely (contrast):
 
     loss = -log π(r | p, q) + (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~))
-    P(p) = mean over the response's tokens of log π(r_t | p, q, r_<t)
+    P(p) = β Σ log π(r_t | p, q, r_<t) over the response's tokens
 
-In the paper ε is 0 and P is a sum; the mean and ε are the authors' code. Two things are ours: a
-LoRA is trained instead of all weights, and some examples without an instruction anchor the plain
-prompt (see `anchor`), on which align.py builds. Writes OUT/scit/adapter, the input of collect.py.
+In the paper ε is 0 and β is 1 (`--smoothing 0 --beta 1`); the authors' code takes the mean over the
+tokens in place of β times the sum, and ε 0.2 (`--contrast mean --beta 1 --smoothing 0.2`). Two
+things are ours: a LoRA is trained instead of all weights, and some examples without an instruction
+anchor the plain prompt (see `anchor`), on which align.py builds. Writes OUT/scit/adapter, the input
+of collect.py.
 """
 
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
+from common import toy
 from common.checkpoint import LOG_INTERVAL, Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
 from common.data import collate, sample, shuffled_batches, split_into_passes
@@ -49,14 +53,18 @@ INSTRUCTED = (
 class Config(SourceSettings, TrainingSettings):
     """The settings of this stage. Those that it shares with others are in common/config.py."""
 
+    embedded_default = toy.SCIT
+
     steps: int = setting(240, "optimizer steps", minimum=1)
     batch_size: int = setting(
         8, "pairs in a step; each is two responses under two instructions", minimum=1
     )
     lr: float = setting(6e-3, "peak learning rate: 10% warm-up, then a cosine to 0", minimum=0)
-    smoothing: float = setting(
-        0.2, "ε of the contrast, as in the authors' code", minimum=0, maximum=0.5
+    contrast: Literal["sum", "mean"] = setting(
+        "sum", "P is β times the sum (the paper) or the mean (the authors) of log π over tokens"
     )
+    beta: float = setting(0.2, "β of P; the paper and the authors have 1", minimum=0)
+    smoothing: float = setting(0.2, "ε of the contrast; 0 is the paper", minimum=0, maximum=0.5)
     anchor: float = setting(
         0.375,
         "share of a step's pairs, rounded up, that also come without instruction; 0 is the paper",
@@ -68,7 +76,7 @@ class Config(SourceSettings, TrainingSettings):
 def contrast_loss(P, P_opposite, smoothing):
     """How badly the right instruction is told from the opposite one: scalar.
 
-    P, P_opposite: [n], P(p) and P(p~) with P = mean log π(r_t | p, q, r_<t).
+    P, P_opposite: [n], P(p) and P(p~), see scit_loss.
 
         contrast = (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~))
 
@@ -79,7 +87,7 @@ def contrast_loss(P, P_opposite, smoothing):
     return ((1 - smoothing) * right + smoothing * wrong).mean()
 
 
-def scit_loss(model, pairs, anchors, pad_id, smoothing):
+def scit_loss(model, pairs, anchors, pad_id, config):
     """The two parts of SCIT's loss for n pairs, a of which (`anchors`) also come plain.
 
     Returns the NLL summed over the response tokens of the right-instruction and plain examples,
@@ -95,8 +103,9 @@ def scit_loss(model, pairs, anchors, pad_id, smoothing):
     nll = -logprobs[torch.tensor(learned, device=model.device)].sum()
 
     # the contrast compares P under the right instruction with P under the opposite one
-    P = token_mean(logprobs, mask)[: 4 * len(pairs)].view(-1, 2, 2)
-    contrast = contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), smoothing)
+    P = config.beta * (logprobs.sum(1) if config.contrast == "sum" else token_mean(logprobs, mask))
+    P = P[: 4 * len(pairs)].view(-1, 2, 2)
+    contrast = contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), config.smoothing)
     return nll, contrast, P.detach()
 
 
@@ -108,7 +117,7 @@ def validate(model, pairs, pad_id, config):
     parts = []
     # four inputs a pair
     for part in split_into_passes(range(len(pairs)), lengths, config.tokens_per_pass // 4):
-        *_, P = scit_loss(model, [pairs[i] for i in part], [], pad_id, config.smoothing)
+        *_, P = scit_loss(model, [pairs[i] for i in part], [], pad_id, config)
         parts.append(P)
     P = torch.cat(parts)  # [n, right | opposite, chosen | rejected]
     right, opposite = P[:, 0].flatten(), P[:, 1].flatten()
@@ -149,9 +158,7 @@ def train(adapter, inputs, config, log):
             for part in split_into_passes(batch, max_lengths, config.tokens_per_pass // 6):
                 anchors = [pairs[i] for i in part if i in anchored]
                 part_pairs = [pairs[i] for i in part]
-                nll, part_contrast, _ = scit_loss(
-                    model, part_pairs, anchors, pad_id, config.smoothing
-                )
+                nll, part_contrast, _ = scit_loss(model, part_pairs, anchors, pad_id, config)
                 part_contrast = part_contrast * len(part) / len(batch)
                 part_loss = nll / tokens + part_contrast
                 part_loss.backward()
@@ -208,7 +215,7 @@ def main(config):
     contrast, margin, accuracy = validation.values()
     print(
         f"wrote {folder / 'adapter'}; validation pairs: contrast {contrast:.3f} (ln 2 = 0.693 is "
-        f"untrained), log-probability per token under the right instruction {margin:+.2f}, "
+        f"untrained), P under the right instruction {margin:+.2f}, "
         f"higher for {accuracy:.0%}"
     )
     if contrast > 0.95 * math.log(2):

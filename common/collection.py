@@ -79,6 +79,14 @@ class Collection:
             values = getattr(self, name)
             setattr(self, name, [values[i] for i in kept])
 
+    def prompts(self, last_prompt_token):
+        """The ids of the different prompts <q>, lists. last_prompt_token: collect's setting."""
+        prompts = {}
+        for response in self.responses:
+            ids = response.tensors["ids"][response.ids]
+            prompts[tuple(ids[: response.first_recorded + last_prompt_token].tolist())] = None
+        return [list(prompt) for prompt in prompts]
+
     def read(self, indices, device):
         """The CollectedBatch of some responses. On a GPU the copies may still be under way."""
         responses = [self.responses[i] for i in indices]

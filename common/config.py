@@ -231,9 +231,16 @@ def bounded(number_type, minimum, maximum):
 
 
 def parse_command_line(config_class):
-    """The settings of the command line as a config_class. UserError for an unknown setting."""
+    """The settings of the command line as a config_class. UserError for an unknown setting.
+
+    Defaults are for real models. The embedded default needs others: where neither --model nor
+    --data is given, the class's dict `embedded_default` stands in their place.
+    """
     summary = sys.modules[config_class.__module__].__doc__.split("\n\n")[0]
     parser = Parser(config_class, description=summary)
+    words = [argument.split("=")[0] for argument in sys.argv[1:]]
+    if not {"--model", "--data", "--help", "-h"} & set(words):
+        parser.set_defaults(**getattr(config_class, "embedded_default", {}))
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     for name in TEXT_SETTINGS:
         if isinstance(getattr(config, name, None), str):

@@ -7,13 +7,10 @@ A scorer is a callable (dialogues, replies) -> list of floats, where a dialogue 
 """
 
 import importlib
-import itertools
 import json
 import math
 import os
 import sys
-from bisect import bisect_left
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +20,19 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
 )
 
 from common import toy
-from common.chat import (
-    chat_form,
-    render_chat,
-    render_transcript,
-    without_thoughts,
+from common.answers import (
+    answer_logprobs,
+    attached,
+    generate,
+    kl_to_base,
+    repeated_ngrams,
+    stop_tokens,
+    text_of,
 )
+from common.chat import chat_form, render_chat, render_transcript
 from common.config import UserError, first_line
 from common.data import collate, split_into_passes, tokenize
 from common.hf import (
@@ -43,20 +43,7 @@ from common.hf import (
     token_mean,
     try_or_refuse,
 )
-from lora import LoRA, enable_only
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How answers are generated."""
-
-    # the longest answer
-    max_new_tokens: int
-    # prompts answered at a time
-    batch_size: int
-    # seed of the sampled answers
-    seed: int
-
+from lora import AdapterWeights, enable_only
 
 # ---------------------------------------------------------------- scorers
 
@@ -248,173 +235,75 @@ def preferences(model, pairs, prompt, pad_id, tokens_per_pass=None):
     return (margins > 0).float().mean().item(), margins.mean().item(), nll / n_tokens
 
 
-@torch.no_grad()
-def nll_under(model, pairs, answers, pad_id, tokens_per_pass):
-    """NLL per token of answers (lists of ids) after the plain prompts of their pairs.
+# ---------------------------------------------------------------- the implicit reward
 
-    It is high for text that the model finds strange.
+
+@dataclass
+class ImplicitReward:
+    """The judge that comes with every stage 1: log π+(r | q) - log π-(r | q), in nats an answer.
+
+    π+ and π- are what stage 1 has learned of preferred and dispreferred behaviour: DUAL's good and
+    bad model, SCIT's one model under p+ and under p-. As it judges by the models that h+ and h- are
+    of, it tells whether an adapter moves the right way, not whether it has moved too far.
     """
-    prompts = [pair.prompts["plain"].tolist() for pair in pairs]
-    examples = [(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers)]
-    lengths = [len(ids) for ids, _ in examples]
-    pass_size = choose_tokens_per_pass(tokens_per_pass, model.device)
-    nll = 0.0
-    n_tokens = 0
-    for indices in split_into_passes(range(len(pairs)), lengths, pass_size):
-        batch = collate([examples[i] for i in indices], pad_id, model.device)
-        logprobs, mask = response_logprobs(model, batch)
-        nll -= logprobs.sum().item()
-        n_tokens += mask.sum().item()
-    return nll / n_tokens
+
+    plus: AdapterWeights
+    minus: AdapterWeights
+    plus_prompt: str = "plain"
+    minus_prompt: str = "plain"
+
+    def __call__(self, model, pairs, answers, pad_id, tokens_per_pass=None):
+        """The rewards of answers (lists of ids), one to each pair. No adapter is enabled."""
+
+        def logprobs(weights, prompt):
+            prompts = prompts_of(pairs, prompt)
+            with attached(model, weights):
+                return answer_logprobs(model, prompts, answers, pad_id, tokens_per_pass)
+
+        plus = logprobs(self.plus, self.plus_prompt)
+        minus = logprobs(self.minus, self.minus_prompt)
+        return [p - m for p, m in zip(plus, minus)]
 
 
-# ---------------------------------------------------------------- answers
-
-
-def stop_tokens(model, tokenizer, end_token=None):
-    """The ids that end an answer: of the model's generation config (else EOS), and end_token."""
-    stops = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    return {*stops, end_token} - {None}
-
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts, settings, sample=False, end_token=None):
-    """Answers to prompts (lists of ids), as lists of ids up to and with their stop token.
-
-    sample: at temperature 1 from the model's full distribution, else greedy. end_token: the id
-    that ends a response in the chat template, if any. Answers end where the model's context does,
-    each where its own prompt leaves no more room.
-    """
-    stops = stop_tokens(model, tokenizer, end_token)
-    options = {
-        "do_sample": sample,
-        "eos_token_id": list(stops) or None,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if sample:
-        options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    context = context_length(model.config)
-
-    def room(i):
-        """The most tokens of an answer to prompts[i]."""
-        return max(1, min(settings.max_new_tokens, context - len(prompts[i])))
-
-    torch.manual_seed(settings.seed)
-    answers = [None] * len(prompts)
-    for indices in generation_batches(prompts, room, settings.batch_size):
-        ids, attention = left_pad([prompts[i] for i in indices], tokenizer.pad_token_id)
-        width = ids.shape[1]
-        with no_generation_config(model):
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=attention.to(model.device),
-                generation_config=GenerationConfig(max_new_tokens=room(indices[0]), **options),
-            )
-        for i, new_ids in zip(indices, output[:, width:].tolist()):
-            answers[i] = cut_after_stop(new_ids, stops)
-    return answers
-
-
-def generation_batches(prompts, room, batch_size):
-    """Yield batches of indices into the prompts, from the shortest prompt to the longest.
-
-    The prompts of a batch have about the same length, so that there is little padding. They have
-    the same room for an answer: no answer is cut short because a neighbour's prompt is long.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for _, group in itertools.groupby(order, key=room):
-        indices = list(group)
-        for start in range(0, len(indices), batch_size):
-            yield indices[start : start + batch_size]
-
-
-def left_pad(prompts, pad_id):
-    """Ids and attention mask, int64 [B, S], padded on the left, where generation expects it."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
-    attention = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids), torch.tensor(attention)
-
-
-def cut_after_stop(ids, stops):
-    """The ids up to and with the first stop token."""
-    for i, token in enumerate(ids):
-        if token in stops:
-            return ids[: i + 1]
-    return ids
-
-
-@contextmanager
-def no_generation_config(model):
-    """Hide a model's generation config within the context.
-
-    Its settings, such as a repetition penalty, would fill in what the caller's leaves open.
-    """
-    config = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = config
-
-
-def text_of(tokenizer, answer, stops=()):
-    """An answer as text, without the thoughts that it begins with and without its stop token.
-
-    It is cut where the model begins to write the next human turn. stops: the ids that end answers;
-    such a token may be an added one that is not special.
-    """
-    if answer and answer[-1] in stops:
-        answer = answer[:-1]
-    # The tags of a block of thoughts may be special tokens, which the text of an answer lacks: the
-    # block is found in the text with all of them.
-    whole = tokenizer.decode(answer)
-    block = whole.removesuffix(without_thoughts(whole))
-    # the number of ids that write the block, and what the last of them writes after it
-    count = bisect_left(
-        range(len(answer)), True, key=lambda n: tokenizer.decode(answer[:n]).startswith(block)
-    )
-    rest = tokenizer.decode(answer[:count]).removeprefix(block)
-    text = rest + tokenizer.decode(answer[count:], skip_special_tokens=True)
-    return text.split("\n\nHuman:")[0].strip()
-
-
-def repeated_ngrams(answers, n=4):
-    """The share of n-grams that have occurred before in the same answer."""
-    repeated = 0
-    total = 0
-    for answer in answers:
-        ngrams = [tuple(answer[i : i + n]) for i in range(len(answer) - n + 1)]
-        repeated += len(ngrams) - len(set(ngrams))
-        total += len(ngrams)
-    return repeated / max(1, total)
+def implicit_rewards(method, adapters):
+    """{name: ImplicitReward} of a method's stage 1. adapters: {kind: AdapterWeights}; {} where
+    they are not all there."""
+    if method == "scit" and "scit" in adapters:
+        weights = adapters["scit"]
+        return {"implicit_scit": ImplicitReward(weights, weights, "positive", "negative")}
+    if method == "dual" and {"good", "bad"} <= set(adapters):
+        return {"implicit_dual": ImplicitReward(adapters["good"], adapters["bad"])}
+    return {}
 
 
 # ---------------------------------------------------------------- models
 
 
-@contextmanager
-def attached(model, weights):
-    """Within the context, a model has an adapter: AdapterWeights, or None for the base alone."""
-    adapter = LoRA(model.base_model, weights=weights).eval() if weights else None
-    try:
-        yield adapter
-    finally:
-        if adapter:
-            adapter.remove()
+def prompts_of(pairs, prompt):
+    """The ids of each pair's prompt, lists: "plain", "positive" or "negative"."""
+    return [pair.prompts[prompt].tolist() for pair in pairs]
 
 
 def score_model(
-    model, adapter, tokenizer, pairs, prompt, scorers, generation, tokens_per_pass=None, keep=None
+    model,
+    adapter,
+    tokenizer,
+    pairs,
+    prompt,
+    scorers,
+    implicit,
+    generation,
+    tokens_per_pass=None,
+    keep=None,
 ):
     """Score one model on pairs: how it rates their responses, and how it answers their prompts.
 
     adapter: the LoRA that is attached to the model, or None; prompt: "plain", "positive" or
-    "negative"; scorers: {"judge" | "reward": scorer}; generation: GenerationSettings; keep: a
-    function that is given the rows before a scorer sees them. Returns the report {figure: number},
-    and the greedy and sampled answers as rows in AlpacaEval's form (but for the generator's name),
-    each with its scores.
+    "negative"; scorers: {"judge" | "reward": scorer}; implicit: {name: ImplicitReward};
+    generation: GenerationSettings; keep: a function that is given the rows before a scorer sees
+    them. Returns the report {figure: number}, and the greedy and sampled answers as rows in
+    AlpacaEval's form (but for the generator's name), each with its scores, the sampled ones also
+    with their KL to the base.
     """
     pad_id = tokenizer.pad_token_id
     accuracy, margin, chosen_nll = preferences(model, pairs, prompt, pad_id, tokens_per_pass)
@@ -425,7 +314,7 @@ def score_model(
     }
 
     dialogues = [pair.pair.prompt for pair in pairs]
-    prompts = [pair.prompts[prompt].tolist() for pair in pairs]
+    prompts, plain = prompts_of(pairs, prompt), prompts_of(pairs, "plain")
     end_token = pairs[0].end_token
     stops = stop_tokens(model, tokenizer, end_token)
     rows = []
@@ -441,27 +330,54 @@ def score_model(
         ]
         if keep:
             keep(new_rows)
-        for name, scorer in scorers.items():
-            scores = scorer(dialogues, replies)
+        all_scores = {name: scorer(dialogues, replies) for name, scorer in scorers.items()}
+        with enable_only([adapter] if adapter else []):
+            for name, reward in implicit.items():
+                all_scores[name] = reward(model, pairs, new_answers, pad_id, tokens_per_pass)
+        for name, scores in all_scores.items():
+            report[f"{name}_{decoding}"] = sum(scores) / len(scores)
             for row, score in zip(new_rows, scores):
                 row[name] = score
-            report[f"{name}_{decoding}"] = sum(scores) / len(scores)
         rows += new_rows
         answers += new_answers
 
+    # new_answers are now the sampled ones
+    kl = kl_to_base(model, adapter, prompts, plain, new_answers, pad_id, tokens_per_pass)
+    for row, value in zip(new_rows, kl):
+        row["kl_to_base"] = value
+    n_tokens = sum(map(len, answers))
     with enable_only([adapter] if adapter else []):
-        base_nll = nll_under(model, pairs * 2, answers, pad_id, tokens_per_pass)
+        logprobs = answer_logprobs(model, plain * 2, answers, pad_id, tokens_per_pass)
+    mean_kl, kl_error = mean_and_error(kl)
     report |= {
-        "own_nll_under_base": base_nll,
+        "kl_to_base": mean_kl,
+        "kl_error": kl_error,
+        "kl_per_token": sum(kl) / sum(map(len, new_answers)),
+        "own_nll_under_base": -sum(logprobs) / n_tokens,
         "repeated_ngrams": repeated_ngrams(answers),
-        "mean_length": sum(len(answer) for answer in answers) / len(answers),
+        "mean_length": n_tokens / len(answers),
         "ended": sum(answer[-1] in stops for answer in answers) / len(answers),
     }
     return report, rows
 
 
+def mean_and_error(values):
+    """The mean of some numbers and its standard error."""
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
 def score_models(
-    model, adapters, tokenizer, pairs, scorers, generation, answers_path, tokens_per_pass=None
+    model,
+    adapters,
+    tokenizer,
+    pairs,
+    scorers,
+    implicit,
+    generation,
+    answers_path,
+    tokens_per_pass=None,
 ):
     """score_model for several adapters on one base, {name: (AdapterWeights or None, prompt)}.
 
@@ -487,6 +403,7 @@ def score_models(
                         pairs,
                         prompt,
                         scorers,
+                        implicit,
                         generation,
                         tokens_per_pass,
                         keep,
@@ -536,12 +453,13 @@ def win_rate(scores, base_scores, z=1.96):
     return rate, (center - half_width) / scale, (center + half_width) / scale
 
 
-def choose_best(reports):
+def choose_best(reports, max_kl=math.inf):
     """The best of several models beside their base, {"base" | name: report}, and why.
 
     Models that show signs of collapse are out, unless all do. Of the others the highest reward or
-    judge's score wins (greedy and sampled averaged), or, without a scorer, the lowest NLL per
-    token of the chosen responses.
+    judge's score wins (greedy and sampled averaged), or, without a scorer, the highest implicit
+    reward of the sampled answers. This one rises with every nat: what is further than max_kl nats
+    from the base is then out, too, unless all are.
     """
     base = reports["base"]
     candidates = [name for name in reports if name != "base"]
@@ -556,12 +474,16 @@ def choose_best(reports):
             for name, report in reports.items()
         }
         best = max(sound or candidates, key=figures.get)
-        better = figures[best] > figures["base"]
     else:
-        criterion = "the lowest NLL of the chosen responses"
-        figures = {name: report["chosen_nll"] for name, report in reports.items()}
-        best = min(sound or candidates, key=figures.get)
-        better = figures[best] < figures["base"]
+        criterion = "the highest implicit reward"
+        if max_kl < math.inf:
+            criterion += f" at {max_kl:g} nats or less"
+        columns = ("implicit_scit_sampled", "implicit_dual_sampled")
+        column = next(column for column in columns if column in base)
+        figures = {name: report[column] for name, report in reports.items()}
+        near = [name for name in sound if reports[name]["kl_to_base"] <= max_kl]
+        best = max(near or sound or candidates, key=figures.get)
+    better = figures[best] > figures["base"]
 
     reasons = [f"with {criterion} ({figures[best]:.3f}; base {figures['base']:.3f})"]
     if not better:

@@ -102,13 +102,17 @@ class Stage1Output:
         """One of the manifests: they agree in settings and inputs."""
         return next(iter(self.manifests.values()))
 
+    def load_weights(self, trunk):
+        """{kind: AdapterWeights} of a trunk."""
+        return {
+            kind: load_adapter(verified_path(folder, self.manifests[kind]), trunk)
+            for kind, folder in self.folders.items()
+        }
+
     def load_adapters(self, trunk):
         """The adapters {kind: LoRA} on a trunk, in evaluation mode."""
-        adapters = {}
-        for kind, folder in self.folders.items():
-            weights = load_adapter(verified_path(folder, self.manifests[kind]), trunk)
-            adapters[kind] = LoRA(trunk, weights=weights).eval()
-        return adapters
+        weights = self.load_weights(trunk)
+        return {kind: LoRA(trunk, weights=weights[kind]).eval() for kind in weights}
 
 
 def open_stage1(out, method):

@@ -37,6 +37,7 @@ IRRELEVANT = (
     "device",
     "alpha",
     "strength",
+    "kl",
     "checkpoint_minutes",
     "restart",
     "judge",
@@ -318,6 +319,15 @@ def inherit(config, settings, names, source):
         setattr(config, name, settings[name])
     if inherited:
         print(f"from {source}: " + ", ".join(f"{name} {settings[name]}" for name in inherited))
+
+
+def fill(config, defaults, recorded, source):
+    """Fill the settings that the user left empty: from what an earlier stage has recorded for this
+    one, which is printed, else from the defaults."""
+    inherit(config, recorded, list(recorded), source)
+    for name, value in defaults.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
 
 
 def choose_method(out, method, required, commands):

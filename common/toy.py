@@ -32,6 +32,15 @@ from common.stages import claim, read_stage, write_stage
 # The oracle, by the name that stages hand on.
 JUDGE = "common.toy:judge"
 
+# The settings that suit this small world, in place of the stages' own defaults for real models:
+# those of stage 1, and those of later stages, which stage 1 hands on.
+SCIT = {"steps": 240, "batch_size": 8, "lr": 6e-3, "contrast": "mean", "beta": 1.0}
+DUAL = {"steps": 150, "batch_size": 16, "lr": 2e-3}
+LATER = {
+    "collect": {"limit": 600},
+    "align": {"steps": 150, "lr": 1e-3, "strength": 0.25},
+}
+
 
 @dataclass
 class Config:
@@ -435,7 +444,8 @@ def ensure_world(config):
 def source_or_default(config):
     """The model and data of a stage's settings, or the embedded default where both are empty.
 
-    Returns {"model": ..., "data": ...}, and for the default also "judge".
+    Returns {"model": ..., "data": ...}, and for the default also "judge" and the settings of later
+    stages, "collect" and "align".
     """
     if bool(config.model) != bool(config.data):
         raise UserError(
@@ -443,7 +453,8 @@ def source_or_default(config):
         )
     if config.model:
         return {"model": config.model, "data": config.data}
-    return ensure_world(Config(out=config.out, seed=config.seed, device=config.device))
+    world = ensure_world(Config(out=config.out, seed=config.seed, device=config.device))
+    return {**world, **LATER}
 
 
 def main(config):

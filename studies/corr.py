@@ -14,9 +14,9 @@ some forward passes.
 import numpy as np
 import torch
 
+from common.answers import attached
 from common.data import collate, split_into_passes
 from common.hf import response_logprobs
-from common.score import attached
 
 TOKENS_PER_PASS = 4096
 

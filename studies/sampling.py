@@ -1,9 +1,9 @@
 """Answers with common noise and exact KL: what the real-model studies measure policies with.
 
 Every policy draws its answers with the same Gumbel noise, argmax_v (log π(v) + g_v), so that two
-policies that are near each other mostly give the same answer, and their difference has little noise.
-The base runs beside each policy, which gives the KL of an answer as a sum over its positions of the
-exact sum over the vocabulary:
+policies that are near each other mostly give the same answer, and their difference has little
+noise. The base runs beside each policy, which gives the KL of an answer as a sum over its positions
+of the exact sum over the vocabulary:
 
     KL(answer) = Σ_t Σ_v π(v | q, r_<t) (log π(v | q, r_<t) - log π_base(v | q, r_<t))
 """
@@ -15,10 +15,10 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from common.answers import left_pad, stop_tokens, text_of
 from common.data import encode_pairs
 from common.hf import choose_device, load_model
 from common.pairs import Pair
-from common.score import left_pad, stop_tokens, text_of
 from lora import LoRA, enable_only
 
 # The answers drawn at a time.

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from common import toy
+from common.answers import GenerationSettings, attached
 from common.data import prepare_pairs
 from common.hf import load_model, load_tokenizer
-from common.score import GenerationSettings, attached, load_judge, score_model
+from common.score import load_judge, score_model
 from common.stages import versions, write_json
 from lora import load_adapter
 
@@ -19,11 +20,17 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "studies" / "results"
 
 
+def configure(stage, **settings):
+    """The Config of a stage or tool, which on the embedded default has settings of its own."""
+    suited = {} if settings.get("model") else getattr(stage.Config, "embedded_default", {})
+    return stage.Config(**{**suited, **settings})
+
+
 def quietly(stage, **settings):
     """Run a stage or a tool in this process without its output. Returns the seconds it took."""
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        stage.main(stage.Config(**settings))
+        stage.main(configure(stage, **settings))
     return time.perf_counter() - start
 
 
@@ -49,7 +56,7 @@ class World:
         scorers = {"judge": self.judge}
         with attached(self.model, weights) as adapter:
             report, _ = score_model(
-                self.model, adapter, self.tokenizer, self.pairs, prompt, scorers, generation
+                self.model, adapter, self.tokenizer, self.pairs, prompt, scorers, {}, generation
             )
         return report
 

@@ -16,15 +16,16 @@ import align
 import collect
 import dual
 from common import toy
+from common.answers import GenerationSettings, attached, generate, text_of
 from common.config import run, setting
 from common.data import prepare_pairs
 from common.hf import load_model, load_tokenizer
-from common.score import GenerationSettings, attached, generate, text_of
 from common.stages import versions, write_json
 from lora import load_adapter
+from studies.shared import configure
 
 RESULT = Path(__file__).parent / "results" / "strengths.json"
-STRENGTHS = (-align.STRENGTH, 0.0, align.STRENGTH, 2 * align.STRENGTH)
+STRENGTHS = (-0.25, 0.0, 0.25, 0.5)
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Config:
 
 def train_all(out):
     """Run the stages; returns {strength: AdapterWeights}, None for the base."""
-    stage1 = dual.Config(out=out, device="cpu")
+    stage1 = configure(dual, out=out, device="cpu")
     world = toy.source_or_default(stage1)
     model = load_model(world["model"], "float32", "cpu")
     if not (Path(out) / "dual" / "collect").is_dir():

@@ -16,17 +16,23 @@ other answers, so that studies over seeds see other pairs.
 
 import functools
 import gzip
+import itertools
 import json
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from common.config import UserError, run, setting
 from common.hf import load_tokenizer
 from studies.sampling import Policy, encode_prompts, load_sampler, sample_answers
 
 PAIRS = Path(__file__).resolve().parent / "pairs"
+
+# Lists of prompts read better as text.
+# ruff: noqa: SIM905
 
 # The longest answer in tokens.
 ANSWER_TOKENS = 40
@@ -117,10 +123,37 @@ REQUESTS = {
 }
 
 
+# Prompts that have nothing to do with the tasks: what a method changes there is a price.
+UNRELATED = (
+    "How many legs does a spider have? | Name the capital of Portugal. | What is 17 plus 25? | "
+    "Translate good morning into French. | Why is the sky blue? | What does a compass do? | "
+    "Write a Python function that doubles a number. | Who wrote Hamlet? | How do bees make "
+    "honey? | What is the boiling point of water? | List three primary colours. | What is "
+    "photosynthesis? | How far away is the moon? | Explain what a noun is. | What language do "
+    "people speak in Brazil? | How do I boil an egg? | What is the square root of 81? | Name a "
+    "mammal that lives in the sea. | What is the opposite of hot? | How many days are in a leap "
+    "year? | What is gravity? | Give an example of a metaphor. | Which planet is the largest? | "
+    "What does DNA stand for? | How does a bicycle stay upright? | What is a haiku? | Name two "
+    "rivers in Europe. | What is the chemical symbol of gold? | How do I tie a shoelace? | What "
+    "is a triangle? | Who painted the Mona Lisa? | What causes tides? | How many minutes are in "
+    "a day? | What is an island? | Name a string instrument. | What is the freezing point of "
+    "water? | How is paper made? | What is a verb? | Which animals lay eggs? | What is a "
+    "volcano? | How do magnets work? | What is the plural of mouse? | Name three vegetables. | "
+    "What is the currency of Japan? | How do plants drink? | What is half of 250? | Who "
+    "discovered penicillin? | What is an equator? | Name a desert in Africa. | What does a "
+    "lawyer do? | How do I convert miles to kilometres? | What is a synonym of large? | When "
+    "did the second world war end? | What is a battery? | How many strings has a violin? | What "
+    "is the largest ocean? | How do birds fly? | What is a fossil? | Name a poisonous plant. | "
+    "What is the speed of light? | How do I write a formal letter? | What is an atom? | Which "
+    "month has 28 days? | What is the purpose of a dictionary?"
+).split(" | ")
+
+
 @dataclass
 class Config:
     model: str = setting("smollm2", "the folder that studies.smollm2 wrote", group="data")
     seed: int = setting(0, "seed of the answers", group="run")
+    to: str = setting(str(PAIRS), "folder to write", group="run")
 
 
 # ---------------------------------------------------------------- prompts
@@ -133,16 +166,17 @@ def make_prompts():
         for subject in subjects.split(", "):
             groups.append([request.format(subject) for request in REQUESTS[kind]])
     random.Random(0).shuffle(groups)
-    # the prompts of 13 subjects, but for two of them
+    # the prompts of 13 subjects; of the two that are too many training has the use
     share = -(-HELD_OUT // len(REQUESTS["place"]))
-    splits = {
-        "valid": sum(groups[:share], [])[:HELD_OUT],
-        "test": sum(groups[share : 2 * share], [])[:HELD_OUT],
+    parts = {
+        "valid": groups[:share],
+        "test": groups[share : 2 * share],
+        "train": groups[2 * share :],
     }
-    splits["train"] = sum(groups[2 * share :], [])
-    # the four that the other splits have left over
-    splits["train"] += sum(groups[:share], [])[HELD_OUT:]
-    splits["train"] += sum(groups[share : 2 * share], [])[HELD_OUT:]
+    splits = {split: list(itertools.chain.from_iterable(part)) for split, part in parts.items()}
+    for split in ("valid", "test"):
+        splits["train"] += splits[split][HELD_OUT:]
+        del splits[split][HELD_OUT:]
     return splits
 
 
@@ -180,8 +214,38 @@ def plain(prompt, response):
     return max(-1.0, min(1.0, 1 - grade / 10))
 
 
-# How a task scores an answer, and how far apart the answers of a pair are at least.
-TASKS = {"sentiment": (sentiment, 0.7), "plain": (plain, 1.0)}
+class Task(NamedTuple):
+    """A scorer (prompt, response) -> [-1, 1], how far apart the answers of a pair are at least, and
+    the instructions p+ and p-."""
+
+    score: Callable
+    difference: float
+    instructions: tuple
+
+
+TASKS = {
+    "sentiment": Task(
+        sentiment,
+        0.7,
+        (
+            "You are a cheerful, positive and warm assistant.",
+            "You are a gloomy, negative and cold assistant.",
+        ),
+    ),
+    "plain": Task(
+        plain,
+        1.0,
+        (
+            "You write short, simple and plain sentences.",
+            "You write long, intricate and ornate sentences.",
+        ),
+    ),
+}
+
+
+def check_scorers():
+    """UserError where a scorer is not installed."""
+    vader()
 
 
 # ---------------------------------------------------------------- pairs
@@ -206,20 +270,21 @@ def draw_answers(model, tokenizer, prompts, count, seed):
 
 def main(config):
     splits = make_prompts()
-    vader()
+    check_scorers()
     tokenizer = load_tokenizer(config.model)
     model = load_sampler(config.model)
     rows = {task: [] for task in TASKS}
     for split, prompts in splits.items():
         drawn = draw_answers(model, tokenizer, prompts, 4, config.seed)
         for prompt, answers in zip(prompts, drawn):
-            for task, (scorer, difference) in TASKS.items():
-                if pair := best_and_worst(scorer, prompt, answers, difference):
+            for name, task in TASKS.items():
+                if pair := best_and_worst(task.score, prompt, answers, task.difference):
                     row = {"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}
-                    rows[task].append({**row, "split": split})
-    PAIRS.mkdir(exist_ok=True)
+                    rows[name].append({**row, "split": split})
+    folder = Path(config.to)
+    folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
-        path = PAIRS / f"{task}-{config.seed}.jsonl.gz"
+        path = folder / f"{task}-{config.seed}.jsonl.gz"
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[task])
         # without a time, so that the same rows give the same bytes
         path.write_bytes(gzip.compress(text.encode(), mtime=0))

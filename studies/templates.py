@@ -19,6 +19,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from common import toy
+from common.answers import text_of
 from common.chat import (
     chat_form,
     chat_prompt,
@@ -29,7 +30,6 @@ from common.chat import (
 from common.config import POSITIVE, UserError, first_line
 from common.data import encode_pairs
 from common.pairs import Pair
-from common.score import text_of
 
 RESULTS = Path(__file__).parent / "results" / "templates.json"
 

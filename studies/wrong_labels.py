@@ -34,11 +34,11 @@ import collect
 import dual
 import scit
 from common import toy
+from common.answers import GenerationSettings, attached, generate, text_of
 from common.chat import render_transcript
 from common.config import run, setting
 from common.data import collate, prepare_pairs, shuffled_batches
 from common.hf import load_model, load_tokenizer, response_logprobs
-from common.score import GenerationSettings, attached, generate, text_of
 from common.stages import write_json
 from common.training import cosine_with_warmup
 from lora import AdapterWeights, LoRA, enable_only, load_adapter, stack
@@ -171,7 +171,10 @@ class Experiment:
         self.samplings = SAMPLINGS[config.phase]
 
     def run_stage(self, stage, **settings):
-        quietly(stage, out=str(self.out), device="cpu", **settings)
+        suited = getattr(stage.Config, "embedded_default", None) or toy.LATER[stage.__name__]
+        if "alpha" in settings:
+            suited = {name: value for name, value in suited.items() if name != "strength"}
+        quietly(stage, out=str(self.out), device="cpu", **{**suited, **settings})
 
     def prepare(self):
         """Stage 1 and the collection of both methods, once."""
@@ -205,7 +208,7 @@ class Experiment:
             nll, tokens = dual.response_nll(self.model, pairs, "chosen", pad_id)
             return nll / tokens
 
-        return self.train(loss_of, dual.Config.lr, steps)
+        return self.train(loss_of, toy.DUAL["lr"], steps)
 
     def dpo(self, lr):
         def loss_of(adapter, pairs):

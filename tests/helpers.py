@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import config
+from common import config, toy
 from common.data import collate
 from common.hf import find_blocks
 from common.pairs import parse_columns, read_pairs
@@ -171,11 +171,25 @@ def name_of(stage):
     return f"{stage.__name__.rpartition('.')[2]}.py"
 
 
+def suited(stage):
+    """The settings of a stage that suit the embedded default, for runs on a smaller world."""
+    name = stage.__name__
+    return arguments({"dual": toy.DUAL, "scit": toy.SCIT, **toy.LATER}[name])
+
+
+def command_line(stage, args):
+    """The arguments of a stage. Most adapters of the tests are too weak for any --kl."""
+    args = list(map(str, args))
+    if stage.__name__ == "align" and not {"--kl", "--strength", "--alpha"} & set(args):
+        args += ["--strength", "0.25"]
+    return args
+
+
 def go(stage, *args):
     """A stage's command line in this process (a fresh interpreter for each would take minutes).
     Returns what it printed."""
     argv, output = sys.argv, io.StringIO()
-    sys.argv = [name_of(stage), *map(str, args)]
+    sys.argv = [name_of(stage), *command_line(stage, args)]
     try:
         with contextlib.redirect_stdout(output):
             config.run(stage.main, stage.Config)
@@ -186,7 +200,7 @@ def go(stage, *args):
 
 def call(stage, *args, cwd=ROOT, **env):
     """Run a stage or tool of the project as a user would, in an interpreter of its own."""
-    command = [sys.executable, *script_of(stage), *map(str, args)]
+    command = [sys.executable, *script_of(stage), *command_line(stage, args)]
     env = {**os.environ, **env}
     return subprocess.run(command, cwd=cwd, env=env, check=False, capture_output=True, text=True)
 

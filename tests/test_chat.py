@@ -9,11 +9,11 @@ from tokenizers import AddedToken, processors
 from transformers import GenerationConfig
 
 from common import score
+from common.answers import GenerationSettings, generate, text_of
 from common.chat import has_thoughts, render_chat, reply_text, without_thoughts
 from common.config import POSITIVE, UserError
 from common.data import choose_template, encode_pairs
 from common.pairs import Pair
-from common.score import GenerationSettings, generate, text_of
 
 SPECIAL = [
     *("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end_of_turn|>"),

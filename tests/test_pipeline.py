@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import CPU, SHARED, go, listing, load_pairs, make_model, stage1_source
+from helpers import CPU, SHARED, go, listing, load_pairs, make_model, stage1_source, suited
 from safetensors.torch import load_file
 
 import align
@@ -36,10 +36,11 @@ def runs(world, tmp_path_factory):
     source = ["--model", world[0], "--data", world[1], "--out", out]
     outputs = {}
     for stage, method, steps in ((dual, "dual", 100), (scit, "scit", 200)):
-        go(stage, *source, "--steps", steps, *CPU)
+        go(stage, *source, *suited(stage), "--steps", steps, *CPU)
         later = ["--out", out, "--method", method, *CPU]
-        go(collect, *later, *LAYERS)
-        outputs[method] = go(align, *later)
+        base = "instructed" if method == "scit" else "original"
+        go(collect, *later, *LAYERS, "--base", base)
+        outputs[method] = go(align, *later, *suited(align))
     return out, outputs
 
 

@@ -15,6 +15,7 @@ import dual
 import evaluate
 import scit
 from common import score
+from common.answers import GenerationSettings, generate, repeated_ngrams
 from common.chat import render_transcript
 from common.config import UserError
 from lora import save_adapter
@@ -186,20 +187,20 @@ def test_answers_end_where_the_context_does(kind, tokenizer):
     are asked for: learned positions end there. Its neighbour of 100 tokens has room for 28."""
     model = make_model(kind)
     model.generation_config.eos_token_id = None
-    settings = score.GenerationSettings(max_new_tokens=64, batch_size=2, seed=0)
-    answers = score.generate(model, tokenizer, [[5] * 110, [6] * 100], settings)
+    settings = GenerationSettings(max_new_tokens=64, batch_size=2, seed=0)
+    answers = generate(model, tokenizer, [[5] * 110, [6] * 100], settings)
     # a pad token may come early, as the models are random
     assert [len(answer) for answer in answers] == [18, 28]
 
 
 def test_answers_ignore_the_generation_config(tokenizer):
     model = make_model("llama")
-    settings = score.GenerationSettings(max_new_tokens=20, batch_size=3, seed=0)
+    settings = GenerationSettings(max_new_tokens=20, batch_size=3, seed=0)
 
     def answers():
         prompts = [[5, 6, 7]] * 3
-        greedy = score.generate(model, tokenizer, prompts, settings)
-        sampled = score.generate(model, tokenizer, prompts, settings, sample=True)
+        greedy = generate(model, tokenizer, prompts, settings)
+        sampled = generate(model, tokenizer, prompts, settings, sample=True)
         return greedy, sampled
 
     expected = answers()
@@ -225,15 +226,15 @@ def test_answers_ignore_the_generation_config(tokenizer):
 def test_answers_of_a_padded_batch_are_those_of_single_prompts(kind, tokenizer):
     model = make_model(kind)
     prompts = [[5, 6, 7], [9] * 30 + [11, 12], [40, 41, 42, 43, 44, 45, 46]]
-    settings = score.GenerationSettings(max_new_tokens=12, batch_size=3, seed=0)
-    single = [score.generate(model, tokenizer, [prompt], settings)[0] for prompt in prompts]
-    assert score.generate(model, tokenizer, prompts, settings) == single
+    settings = GenerationSettings(max_new_tokens=12, batch_size=3, seed=0)
+    single = [generate(model, tokenizer, [prompt], settings)[0] for prompt in prompts]
+    assert generate(model, tokenizer, prompts, settings) == single
     assert len({tuple(answer) for answer in single}) == 3
 
 
 def test_repeated_ngrams_by_hand():
-    assert score.repeated_ngrams([[1, 2, 3, 4, 1, 2, 3, 4]]) == 1 / 5
-    assert score.repeated_ngrams([[1, 2], [1, 2, 3, 4], [1, 2, 3, 4]]) == 0
+    assert repeated_ngrams([[1, 2, 3, 4, 1, 2, 3, 4]]) == 1 / 5
+    assert repeated_ngrams([[1, 2], [1, 2, 3, 4], [1, 2, 3, 4]]) == 0
 
 
 def test_win_rate_by_hand():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import CPU, go, stage1_source
+from helpers import CPU, go, stage1_source, suited
 
 import align
 import collect
@@ -82,9 +82,9 @@ def test_sweep_keeps_every_adapter_and_marks_the_best(world, tmp_path):
     named and not chosen; align is the best."""
     model_folder, pairs_file = world
     source = ["--model", model_folder, "--data", pairs_file, "--out", tmp_path]
-    go(dual, *source, "--steps", "100", *CPU)
+    go(dual, *source, *suited(dual), "--steps", "100", *CPU)
     go(collect, "--out", tmp_path, "--layers", "1", "2", *CPU)
-    options = ["--out", tmp_path, "--steps", "80", *CPU]
+    options = ["--out", tmp_path, "--steps", "80", "--lr", "1e-3", *CPU]
     scoring = ["--judge", "common.toy:judge", "--max-new-tokens", "24"]
     output = go(sweep, *options, *scoring, "--strength", "0.02", "0.25", "4")
     folder = tmp_path / "dual" / "sweep"

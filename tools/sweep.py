@@ -1,34 +1,42 @@
-"""Which strength? Train one adapter for each value, score all of them, and keep the best.
+"""Which strength? Make an adapter for each value, score all of them, and keep the best.
 
-    python -m tools.sweep --strength 0.1 0.25 0.4        after collect.py
+    python -m tools.sweep --kl 1 2 4 8                   after collect.py
+    python -m tools.sweep --strength 0.1 0.25 0.4 --judge my_module:my_judge
     python -m tools.sweep --alpha 0.5 1 2 --reward-model PATH_OR_HUB_NAME
 
-Each adapter is the one that align.py would train for its value, from the same collection. They are
-scored on validation pairs. The best has the highest reward or judge's score, or without either
-the lowest NLL of the chosen responses; adapters that show signs of collapse are out. Writes all of
-them and their table to OUT/METHOD/sweep, and the best to OUT/METHOD/align.
+Values of --kl are scales of one adapter, which is trained once. For values of --strength or --alpha
+an adapter is trained each, the one that align.py would train. They are scored on validation pairs.
+The best has the highest reward or judge's score. Without either it has the highest implicit
+reward (see common/score.py), which rises with strength: then --max-kl bounds how far an adapter may
+be from the base. Adapters that show signs of collapse are out. Writes all of them and their table
+to OUT/METHOD/sweep, and the best to OUT/METHOD/align.
 """
 
 import dataclasses
 import gc
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import align
+from common.answers import GenerationSettings
 from common.config import TrainingDiverged, UserError, run, setting
 from common.data import prepare_pairs, sample
+from common.dial import dial, scaled
 from common.hf import choose_device, load_model, load_tokenizer
 from common.score import (
-    GenerationSettings,
     check_reward_model,
     choose_best,
+    implicit_rewards,
     inherited_judge,
     load_judge,
     load_reward_model,
     markdown_table,
+    prompts_of,
     score_models,
 )
+from common.stage1 import open_stage1
 from common.stages import (
     MANIFEST,
     claim,
@@ -38,7 +46,7 @@ from common.stages import (
     write_json,
     write_stage,
 )
-from lora import load_adapter
+from lora import load_adapter, save_adapter
 
 # the adapters are scored on at most this many validation pairs
 SCORED_PAIRS = 200
@@ -46,29 +54,33 @@ SCORED_PAIRS = 200
 
 @dataclass
 class Config(align.Config):
-    """The settings of align.py, with several values of strength or alpha."""
+    """The settings of align.py, with several values of kl, strength or alpha."""
 
+    kl: list[float] | None = setting(None, "values of --kl, see align.py", minimum=1e-3)
     strength: list[float] | None = setting(None, "values of ρ, see align.py")
     alpha: list[float] | None = setting(None, "values of α, see align.py")
     judge: str | None = setting(
         None, "module:function that scores (prompt, response); empty takes stage 1's"
     )
+    max_kl: float = setting(
+        5, "without judge, reward model and --kl: the KL of the best, in nats, at most", minimum=0
+    )
     reward_model: str | None = setting(
         None, "sequence classifier of one label that scores the answers: folder or hub name"
     )
-    max_new_tokens: int = setting(64, "longest answer in tokens", minimum=1)
 
 
 def plan_runs(config):
-    """{name: align.Config} of the adapters to train. UserError unless there are several values."""
-    if bool(config.strength) == bool(config.alpha):
-        raise UserError("give several values of --strength or of --alpha")
-    setting_name = "strength" if config.strength else "alpha"
-    values = config.strength or config.alpha
+    """{name: align.Config} of the adapters. UserError unless there are values of one setting."""
+    given = [name for name in ("kl", "strength", "alpha") if getattr(config, name)]
+    if len(given) != 1:
+        raise UserError("give several values of --kl, of --strength or of --alpha")
+    setting_name = given[0]
+    values = getattr(config, setting_name)
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(align.Config)}
     runs = {}
     for value in values:
-        run_settings = {**shared, "strength": None, "alpha": None, setting_name: value}
+        run_settings = {**shared, "kl": None, "strength": None, "alpha": None, setting_name: value}
         runs[f"{setting_name}_{value:g}"] = align.Config(**run_settings)
     if len(runs) < len(values):
         text = " ".join(f"{value:g}" for value in values)
@@ -119,6 +131,26 @@ def train_missing(runs, sweep_folder):
     return names
 
 
+def scale_missing(config, names, trained, sweep_folder, model, tokenizer, pairs):
+    """Scale the trained adapter to each KL, where an interrupted sweep has not done so yet."""
+    manifest = read_stage(trained, "align", "python -m tools.sweep")
+    weights = load_adapter(verified_path(trained, manifest), model.base_model)
+    prompts, end_token = prompts_of(pairs, "plain"), pairs[0].end_token
+    generation = GenerationSettings(config.max_new_tokens, len(prompts), config.seed)
+    for name, kl in zip(names, config.kl):
+        if (sweep_folder / name / MANIFEST).is_file():
+            continue
+        print(f"{name}:")
+        scale, measured = dial(
+            model, tokenizer, weights, prompts, end_token, kl, generation, config.tokens_per_pass
+        )
+        settings = {**manifest["settings"], "kl": kl}
+        result = {**manifest, "settings": settings, "scale": scale, "kl_at_scale": measured}
+        with write_stage(sweep_folder / name, "align", result) as new:
+            new_weights = scaled(weights, scale)
+            save_adapter(new, new_weights, model.base_model, config.model, settings["lora_dropout"])
+
+
 def main(config):
     # 1. the values, the collection, and everything that scoring will need: fail early
     runs = plan_runs(config)
@@ -131,6 +163,10 @@ def main(config):
     scorers = {"judge": load_judge(config.judge)} if config.judge else {}
     if config.reward_model:
         check_reward_model(config.reward_model)
+    stage1 = None
+    if not scorers and not config.reward_model:
+        # its adapters are the judge; elsewhere they may have gone
+        stage1 = open_stage1(config.out, config.method)
     tokenizer = load_tokenizer(config.model)
     pairs = read_pairs(config, manifest, tokenizer)
 
@@ -142,11 +178,20 @@ def main(config):
         claim(folder / "sweep", folder / "align"),
         write_stage(folder / "sweep", "sweep", result, depends_on, config.restart) as new,
     ):
-        names = train_missing(runs, new)
+        device, dtype = choose_device(config.device), collected["dtype"]
+        if config.kl:
+            # one adapter for all: at the strength that align.py trains it with
+            trained = {"kl": None, "strength": first.strength, "alpha": first.alpha}
+            trained = dataclasses.replace(next(iter(runs.values())), **trained)
+            train_missing({"trained": trained}, new)
+            names = list(runs)
+            model = load_model(config.model, dtype, device)
+            scale_missing(config, names, new / "trained", new, model, tokenizer, pairs)
+        else:
+            names = train_missing(runs, new)
+            model = load_model(config.model, dtype, device)
 
         # 3. score
-        device, dtype = choose_device(config.device), collected["dtype"]
-        model = load_model(config.model, dtype, device)
         if config.reward_model:
             reward_model = load_reward_model(config.reward_model, dtype, device, config.batch_size)
             scorers["reward"] = reward_model
@@ -154,6 +199,9 @@ def main(config):
         for name in names:
             adapters[name] = (load_adapter(new / name, model.base_model), "plain")
         generation = GenerationSettings(config.max_new_tokens, config.batch_size, config.seed)
+        implicit = {}
+        if stage1:
+            implicit = implicit_rewards(config.method, stage1.load_weights(model.base_model))
         answers_path = folder / "sweep_answers.jsonl"
         reports, _ = score_models(
             model,
@@ -161,11 +209,12 @@ def main(config):
             tokenizer,
             pairs,
             scorers,
+            implicit,
             generation,
             answers_path,
             config.tokens_per_pass,
         )
-        best, why = choose_best(reports)
+        best, why = choose_best(reports, math.inf if config.kl else config.max_kl)
         text = f"{markdown_table(reports)}\n\nbest: {best}, {why}\n"
         print(text)
         summary = {"best": best, "why": why, "pairs": len(pairs), "models": reports}

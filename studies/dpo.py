@@ -1,0 +1,105 @@
+"""DPO by TRL on the pairs of a study: the competitor, in a process of its own.
+
+    python -m studies.dpo --model smollm2 --data pairs.jsonl.gz --to FOLDER --lr 5e-4
+
+Needs `pip install trl`. The LoRA has the size of dual.py's, the learning rate its schedule, and the
+steps the same number of pairs. Writes the adapter as PEFT does, with a stage.json beside it.
+"""
+
+import gzip
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.config import UserError, peak_memory, run, setting
+from common.stages import versions, write_json
+
+
+@dataclass
+class Config:
+    lr: float = setting(5e-4, "peak learning rate: 10% warm-up, then a cosine to 0")
+    beta: float = setting(0.1, "β of DPO")
+    loss: Literal["sigmoid", "robust"] = setting("sigmoid", "TRL's loss_type")
+    wrong_labels: float = setting(0.0, "the share of swapped pairs that `robust` is told")
+    steps: int = setting(60, "optimizer steps", minimum=1)
+    batch_size: int = setting(8, "pairs in a step", minimum=1)
+    model: str = setting("smollm2", "the folder that studies.smollm2 wrote", group="data")
+    data: str = setting("", "a pairs file of studies.tasks", group="data")
+    to: str = setting("dpo", "folder of the adapter", group="run")
+    seed: int = setting(0, "seed of the adapter and of the order", group="run")
+
+
+def read_rows(path):
+    """The training rows in TRL's conversational form: lists of turns, so that it renders them by
+    the chat template as common/chat.py does."""
+    rows = []
+    for line in gzip.decompress(Path(path).read_bytes()).decode("utf-8").splitlines():
+        row = json.loads(line)
+        if row["split"] == "train":
+            rows.append(
+                {
+                    "prompt": [{"role": "user", "content": row["prompt"]}],
+                    "chosen": [{"role": "assistant", "content": row["chosen"]}],
+                    "rejected": [{"role": "assistant", "content": row["rejected"]}],
+                }
+            )
+    return rows
+
+
+def main(config):
+    try:
+        import torch
+        from datasets import Dataset
+        from peft import LoraConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import DPOConfig, DPOTrainer
+    except ImportError as error:
+        raise UserError(f"{error}: run `pip install trl peft` first") from None
+    start = time.perf_counter()
+    arguments = DPOConfig(
+        output_dir=config.to,
+        loss_type=config.loss,
+        label_smoothing=config.wrong_labels,
+        beta=config.beta,
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, config.steps // 10),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=config.seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=10,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+    )
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.bfloat16),
+        args=arguments,
+        train_dataset=Dataset.from_list(read_rows(config.data)),
+        processing_class=AutoTokenizer.from_pretrained(config.model),
+        peft_config=LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )
+    trainer.train()
+    trainer.save_model(config.to)
+    figures = {
+        "settings": vars(config),
+        "versions": {**versions(), "trl": __import__("trl").__version__},
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak GB": round(peak_memory() / 1e9, 2),
+        "log": trainer.state.log_history,
+    }
+    write_json(Path(config.to) / "dpo.json", figures)
+    print(f"wrote {config.to}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,247 @@
+"""Reward over KL on a real chat model: RAHF beside DPO, arithmetic with weights and logits, and
+prompting.
+
+    python -m studies.frontier --task sentiment --seeds 0 1 2     measures what is missing
+    python -m studies.frontier --report True                      table and figure of what is there
+
+A unit is one policy of one task and seed. Its line is appended to studies/results/frontier.jsonl as
+soon as it is measured, and a later call goes on where this one stopped. Every policy answers the
+128 test prompts four times with the same noise (see studies/sampling.py). A seed draws the pairs
+(see studies/tasks.py), the adapters and the noise. The report writes frontier.json and
+frontier.png.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import align
+import collect
+import dual
+import scit
+from common.config import UserError, run, setting
+from common.dial import scaled
+from common.hf import load_tokenizer, model_digest
+from common.stages import versions
+from lora import load_adapter, stack
+from studies import tasks
+from studies.sampling import Policy, encode_prompts, load_sampler, sample_answers
+from studies.shared import RESULTS, machine, quietly
+
+LINES = RESULTS / "frontier.jsonl"
+
+# The answers to each test prompt, and the base's to each validation prompt for correlations.
+ANSWERS = 4
+VALIDATION_ANSWERS = 8
+
+# What every method trains with: pairs (or responses) in a step, steps, learning rate.
+STAGE1 = {"steps": 60, "batch_size": 8, "lr": 5e-4}
+DPO_LRS = (2e-4, 5e-4, 1e-3)
+SCALES = (0.35, 0.6, 1.0, 1.5)
+LAMBDAS = (0.5, 1.0, 2.0, 3.0)
+
+# The KL in nats at which methods are compared.
+BUDGETS = (1.0, 2.0, 5.0, 10.0)
+
+
+@dataclass
+class Config:
+    task: str = setting("sentiment", f"one of {', '.join(tasks.TASKS)}")
+    seeds: list[int] = setting(None, "seeds to measure; empty takes 0")
+    methods: list[str] = setting(None, "rows to measure; empty takes all of METHODS")
+    report: bool = setting(False, "only write the table and the figure of what is there")
+    model: str = setting("smollm2", "the folder that studies.smollm2 wrote", group="data")
+    work: str = setting("/tmp/rahf-frontier", "folder of the stages, reused", group="run")
+
+
+# ---------------------------------------------------------------- one task and seed
+
+
+class Experiment:
+    """One task and seed: its pairs, what is trained on them, and what is measured."""
+
+    def __init__(self, config, seed):
+        self.task, self.seed, self.model_folder = config.task, seed, config.model
+        self.scorer = tasks.TASKS[config.task].score
+        self.out = Path(config.work) / f"{config.task}-{seed}"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = load_tokenizer(config.model)
+        self.model = load_sampler(config.model)
+        self.prompts = tasks.make_prompts()
+        self.pairs = tasks.PAIRS / f"{config.task}-{seed}.jsonl.gz"
+        if not self.pairs.exists():
+            # those of the first seed alone are in the repository
+            self.pairs = Path(config.work) / "pairs" / self.pairs.name
+            if not self.pairs.exists():
+                tasks.main(tasks.Config(config.model, seed, str(self.pairs.parent)))
+
+    # what is trained, once
+
+    def run_stage(self, stage, folder=None, **settings):
+        out = folder or self.out
+        shared = {"out": str(out), "device": "cpu", "seed": self.seed}
+        return quietly(stage, **shared, **settings)
+
+    def stage1(self, stage, **settings):
+        name = stage.__name__
+        folder = self.out / name / ("good" if name == "dual" else "adapter")
+        if not (folder / "stage.json").exists():
+            positive, negative = tasks.TASKS[self.task].instructions
+            source = {"model": self.model_folder, "data": [str(self.pairs)], "dtype": "bfloat16"}
+            source |= {"positive": positive, "negative": negative}
+            self.run_stage(stage, **source, **{**STAGE1, **settings})
+
+    def load(self, folder):
+        return load_adapter(self.out / folder, self.model.base_model)
+
+    def dual(self):
+        """(good, bad) AdapterWeights."""
+        self.stage1(dual)
+        return self.load("dual/good"), self.load("dual/bad")
+
+    def aligned(self, method, name="align", **settings):
+        """AdapterWeights of RAHF at its default strength."""
+        folder = self.out / method / name
+        if not (folder / "stage.json").exists():
+            self.stage1({"dual": dual, "scit": scit}[method])
+            if not (self.out / method / "collect" / "stage.json").exists():
+                self.run_stage(collect, method=method)
+            self.run_stage(align, method=method, **settings)
+            if name != "align":
+                (self.out / method / "align").rename(folder)
+        return self.load(f"{method}/{name}")
+
+    def dpo(self, lr):
+        folder = self.out / f"dpo-{lr:g}"
+        if not (folder / "dpo.json").exists():
+            command = [sys.executable, "-m", "studies.dpo", "--model", self.model_folder]
+            command += ["--data", str(self.pairs), "--to", str(folder), "--lr", str(lr)]
+            command += ["--steps", str(STAGE1["steps"]), "--batch-size", str(STAGE1["batch_size"])]
+            subprocess.run([*command, "--seed", str(self.seed)], check=True)
+        return load_adapter(folder, self.model.base_model)
+
+    # what is measured
+
+    def policies(self):
+        """{row: function that returns its Policy}."""
+
+        def of(weights):
+            return Policy([(1.0, weights, "plain")])
+
+        def arithmetic(strength):
+            good, bad = self.dual()
+            return of(stack(scaled(good, strength), scaled(bad, -strength)))
+
+        def logits(strength):
+            good, bad = self.dual()
+            terms = [(1.0, None, "plain"), (strength, good, "plain"), (-strength, bad, "plain")]
+            return Policy(terms)
+
+        rows = {
+            "base": Policy,
+            "base told p+": lambda: Policy([(1.0, None, "positive")]),
+            "preferred-SFT": lambda: of(self.dual()[0]),
+        }
+        for strength in LAMBDAS:
+            rows[f"weights {strength:g}"] = lambda s=strength: arithmetic(s)
+        for strength in LAMBDAS[1:]:
+            rows[f"logits {strength:g}"] = lambda s=strength: logits(s)
+        for scale in SCALES:
+            rows[f"DUAL {scale:g}"] = lambda s=scale: of(
+                scaled(self.aligned("dual", strength=align.STRENGTH), s)
+            )
+        for lr in DPO_LRS:
+            rows[f"DPO lr {lr:g}"] = lambda lr=lr: of(self.dpo(lr))
+        for scale in SCALES[:2]:
+            rows[f"DPO lr {DPO_LRS[1]:g} x {scale:g}"] = lambda s=scale: of(
+                scaled(self.dpo(DPO_LRS[1]), s)
+            )
+        for scale in SCALES:
+            rows[f"SCIT {scale:g}"] = lambda s=scale: of(
+                scaled(self.aligned("scit", strength=align.STRENGTH), s)
+            )
+        return rows
+
+    def measure(self, policy):
+        """The figures of one policy on the test prompts."""
+        start = time.perf_counter()
+        positive, negative = tasks.TASKS[self.task].instructions
+        instructions = {"positive": positive, "negative": negative}
+
+        def draw(prompts, count):
+            encoded = encode_prompts(self.tokenizer, prompts, **instructions)
+            noise = 10_000 + self.seed
+            return sample_answers(
+                self.model, self.tokenizer, encoded, policy, count, noise, tasks.ANSWER_TOKENS
+            )
+
+        drawn = draw(self.prompts["test"], ANSWERS)
+        rewards = [
+            [self.scorer(prompt, answer.text) for answer in answers]
+            for prompt, answers in zip(self.prompts["test"], drawn)
+        ]
+        every = [answer for answers in drawn for answer in answers]
+        words = [answer.text.split() for answer in every]
+        bigrams = [pair for text in words for pair in itertools.pairwise(text)]
+        unrelated = [answers[0] for answers in draw(tasks.UNRELATED, 1)]
+        return {
+            "reward": [round(float(np.mean(row)), 4) for row in rewards],
+            "kl": [round(float(np.mean([a.kl for a in answers])), 4) for answers in drawn],
+            "sigma": round(float(np.std(rewards)), 4),
+            "distinct2": round(len(set(bigrams)) / len(bigrams), 4),
+            "length": round(float(np.mean([len(answer.ids) for answer in every])), 2),
+            "ended": round(float(np.mean([answer.ended for answer in every])), 4),
+            "kl off task": round(float(np.mean([answer.kl for answer in unrelated])), 4),
+            "first answers": [answer.text for answer in every[:12:4]],
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+
+
+# ---------------------------------------------------------------- lines
+
+
+def read_lines():
+    """{(task, seed, row): line} of what was measured."""
+    if not LINES.exists():
+        return {}
+    lines = [json.loads(line) for line in LINES.read_text(encoding="utf-8").splitlines()]
+    return {(line["task"], line["seed"], line["row"]): line for line in lines}
+
+
+def measure_missing(config, seed):
+    """Measure the rows of one task and seed that have no line yet."""
+    lines = read_lines()
+    experiment = Experiment(config, seed)
+    made = {"digest": model_digest(config.model)[:12], "machine": machine(), "versions": versions()}
+    for row, make_policy in experiment.policies().items():
+        method = row.split()[0]
+        if (config.task, seed, row) in lines or (config.methods and method not in config.methods):
+            continue
+        start = time.perf_counter()
+        policy = make_policy()
+        training = round(time.perf_counter() - start, 1)
+        figures = experiment.measure(policy)
+        line = {"task": config.task, "seed": seed, "row": row, "training seconds": training}
+        line |= {**figures, **made}
+        with LINES.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        reward, kl = np.mean(line["reward"]), np.mean(line["kl"])
+        print(f"{config.task} {seed} {row}: reward {reward:.3f}, KL {kl:.2f}", flush=True)
+
+
+def main(config):
+    if config.task not in tasks.TASKS:
+        raise UserError(f"--task {config.task}: choose from {', '.join(tasks.TASKS)}")
+    tasks.check_scorers()
+    for seed in [] if config.report else config.seeds or [0]:
+        measure_missing(config, seed)
+
+
+if __name__ == "__main__":
+    run(main, Config)
