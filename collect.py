@@ -134,8 +134,8 @@ class Config(RecordingSettings):
 
     layers: list[str] | None = setting(
         None,
-        "target layers: numbers from 0, negative from the top, or middle, last, all; "
-        "empty takes all of fewer than 12 blocks, else middle",
+        "target layers: numbers from 0, negative from the top, or upper, middle, last, all; "
+        "empty takes all of fewer than 12 blocks, else upper",
     )
     store: Literal["full", "diff"] = setting(
         "full", "what is written: h+ and h-, or only their difference v", group="run"

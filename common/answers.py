@@ -11,12 +11,10 @@ from transformers import GenerationConfig
 from common.chat import without_thoughts
 from common.data import collate, split_into_passes
 from common.hf import (
+    MAX_LOGITS,
     choose_tokens_per_pass,
     context_length,
-    logits_chunk,
-    logits_of_states,
     response_logprobs,
-    response_states,
 )
 from lora import LoRA, enable_only
 
@@ -221,26 +219,26 @@ def kl_to_base(model, adapter, prompts, base_prompts, answers, pad_id, tokens_pe
     """
     examples = answer_examples(prompts, answers)
     base_examples = answer_examples(base_prompts, answers)
-    sums = [0.0] * len(examples)
     lengths = [max(len(ids), len(base)) for (ids, _), (base, _) in zip(examples, base_examples)]
-    pass_size = choose_tokens_per_pass(tokens_per_pass, model.device)
-    chunk = logits_chunk(model)
+    # of a pass there are logits for all tokens
+    pass_size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+    pass_size = min(pass_size, choose_tokens_per_pass(tokens_per_pass, model.device))
+
+    def logprobs(examples):
+        """log π of every token at the N positions that predict one of the answers: [N, V], and the
+        number of the answer that each belongs to, [N]."""
+        batch = collate(examples, pad_id, model.device)
+        predicts_answer = batch.response[:, 1:]
+        logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
+        return logits[predicts_answer].float().log_softmax(-1), predicts_answer.nonzero()[:, 0]
+
+    sums = [0.0] * len(examples)
     for indices in split_into_passes(range(len(examples)), lengths, pass_size):
-        batch = collate([examples[i] for i in indices], pad_id, model.device)
-        base_batch = collate([base_examples[i] for i in indices], pad_id, model.device)
-        output, mask = response_states(model, batch)  # states [N, D]
+        log_p, rows = logprobs([examples[i] for i in indices])
         with enable_only([adapter] if adapter else []):
-            base_output, _ = response_states(model, base_batch)  # the same N tokens
-        parts = zip(
-            output["last_hidden_state"].split(chunk), base_output["last_hidden_state"].split(chunk)
-        )
-        kl = []
-        for states, base_states in parts:
-            log_p = logits_of_states(model, output, states).log_softmax(-1)
-            log_base = logits_of_states(model, base_output, base_states).log_softmax(-1)
-            kl.append((log_p.exp() * (log_p - log_base)).sum(-1))
-        per_answer = torch.zeros(len(indices), device=model.device)
-        per_answer.index_add_(0, mask.nonzero()[:, 0], torch.cat(kl))
+            log_base, _ = logprobs([base_examples[i] for i in indices])
+        kl = (log_p.exp() * (log_p - log_base)).sum(-1)  # [N]
+        per_answer = torch.zeros(len(indices), device=model.device).index_add_(0, rows, kl)
         for i, value in zip(indices, per_answer.tolist()):
             sums[i] = value
     return sums

@@ -472,18 +472,20 @@ def choose_by_name(linears, targets):
 def choose_layers(layers, n):
     """Sorted target layers of a model of n blocks, counted from 0.
 
-    layers: numbers (negative from the top) and names: `middle` and `last` are thirds of the
-    model, every second block of it where n is 12 or more; `all` is every block. Empty means
-    `all` below 12 blocks, else `middle`. UserError for anything else.
+    layers: numbers (negative from the top) and names: `upper` is the upper half of the model, an
+    eighth of it from one target to the next, down from the last block; `middle` and `last` are
+    thirds, every second block of it where n is 12 or more; `all` is every block. Empty means `all`
+    below 12 blocks, else `upper`. UserError for anything else.
     """
     step = 2 if n >= 12 else 1
     names = {
+        "upper": range(n - 1, n // 2 - 1, -max(1, n // 8)),
         "middle": range(n // 3, 2 * n // 3, step) or [0],
         "last": range(n - 1, 2 * n // 3 - 1, -step) or [n - 1],
         "all": range(n),
     }
     chosen = set()
-    for layer in layers or ["all" if n < 12 else "middle"]:
+    for layer in layers or ["all" if n < 12 else "upper"]:
         try:
             chosen |= set(names[layer]) if layer in names else {range(n)[int(layer)]}
         except (ValueError, IndexError):
@@ -529,16 +531,27 @@ def response_logprobs(model, batch):
     Logits are made only for the N positions that predict a response token, and in chunks that the
     backward makes again, so that a large vocabulary does not decide how much memory is needed.
     """
-    output, predicts_response = response_states(model, batch)
-    states = output["last_hidden_state"]  # [N, D]
+    # position t predicts token t + 1
+    predicts_response = batch.response[:, 1:]
+    decoder = model.get_decoder()
+    # no attention mask: see hidden_states
+    output = decoder(input_ids=batch.ids, use_cache=False)
+    states = output["last_hidden_state"][:, :-1][predicts_response]  # [N, D]
     targets = batch.ids[:, 1:][predicts_response]  # [N]
 
     def chunk_logprobs(states, targets):
-        """[n, D], [n] -> [n]."""
-        logits = logits_of_states(model, output, states)
-        return -F.cross_entropy(logits, targets, reduction="none")
+        """[n, D], [n] -> [n]. Runs the model's own forward with the decoder replaced by its
+        states, so that whatever this model does to its logits is done."""
+        replaced = type(output)(**{**output, "last_hidden_state": states[None]})
+        decoder.forward = lambda *args, **kwargs: replaced
+        try:
+            # any ids will do: the decoder does not read them
+            logits = model(input_ids=targets[None], use_cache=False).logits[0]
+        finally:
+            del decoder.forward
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
 
-    chunk = logits_chunk(model)
+    chunk = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     if len(targets) <= chunk:
         logprobs = chunk_logprobs(states, targets)
     else:
@@ -549,39 +562,6 @@ def response_logprobs(model, batch):
         logprobs = torch.cat(parts)
     dense = torch.zeros(predicts_response.shape, device=states.device)
     return dense.masked_scatter(predicts_response, logprobs), predicts_response
-
-
-def response_states(model, batch):
-    """What a model's decoder returns for a batch, its last_hidden_state cut to [N, D]: the N
-    positions that predict a response token, which the mask, bool [B, S-1], marks."""
-    # position t predicts token t + 1
-    predicts_response = batch.response[:, 1:]
-    # no attention mask: see hidden_states
-    output = model.get_decoder()(input_ids=batch.ids, use_cache=False)
-    states = output["last_hidden_state"][:, :-1][predicts_response]
-    return type(output)(**{**output, "last_hidden_state": states}), predicts_response
-
-
-def logits_of_states(model, output, states):
-    """fp32 logits [n, V] of some last hidden states [n, D].
-
-    Runs the model's own forward with the decoder replaced by its states, so that whatever this
-    model does to its logits is done. output: what response_states returned.
-    """
-    replaced = type(output)(**{**output, "last_hidden_state": states[None]})
-    decoder = model.get_decoder()
-    decoder.forward = lambda *args, **kwargs: replaced
-    try:
-        # any ids will do: the decoder does not read them
-        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        return model(input_ids=ids, use_cache=False).logits[0].float()
-    finally:
-        del decoder.forward
-
-
-def logits_chunk(model):
-    """For how many positions logits are made at a time."""
-    return max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
 
 
 def token_mean(values, mask):

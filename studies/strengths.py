@@ -25,7 +25,8 @@ from lora import load_adapter
 from studies.shared import configure
 
 RESULT = Path(__file__).parent / "results" / "strengths.json"
-STRENGTHS = (-0.25, 0.0, 0.25, 0.5)
+DEFAULT = toy.LATER["align"]["strength"]
+STRENGTHS = (-DEFAULT, 0.0, DEFAULT, 2 * DEFAULT)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import make_model, random_adapter
 
-from common import answers, hf
+from common import answers
 from common.config import UserError
 from common.dial import next_scale, scale_to_kl, scaled
 from common.score import ImplicitReward
@@ -28,7 +28,7 @@ def all_logprobs(model, prompt, answer):
 @pytest.mark.parametrize("max_logits", [2**26, 800 * 4])
 def test_kl_is_that_of_whole_logits(max_logits, monkeypatch):
     """Each answer alone, without padding, over the whole vocabulary; the prompts may differ."""
-    monkeypatch.setattr(hf, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr(answers, "MAX_LOGITS", max_logits)
     model = make_model("llama")
     expected = []
     base = [all_logprobs(model, p, a) for p, a in zip(BASE_PROMPTS, ANSWERS)]

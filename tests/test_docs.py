@@ -144,7 +144,7 @@ def test_answers_at_several_strengths():
     shown = [kind for kind in answers if answers[kind]["question"] in README]
     assert len(shown) == 1 and strengths.markdown(answers, shown[0]) in README
     rows = answers[shown[0]]["answers"]
-    default = align.STRENGTH
+    default = toy.LATER["align"]["strength"]
     assert list(rows) == [f"{strength:g}" for strength in (-default, 0, default, 2 * default)]
 
 

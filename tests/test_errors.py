@@ -215,7 +215,7 @@ def test_both_methods_need_a_choice(refused, done):
 def test_layers_out_of_range_or_not_collected(refused, done):
     out = ["--out", done, *SCIT]
     refused(collect, *out, "--layers", "4", words=["--layers 4", "0 to 3"], folder=done)
-    words = ["--layers upper", "middle, last, all"]
+    words = ["--layers lower", "upper, middle, last, all"]
     refused(collect, *out, "--layers", "upper", words=words, folder=done)
     words = ["--layers 0", "holds layers [1]"]
     refused(align, *out, "--layers", "0", words=words, folder=done)

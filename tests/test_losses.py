@@ -32,6 +32,10 @@ from lora import LoRA, enable_only, load_adapter
 
 METHODS = {"scit": scit, "dual": dual}
 
+# SCIT's contrast as the authors have it, as the paper has it, and as it is by default
+MEAN = scit.Config(contrast="mean", beta=1.0, smoothing=0.2)
+PAPER = scit.Config(contrast="sum", beta=1.0, smoothing=0.0)
+
 
 @pytest.fixture(scope="module")
 def pairs(tokenizer):
@@ -50,12 +54,17 @@ def log_probabilities(model, ids, start):
 # ---------------------------------------------------------------- stage 1
 
 
-def scit_reference(model, pairs, anchors, smoothing):
+def scit_reference(model, pairs, anchors, config):
     """SCIT's loss one example at a time: (NLL per token, contrast).
 
     The NLL is over own-instruction and anchor examples; the contrast is
-    (1-ε) softplus(P~ - P) + ε softplus(P - P~).
+    (1-ε) softplus(P~ - P) + ε softplus(P - P~), P being β times the mean or the sum of log π.
     """
+    smoothing = config.smoothing
+
+    def P_of(logprobs):
+        return config.beta * (logprobs.sum() if config.contrast == "sum" else logprobs.mean())
+
     contrasts, learned = [], []
     for pair in pairs:
         for prompt, opposite, response in (
@@ -63,8 +72,8 @@ def scit_reference(model, pairs, anchors, smoothing):
             ("negative", "positive", "rejected"),
         ):
             logprobs = log_probabilities(model, *pair.example(prompt, response))
-            P = logprobs.mean()
-            P_opposite = log_probabilities(model, *pair.example(opposite, response)).mean()
+            P = P_of(logprobs)
+            P_opposite = P_of(log_probabilities(model, *pair.example(opposite, response)))
             right = torch.log1p(torch.exp(P_opposite - P))
             wrong = torch.log1p(torch.exp(P - P_opposite))
             contrasts.append((1 - smoothing) * right + smoothing * wrong)
@@ -87,14 +96,16 @@ def response_tokens(pairs):
 
 
 @torch.no_grad()
-def test_scit_loss_by_the_equation(pairs):
+@pytest.mark.parametrize("config", [MEAN, PAPER, scit.Config()])
+def test_scit_loss_by_the_equation(config, pairs):
     model = make_model("llama").double()
-    expected_nll, expected_contrast = scit_reference(model, pairs[:3], pairs[:1], 0.2)
-    nll, contrast, P = scit.scit_loss(model, pairs[:3], pairs[:1], 1, 0.2)
+    expected_nll, expected_contrast = scit_reference(model, pairs[:3], pairs[:1], config)
+    nll, contrast, P = scit.scit_loss(model, pairs[:3], pairs[:1], 1, config)
     tokens = response_tokens(pairs[:3]) + response_tokens(pairs[:1])
     assert contrast.item() == pytest.approx(expected_contrast.item(), rel=1e-5)
     assert (nll / tokens).item() == pytest.approx(expected_nll.item(), rel=1e-5)
-    P_opposite = log_probabilities(model, *pairs[0].example("negative", "chosen")).mean()
+    P_opposite = log_probabilities(model, *pairs[0].example("negative", "chosen"))
+    P_opposite = config.beta * (P_opposite.sum() if config.contrast == "sum" else P_opposite.mean())
     assert P[0, 1, 0].item() == pytest.approx(P_opposite.item(), rel=1e-5)
 
 
@@ -117,11 +128,11 @@ def test_dual_loss_by_the_equation(response, pairs):
 def test_order_and_batch_size_change_no_stage_1_loss(family, pairs):
     """Sums over one batch of 8, over its reverse, and over batches of 1 (no padding) agree."""
     model, some = make_model(family), pairs[:8]
-    nll, contrast, P = scit.scit_loss(model, some, some[:3], 1, 0.2)
-    reversed_nll, reversed_contrast, _ = scit.scit_loss(model, some[::-1], some[:3][::-1], 1, 0.2)
+    nll, contrast, P = scit.scit_loss(model, some, some[:3], 1, MEAN)
+    reversed_nll, reversed_contrast, _ = scit.scit_loss(model, some[::-1], some[:3][::-1], 1, MEAN)
     assert torch.allclose(nll, reversed_nll, rtol=1e-5)
     assert torch.allclose(contrast, reversed_contrast, atol=1e-5)
-    single_P = [scit.scit_loss(model, [pair], [], 1, 0.2)[-1] for pair in some]
+    single_P = [scit.scit_loss(model, [pair], [], 1, MEAN)[-1] for pair in some]
     assert torch.allclose(P, torch.cat(single_P), atol=1e-5)
 
     nll, tokens = dual.response_nll(model, some, "chosen", 1)
@@ -324,7 +335,7 @@ def test_gradients_of_scits_steps(tiny, tmp_path, steps):
 
         def loss(batch=batch):
             # two anchors: 0.375 of five, rounded up
-            return sum(scit_reference(model, batch, batch[:2], 0.2))
+            return sum(scit_reference(model, batch, batch[:2], scit.Config()))
 
         check_gradients(step, adapter, loss)
 
@@ -385,7 +396,7 @@ def test_gradients_of_aligns_steps(kind, method, tiny, tmp_path, steps):
         LoRA(model.base_model, weights=weights).double().requires_grad_(False)
     # its blocks 0 to 2 alone have an adapter
     adapter = random_adapter(model, blocks=3, alpha=LORA_ALPHA)
-    alphas = torch.tensor(read_stage(tmp_path / method / "align", "align", "")["alphas"])
+    alpha = read_stage(tmp_path / method / "align", "align", "")["alpha"]
     responses = read_responses(tmp_path / method / "collect", [0, 2])
 
     def distances(ids, first, states):
@@ -393,7 +404,7 @@ def test_gradients_of_aligns_steps(kind, method, tiny, tmp_path, steps):
         output = model.base_model(input_ids=ids[None], output_hidden_states=True)
         hidden = [output.hidden_states[layer + 1][0, first:] for layer in (0, 2)]
         base, plus, minus = states
-        return torch.stack(hidden) - (base + alphas[:, None, None] * (plus - minus))
+        return torch.stack(hidden) - (base + alpha * (plus - minus))
 
     lengths = [len(ids) for ids, _, _ in responses]
     assert len(steps) == 3

@@ -18,10 +18,12 @@ import dual
 import evaluate
 import scit
 from common import stage1, toy
+from common.answers import GenerationSettings, attached, generate, kl_to_base
 from common.collection import Collection, principal_directions
-from common.hf import hidden_states, load_model
+from common.data import prepare_pairs
+from common.hf import hidden_states, load_model, load_tokenizer
 from common.stages import read_stage
-from lora import LoRA, load_adapter
+from lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoRA, load_adapter
 from tools import sweep
 
 METHODS = ("scit", "dual")
@@ -84,7 +86,7 @@ def test_alignment_works(runs):
     go(evaluate, "--out", out, "--judge", "common.toy:judge", "--limit", "90", *CPU)
     models = json.loads((out / "evaluate" / "report.json").read_text())["models"]
     scit_models = {"scit_plus", "scit_minus", "scit_plain", "scit_aligned"}
-    assert set(models) == {"base", *scit_models, "good", "bad", "dual_aligned"}
+    assert set(models) == {"base", "base_plus", *scit_models, "good", "bad", "dual_aligned"}
     for model in models.values():
         assert set(model) == {
             "preference_accuracy",
@@ -92,6 +94,13 @@ def test_alignment_works(runs):
             "chosen_nll",
             "judge_greedy",
             "judge_sampled",
+            "implicit_scit_greedy",
+            "implicit_scit_sampled",
+            "implicit_dual_greedy",
+            "implicit_dual_sampled",
+            "kl_to_base",
+            "kl_error",
+            "kl_per_token",
             "own_nll_under_base",
             "repeated_ngrams",
             "mean_length",
@@ -114,13 +123,43 @@ def test_alignment_works(runs):
 
     lines = (out / "evaluate" / "samples.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
-    assert len(samples) == 8 * 2 * 90
+    assert len(samples) == 9 * 2 * 90
     scores = [
         row["judge"]
         for row in samples
         if row["generator"] == "dual_aligned" and row["temperature"] == 0
     ]
     assert sum(scores) / len(scores) == pytest.approx(greedy["dual_aligned"])
+
+
+def test_an_adapter_is_scaled_to_the_kl_that_was_asked_for(world, collected):
+    """Measured on other answers; the checkpoint of a --kl out of reach serves the next one."""
+    args = ["--out", collected, "--method", "dual", *suited(align), *CPU]
+    with pytest.raises(SystemExit):
+        go(align, *args, "--kl", "500")
+    assert (collected / "dual" / ".checkpoint-align").exists()
+    output = go(align, *args, "--kl", "1.5")
+    assert "resuming after step 150" in output
+    manifest = manifest_of(collected / "dual" / "align")
+    weights = load_file(collected / "dual" / "align" / ADAPTER_WEIGHTS)
+    config = json.loads((collected / "dual" / "align" / ADAPTER_CONFIG).read_text())
+    assert config["lora_alpha"] == pytest.approx(16 * manifest["scale"])
+    assert f"scaled to {manifest['scale']:.3g} of its strength" in output
+
+    tokenizer = load_tokenizer(str(world[0]))
+    pairs = prepare_pairs([world[1]], ("test",), tokenizer, 256, 0)["test"]
+    prompts = [pair.prompts["plain"].tolist() for pair in pairs]
+    generation = GenerationSettings(64, 64, seed=5)
+    model = load_model(str(world[0]), "float32", "cpu")
+    with attached(model, load_adapter(collected / "dual" / "align", model.base_model)) as adapter:
+        answers = generate(model, tokenizer, prompts, generation, sample=True)
+        kl = kl_to_base(model, adapter, prompts, prompts, answers, tokenizer.pad_token_id)
+    assert 1.5 / 1.25 < sum(kl) / len(kl) < 1.5 * 1.25
+
+    # the weights themselves are those that were trained
+    go(align, *args)
+    unscaled = load_file(collected / "dual" / "align" / ADAPTER_WEIGHTS)
+    assert all(torch.equal(weights[name], unscaled[name]) for name in weights)
 
 
 def test_validation_states_reach_their_target(runs):
@@ -130,10 +169,11 @@ def test_validation_states_reach_their_target(runs):
         for start, end in zip(manifest["distance_start"], manifest["distance_end"]):
             assert end < 0.6 * start
         collection = manifest_of(out / method / "collect", "collect")
-        layers = collection["settings"]["layers"]
-        for layer, ratio, alpha in zip(layers, collection["ratio"], manifest["alphas"]):
-            assert alpha == pytest.approx(0.25 / ratio)
-            assert f"layer {layer}: α {alpha:.3g}, α|v|/|h| 0.25" in outputs[method]
+        ratios, alpha = collection["ratio"], manifest["alpha"]
+        assert alpha == pytest.approx(0.25 * len(ratios) / sum(ratios))
+        assert f"α {alpha:.3g}\n" in outputs[method]
+        for layer, ratio in zip(collection["settings"]["layers"], ratios):
+            assert f"layer {layer}: α|v|/|h| {alpha * ratio:.2f}" in outputs[method]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,7 +182,7 @@ def test_the_written_adapter_applies_to_the_original_base_alone(method, runs, wo
     original model, are those that align reported."""
     out, _ = runs
     manifest = manifest_of(out / method / "align")
-    layers, alphas = manifest["settings"]["layers"], manifest["alphas"]
+    layers, alpha = manifest["settings"]["layers"], manifest["alpha"]
     model = adapted_model(world, out / method / "align")
     shard = load_file(out / method / "collect" / "validation-shard-00000.safetensors")
     sums = torch.zeros(len(layers))
@@ -154,7 +194,7 @@ def test_the_written_adapter_applies_to_the_original_base_alone(method, runs, wo
             states = hidden_states(model.base_model, layers, ids)
         for i, layer in enumerate(layers):
             b, plus, minus = (shard[f"{name}.{layer}"][rows] for name in ("base", "plus", "minus"))
-            target = b + alphas[i] * (plus - minus)
+            target = b + alpha * (plus - minus)
             sums[i] += (states[i][0, first:] - target).norm(dim=1).sum()
         id_start += length
         row_start = rows.stop
@@ -282,15 +322,15 @@ def difference_in(shard, layer):
 def test_strength_is_the_mean_share_of_length(runs, collected):
     args = ["--out", collected, "--method", "dual", "--strength", "0.3", "--steps", "1", *CPU]
     output = go(align, *args)
-    assert output.count("α|v|/|h| 0.30") == 2
     manifest = manifest_of(collected / "dual" / "align")
     ratios = manifest_of(collected / "dual" / "collect", "collect")["ratio"]
-    assert manifest["alphas"] == pytest.approx([0.3 / ratio for ratio in ratios])
+    assert manifest["alpha"] == pytest.approx(0.3 / (sum(ratios) / 2))
+    assert f"layer 1: α|v|/|h| {manifest['alpha'] * ratios[0]:.2f}" in output
     # the new adapter changes nothing yet: its states are α |v| away from their targets
     shard = load_file(collected / "dual" / "collect" / "validation-shard-00000.safetensors")
     distances = []
-    for alpha, layer in zip(manifest["alphas"], (1, 2)):
-        distances.append(alpha * difference_in(shard, layer).norm(dim=1).mean().item())
+    for layer in (1, 2):
+        distances.append(manifest["alpha"] * difference_in(shard, layer).norm(dim=1).mean().item())
     assert manifest["distance_start"] == pytest.approx(distances, rel=1e-3)
 
 

@@ -285,7 +285,9 @@ def test_evaluate_with_a_reward_model(reward_model, done, tmp_path):
     lines = (out / "evaluate" / "samples.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     fields = {"instruction", "output", "generator", "temperature", "reward", "judge"}
-    assert all(set(row) == fields for row in rows)
+    fields |= {"implicit_scit", "implicit_dual"}
+    for row in rows:
+        assert set(row) == fields | ({"kl_to_base"} if row["temperature"] else set())
     # single turns stand there as they were asked
     assert not any("Human:" in row["instruction"] for row in rows)
     for decoding, temperature in (("greedy", 0), ("sampled", 1)):
@@ -302,3 +304,24 @@ def test_evaluate_with_a_reward_model(reward_model, done, tmp_path):
         assert rate == pytest.approx(wins / 6)
         assert low <= rate <= high
         assert f"reward, {decoding} {rate:.2f} [{low:.2f}, {high:.2f}]" in output
+
+    # what the sampled answers of a model cost, and how often two scorers disagree about them
+    sampled = [row for row in rows if row["temperature"]]
+    good = [row for row in sampled if row["generator"] == "good"]
+    base = [row for row in sampled if row["generator"] == "base"]
+    kl = torch.tensor([row["kl_to_base"] for row in good])
+    figures = report["models"]["good"]
+    assert figures["kl_to_base"] == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert figures["kl_error"] == pytest.approx(kl.std().item() / 6**0.5, rel=1e-4)
+    assert report["models"]["base"]["kl_to_base"] == pytest.approx(0, abs=1e-5)
+    differences = torch.tensor(
+        [
+            [row[scorer] - base_row[scorer] for row, base_row in zip(good, base)]
+            for scorer in ("reward", "implicit_dual")
+        ]
+    )
+    product = differences.prod(0)
+    share = (product < 0).sum() / (product != 0).sum()
+    shares = report["disagreement"]["good"]
+    assert shares["reward and implicit_dual"] == pytest.approx(share.item())
+    assert len(shares) <= 4
