@@ -1,28 +1,34 @@
 """Stage 1b, DUAL: two models, one that answers well and one that answers badly (paper section 3.1).
 
     python dual.py                                       the embedded default
-    python dual.py --model PATH_OR_HUB_NAME --data pairs.jsonl --steps 500 --lr 2e-4
+    python dual.py --model PATH_OR_HUB_NAME --data pairs.jsonl
+    python dual.py --model PATH_OR_HUB_NAME --data pairs.jsonl --contrast 0     as in the paper
 
-Maximum likelihood on the chosen responses gives the "good" model, on the rejected ones the "bad":
+Maximum likelihood on the chosen responses gives the "good" model, on the rejected ones the "bad". A
+contrast between them says what likelihood alone does not: that it is the pair's difference which
+counts. Their log-ratio x shall rank the two responses of a pair:
 
-    loss(good) = -Σ log π_good(r_h | q) / tokens        loss(bad) = -Σ log π_bad(r_l | q) / tokens
+    loss = -Σ log π_good(r_h | q) / tokens - Σ log π_bad(r_l | q) / tokens
+           + γ softplus(-β (x(r_h) - x(r_l)))           x(r) = log π_good(r | q) - log π_bad(r | q)
 
-Unlike in the paper, they are two LoRA adapters over one base model, which is in memory once. The
-good model is preferred-SFT, the usual baseline. Writes OUT/dual/good and OUT/dual/bad, the input
-of collect.py.
+The contrast is ours (γ = --contrast, 0 is the paper); it is DPO's loss with the bad model in the
+place of the reference. Unlike in the paper, the two models are LoRA adapters over one base model,
+which is in memory once. With γ = 0 the good model is preferred-SFT, the usual baseline. Writes
+OUT/dual/good and OUT/dual/bad, the input of collect.py.
 """
 
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import toy
 from common.checkpoint import LOG_INTERVAL, Checkpoint, remove_checkpoints
-from common.config import SourceSettings, TrainingDiverged, TrainingSettings, run, setting
+from common.config import SourceSettings, TrainingSettings, run, setting
 from common.data import collate, sample, shuffled_batches, split_into_passes
 from common.hf import response_logprobs
 from common.stage1 import prepare_stage1
@@ -33,6 +39,8 @@ from lora import LoRA, enable_only, save_adapter
 # at most this many validation pairs are measured
 VALIDATION_PAIRS = 64
 
+BOTH = ("chosen", "rejected")
+
 
 @dataclass
 class Config(SourceSettings, TrainingSettings):
@@ -40,69 +48,110 @@ class Config(SourceSettings, TrainingSettings):
 
     embedded_default = toy.DUAL
 
-    steps: int = setting(150, "optimizer steps of each model", minimum=1)
-    batch_size: int = setting(16, "responses in a step", minimum=1)
-    lr: float = setting(2e-3, "peak learning rate: 10% warm-up, then a cosine to 0", minimum=0)
+    steps: int = setting(60, "optimizer steps", minimum=1)
+    batch_size: int = setting(8, "pairs in a step", minimum=1)
+    lr: float = setting(5e-4, "peak learning rate: 10% warm-up, then a cosine to 0", minimum=0)
+    contrast: float = setting(1.0, "γ, the weight of the contrast; 0 is the paper", minimum=0)
+    beta: float = setting(0.1, "β of the contrast, as in DPO", minimum=0)
 
 
-def response_nll(model, pairs, response, pad_id):
-    """-Σ log π(r_t | q, r_<t) over the response tokens of the pairs, and how many tokens these are.
+def sum_logprobs(model, adapters, name, pairs, responses, pad_id):
+    """log π(r | q), summed over tokens, of some of the pairs' responses under the model with one of
+    the adapters: [responses, n]."""
+    examples = [pair.example("plain", response) for response in responses for pair in pairs]
+    with enable_only(adapters.values(), adapters[name]):
+        logprobs, _ = response_logprobs(model, collate(examples, pad_id, model.device))
+    return logprobs.sum(1).view(len(responses), len(pairs))
 
-    pairs: list of EncodedPair; response: "chosen" or "rejected". Returns two scalars.
+
+def contrast_loss(good, bad, beta):
+    """Σ softplus(-β (x(r_h) - x(r_l))) over n pairs, where x = log π_good - log π_bad.
+
+    good, bad: [2, n], log π of the chosen and the rejected responses.
     """
-    examples = [pair.example("plain", response) for pair in pairs]
-    logprobs, mask = response_logprobs(model, collate(examples, pad_id, model.device))
-    return -logprobs.sum(), mask.sum()
+    x = good - bad
+    return F.softplus(-beta * (x[0] - x[1])).sum()
+
+
+def dual_loss(model, adapters, pairs, pad_id, config):
+    """The parts of DUAL's loss for n pairs, as sums: the NLL of the chosen responses under the good
+    model, of the rejected ones under the bad model, and the contrast."""
+    if config.contrast == 0:
+        good = sum_logprobs(model, adapters, "good", pairs, ["chosen"], pad_id)
+        bad = sum_logprobs(model, adapters, "bad", pairs, ["rejected"], pad_id)
+        return -good.sum(), -bad.sum(), torch.zeros((), device=model.device)
+    good = sum_logprobs(model, adapters, "good", pairs, BOTH, pad_id)
+    bad = sum_logprobs(model, adapters, "bad", pairs, BOTH, pad_id)
+    return -good[0].sum(), -bad[1].sum(), contrast_loss(good, bad, config.beta)
 
 
 @torch.no_grad()
-def validation_nll(model, pairs, response, pad_id, tokens_per_pass):
-    """The NLL per token of some pairs' responses."""
-    lengths = [pair.length("plain", response) for pair in pairs]
-    total = tokens = 0
-    for part in split_into_passes(range(len(pairs)), lengths, tokens_per_pass):
-        nll, count = response_nll(model, [pairs[i] for i in part], response, pad_id)
-        total, tokens = total + nll, tokens + count
-    return (total / tokens).item()
+def validate(model, adapters, pairs, pad_id, tokens_per_pass):
+    """The NLL per token of the chosen responses under the good model, of the rejected ones under
+    the bad model, and how often their log-ratio ranks a pair right."""
+    lengths = [pair.max_length() for pair in pairs]
+    right = 0
+    nll = {"good": 0.0, "bad": 0.0}
+    # two inputs a pair
+    for part in split_into_passes(range(len(pairs)), lengths, tokens_per_pass // 2):
+        some = [pairs[i] for i in part]
+        good, bad = (sum_logprobs(model, adapters, k, some, BOTH, pad_id) for k in ("good", "bad"))
+        nll["good"] -= good[0].sum().item()
+        nll["bad"] -= bad[1].sum().item()
+        x = good - bad
+        right += (x[0] > x[1]).sum().item()
+    nll["good"] /= sum(len(pair.responses["chosen"]) for pair in pairs)
+    nll["bad"] /= sum(len(pair.responses["rejected"]) for pair in pairs)
+    return nll, right / len(pairs)
 
 
-def train(name, response, adapter, inputs, config, log):
-    """Train the adapter of one model, "good" or "bad", on the chosen or the rejected responses."""
+def train(adapters, inputs, config, log):
+    """Train both adapters by DUAL's loss."""
     model, pairs, pad_id = inputs.model, inputs.pairs["train"], inputs.tokenizer.pad_token_id
-    lengths = [pair.length("plain", response) for pair in pairs]
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+    lengths = [pair.length("plain", "chosen") for pair in pairs]
+    max_lengths = [max(pair.length("plain", response) for response in BOTH) for pair in pairs]
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=config.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(config.steps))
     checkpoint = Checkpoint(
-        Path(config.out) / "dual" / f".checkpoint-dual-{name}",
+        Path(config.out) / "dual" / ".checkpoint-dual",
         config,
         inputs.depends_on,
-        adapter=adapter,
+        adapter=adapters,
         optimizer=optimizer,
         schedule=schedule,
     )
     batches = shuffled_batches(lengths, config.batch_size, config.seed, skip=checkpoint.step)
-    bar = progress_bar(f"dual {name}", checkpoint.step, config.steps)
-    adapter.train()
+    bar = progress_bar("dual", checkpoint.step, config.steps)
+    adapters.train()
     with checkpoint:
         for step in bar:
             batch = next(batches)
-            tokens = sum(len(pairs[i].responses[response]) for i in batch)
-            loss = 0.0
-            for part in split_into_passes(batch, lengths, config.tokens_per_pass):
-                nll, _ = response_nll(model, [pairs[i] for i in part], response, pad_id)
-                part_loss = nll / tokens
+            tokens_h = sum(len(pairs[i].responses["chosen"]) for i in batch)
+            tokens_l = sum(len(pairs[i].responses["rejected"]) for i in batch)
+            loss = contrast = 0.0
+            # up to four inputs a pair
+            for part in split_into_passes(batch, max_lengths, config.tokens_per_pass // 4):
+                nll_good, nll_bad, part_contrast = dual_loss(
+                    model, adapters, [pairs[i] for i in part], pad_id, config
+                )
+                part_contrast = part_contrast / len(batch)
+                part_loss = nll_good / tokens_h + nll_bad / tokens_l
+                part_loss = part_loss + config.contrast * part_contrast
                 part_loss.backward()
                 loss += part_loss.detach()
-            clip_grad_norm_(adapter.parameters(), 1.0)
+                contrast += part_contrast.detach()
+            for adapter in adapters.values():
+                clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             if step % LOG_INTERVAL == 0 or step == config.steps:
                 bar.set_postfix(loss=f"{loss:.3f}")
-                line = {"adapter": name, "step": step, "loss": loss.item()}
-                print(json.dumps({**line, "lr": schedule.get_last_lr()[0]}), file=log)
+                line = {"adapter": "dual", "step": step, "loss": loss.item()}
+                line |= {"contrast": contrast.item(), "lr": schedule.get_last_lr()[0]}
+                print(json.dumps(line), file=log)
             checkpoint.after_step(step, loss)
-    adapter.eval()
+    adapters.eval()
 
 
 def main(config):
@@ -112,7 +161,7 @@ def main(config):
         inputs = prepare_stage1(config)
         model, tokenizer, pairs = inputs.model, inputs.tokenizer, inputs.pairs
         trunk = model.base_model
-        adapters = {}
+        adapters = nn.ModuleDict()
         for name in ("good", "bad"):
             adapters[name] = LoRA(
                 trunk,
@@ -125,42 +174,32 @@ def main(config):
         print(f"one input: {tokenizer.decode(example)!r}")
         lengths = [pair.length("plain", "chosen") for pair in pairs["train"]]
         print(
-            f"{memory_summary(model, *adapters.values())}; twice {config.steps} steps of "
-            f"{config.batch_size} responses of {sum(lengths) / len(lengths):.0f} tokens on average"
+            f"{memory_summary(model, *adapters.values())}; {config.steps} steps of "
+            f"{config.batch_size} pairs of {sum(lengths) / len(lengths):.0f} tokens on average"
         )
 
-        # 2. train one after the other
+        # 2. train
         valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
-        results = {}
+        measured = (model, adapters, valid, tokenizer.pad_token_id, config.tokens_per_pass)
+        nll_start, _ = validate(*measured)
         with open_log(folder, "dual") as log:
-            for name, response in (("good", "chosen"), ("bad", "rejected")):
-                measure = functools.partial(
-                    validation_nll,
-                    model,
-                    valid,
-                    response,
-                    tokenizer.pad_token_id,
-                    config.tokens_per_pass,
-                )
-                with enable_only(adapters.values(), adapters[name]):
-                    nll_start = measure()
-                    try:
-                        train(name, response, adapters[name], inputs, config, log)
-                    except TrainingDiverged:
-                        # with another --lr neither model can resume
-                        remove_checkpoints(folder, "dual")
-                        raise
-                    results[name] = {"nll_start": nll_start, "nll_end": measure()}
+            train(adapters, inputs, config, log)
+        nll_end, accuracy = validate(*measured)
 
         # 3. save
         for name, adapter in adapters.items():
-            manifest = {**inputs.manifest, "validation": results[name]}
+            start, end = nll_start[name], nll_end[name]
+            validation = {"nll_start": start, "nll_end": end, "accuracy": accuracy}
+            manifest = {**inputs.manifest, "validation": validation}
             with write_stage(folder / name, name, manifest) as new:
                 model_name = inputs.settings["model"]
                 save_adapter(new, adapter.weights(), trunk, model_name, config.lora_dropout)
-            start, end = results[name]["nll_start"], results[name]["nll_end"]
             print(f"wrote {folder / name}; validation NLL per token {start:.3f} -> {end:.3f}")
         remove_checkpoints(folder, "dual")
+    print(
+        f"log π_good - log π_bad is higher for the chosen response in {accuracy:.0%} of the "
+        f"validation pairs"
+    )
     print(next_command("collect.py", config.out))
 
 

@@ -11,7 +11,7 @@ the response (NLL), and that the opposite instruction p~ makes it less likely (c
     P(p) = β Σ log π(r_t | p, q, r_<t) over the response's tokens
 
 In the paper ε is 0 and β is 1 (`--smoothing 0 --beta 1`); the authors' code takes the mean over the
-tokens in place of β times the sum, and ε 0.2 (`--contrast mean --beta 1 --smoothing 0.2`). Two
+tokens in place of β times the sum, and ε 0.2 (`--reduction mean --beta 1 --smoothing 0.2`). Two
 things are ours: a LoRA is trained instead of all weights, and some examples without an instruction
 anchor the plain prompt (see `anchor`), on which align.py builds. Writes OUT/scit/adapter, the input
 of collect.py.
@@ -55,12 +55,12 @@ class Config(SourceSettings, TrainingSettings):
 
     embedded_default = toy.SCIT
 
-    steps: int = setting(240, "optimizer steps", minimum=1)
+    steps: int = setting(60, "optimizer steps", minimum=1)
     batch_size: int = setting(
         8, "pairs in a step; each is two responses under two instructions", minimum=1
     )
-    lr: float = setting(6e-3, "peak learning rate: 10% warm-up, then a cosine to 0", minimum=0)
-    contrast: Literal["sum", "mean"] = setting(
+    lr: float = setting(5e-4, "peak learning rate: 10% warm-up, then a cosine to 0", minimum=0)
+    reduction: Literal["sum", "mean"] = setting(
         "sum", "P is β times the sum (the paper) or the mean (the authors) of log π over tokens"
     )
     beta: float = setting(0.2, "β of P; the paper and the authors have 1", minimum=0)
@@ -103,7 +103,7 @@ def scit_loss(model, pairs, anchors, pad_id, config):
     nll = -logprobs[torch.tensor(learned, device=model.device)].sum()
 
     # the contrast compares P under the right instruction with P under the opposite one
-    P = config.beta * (logprobs.sum(1) if config.contrast == "sum" else token_mean(logprobs, mask))
+    P = config.beta * (logprobs.sum(1) if config.reduction == "sum" else token_mean(logprobs, mask))
     P = P[: 4 * len(pairs)].view(-1, 2, 2)
     contrast = contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), config.smoothing)
     return nll, contrast, P.detach()

@@ -34,8 +34,8 @@ JUDGE = "common.toy:judge"
 
 # The settings that suit this small world, in place of the stages' own defaults for real models:
 # those of stage 1, and those of later stages, which stage 1 hands on.
-SCIT = {"steps": 240, "batch_size": 8, "lr": 6e-3, "contrast": "mean", "beta": 1.0}
-DUAL = {"steps": 150, "batch_size": 16, "lr": 2e-3}
+SCIT = {"steps": 240, "batch_size": 8, "lr": 6e-3, "reduction": "mean", "beta": 1.0}
+DUAL = {"steps": 150, "batch_size": 16, "lr": 2e-3, "contrast": 0.0}
 LATER = {
     "collect": {"limit": 600},
     "align": {"steps": 150, "lr": 1e-3, "strength": 0.25},

@@ -303,7 +303,7 @@ def run_form(config, form, method, pairs):
                 data=[str(out / "pairs.jsonl")],
                 steps=math.ceil(pairs / batch_size),
                 max_length=WINDOW[method],
-                **({"contrast": "mean", "beta": 1.0} if method == "scit" else {}),
+                **({"reduction": "mean", "beta": 1.0} if method == "scit" else {"contrast": 0.0}),
             )
         )
     elif form == "authors stage1":

@@ -40,8 +40,7 @@ LINES = RESULTS / "frontier.jsonl"
 ANSWERS = 4
 VALIDATION_ANSWERS = 8
 
-# What every method trains with: pairs (or responses) in a step, steps, learning rate.
-STAGE1 = {"steps": 60, "batch_size": 8, "lr": 5e-4}
+# DPO has as many steps and pairs in a step as dual.py, and three learning rates to choose from.
 DPO_LRS = (2e-4, 5e-4, 1e-3)
 SCALES = (0.35, 0.6, 1.0, 1.5)
 LAMBDAS = (0.5, 1.0, 2.0, 3.0)
@@ -95,7 +94,7 @@ class Experiment:
             positive, negative = tasks.TASKS[self.task].instructions
             source = {"model": self.model_folder, "data": [str(self.pairs)], "dtype": "bfloat16"}
             source |= {"positive": positive, "negative": negative}
-            self.run_stage(stage, **source, **{**STAGE1, **settings})
+            self.run_stage(stage, **source, **settings)
 
     def load(self, folder):
         return load_adapter(self.out / folder, self.model.base_model)
@@ -122,7 +121,8 @@ class Experiment:
         if not (folder / "dpo.json").exists():
             command = [sys.executable, "-m", "studies.dpo", "--model", self.model_folder]
             command += ["--data", str(self.pairs), "--to", str(folder), "--lr", str(lr)]
-            command += ["--steps", str(STAGE1["steps"]), "--batch-size", str(STAGE1["batch_size"])]
+            steps, batch_size = dual.Config.steps, dual.Config.batch_size
+            command += ["--steps", str(steps), "--batch-size", str(batch_size)]
             subprocess.run([*command, "--seed", str(self.seed)], check=True)
         return load_adapter(folder, self.model.base_model)
 

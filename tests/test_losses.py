@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import CPU, go, make_model, random_adapter, stage1_source
 from safetensors.torch import load_file
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import align
@@ -33,8 +34,8 @@ from lora import LoRA, enable_only, load_adapter
 METHODS = {"scit": scit, "dual": dual}
 
 # SCIT's contrast as the authors have it, as the paper has it, and as it is by default
-MEAN = scit.Config(contrast="mean", beta=1.0, smoothing=0.2)
-PAPER = scit.Config(contrast="sum", beta=1.0, smoothing=0.0)
+MEAN = scit.Config(reduction="mean", beta=1.0, smoothing=0.2)
+PAPER = scit.Config(reduction="sum", beta=1.0, smoothing=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def scit_reference(model, pairs, anchors, config):
     smoothing = config.smoothing
 
     def P_of(logprobs):
-        return config.beta * (logprobs.sum() if config.contrast == "sum" else logprobs.mean())
+        return config.beta * (logprobs.sum() if config.reduction == "sum" else logprobs.mean())
 
     contrasts, learned = [], []
     for pair in pairs:
@@ -84,10 +85,34 @@ def scit_reference(model, pairs, anchors, config):
     return -torch.cat(learned).mean(), torch.stack(contrasts).mean()
 
 
-def dual_reference(model, pairs, response):
-    """DUAL's loss, the NLL per token, one example at a time."""
-    parts = [log_probabilities(model, *pair.example("plain", response)) for pair in pairs]
-    return -torch.cat(parts).mean()
+def dual_reference(model, adapters, pairs, config):
+    """The parts of DUAL's loss one example at a time: (NLL per token of the good model, of the bad
+    model, contrast)."""
+    logprobs = {}
+    for name, adapter in adapters.items():
+        with enable_only(adapters.values(), adapter):
+            for response in ("chosen", "rejected"):
+                examples = [pair.example("plain", response) for pair in pairs]
+                logprobs[name, response] = [log_probabilities(model, *one) for one in examples]
+    contrasts = []
+    for i in range(len(pairs)):
+        x = [
+            logprobs["good", response][i].sum() - logprobs["bad", response][i].sum()
+            for response in ("chosen", "rejected")
+        ]
+        contrasts.append(torch.log1p(torch.exp(-config.beta * (x[0] - x[1]))))
+    good, bad = logprobs["good", "chosen"], logprobs["bad", "rejected"]
+    return -torch.cat(good).mean(), -torch.cat(bad).mean(), torch.stack(contrasts).mean()
+
+
+def good_and_bad(model, **options):
+    """Two adapters on a model, of different weights."""
+    return nn.ModuleDict(
+        {
+            name: random_adapter(model, seed, **options)
+            for seed, name in enumerate(("good", "bad"), 1)
+        }
+    )
 
 
 def response_tokens(pairs):
@@ -105,7 +130,9 @@ def test_scit_loss_by_the_equation(config, pairs):
     assert contrast.item() == pytest.approx(expected_contrast.item(), rel=1e-5)
     assert (nll / tokens).item() == pytest.approx(expected_nll.item(), rel=1e-5)
     P_opposite = log_probabilities(model, *pairs[0].example("negative", "chosen"))
-    P_opposite = config.beta * (P_opposite.sum() if config.contrast == "sum" else P_opposite.mean())
+    P_opposite = config.beta * (
+        P_opposite.sum() if config.reduction == "sum" else P_opposite.mean()
+    )
     assert P[0, 1, 0].item() == pytest.approx(P_opposite.item(), rel=1e-5)
 
 
@@ -114,13 +141,30 @@ def test_scit_contrast_at_no_difference_is_ln_2():
     assert scit.contrast_loss(P, P, 0.2).item() == pytest.approx(math.log(2))
 
 
+def dual_parts(model, adapters, pairs, config):
+    """dual_loss's parts as means: over the tokens of each model's responses, and over pairs."""
+    good, bad, contrast = dual.dual_loss(model, adapters, pairs, 1, config)
+    tokens = [sum(len(pair.responses[r]) for pair in pairs) for r in ("chosen", "rejected")]
+    return good / tokens[0], bad / tokens[1], contrast / len(pairs)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("response", ["chosen", "rejected"])
-def test_dual_loss_by_the_equation(response, pairs):
+@pytest.mark.parametrize("contrast", [0, 1])
+def test_dual_loss_by_the_equation(contrast, pairs):
     model = make_model("llama").double()
-    nll, tokens = dual.response_nll(model, pairs, response, 1)
-    expected = dual_reference(model, pairs, response)
-    assert (nll / tokens).item() == pytest.approx(expected.item(), rel=1e-5)
+    adapters = good_and_bad(model).double()
+    config = dual.Config(contrast=contrast, beta=0.3)
+    parts = dual_parts(model, adapters, pairs, config)
+    expected = dual_reference(model, adapters, pairs, config)
+    assert [part.item() for part in parts[:2]] == pytest.approx(
+        [part.item() for part in expected[:2]], rel=1e-5
+    )
+    assert parts[2].item() == pytest.approx(expected[2].item() if contrast else 0, rel=1e-5)
+
+
+def test_duals_contrast_at_no_difference_is_ln_2():
+    logprobs = torch.randn(2, 5)
+    assert dual.contrast_loss(logprobs, logprobs, 0.1).item() / 5 == pytest.approx(math.log(2))
 
 
 @torch.no_grad()
@@ -135,10 +179,12 @@ def test_order_and_batch_size_change_no_stage_1_loss(family, pairs):
     single_P = [scit.scit_loss(model, [pair], [], 1, MEAN)[-1] for pair in some]
     assert torch.allclose(P, torch.cat(single_P), atol=1e-5)
 
-    nll, tokens = dual.response_nll(model, some, "chosen", 1)
-    singles = [dual.response_nll(model, [pair], "chosen", 1) for pair in some]
-    assert torch.allclose(nll, sum(single_nll for single_nll, _ in singles), rtol=1e-5)
-    assert tokens == sum(count for _, count in singles)
+    adapters = good_and_bad(model)
+    whole = torch.stack(dual.dual_loss(model, adapters, some, 1, dual.Config()))
+    singles = [
+        torch.stack(dual.dual_loss(model, adapters, [pair], 1, dual.Config())) for pair in some
+    ]
+    assert torch.allclose(whole, sum(singles), rtol=1e-5)
 
 
 def test_a_share_of_the_pairs_is_anchored_and_a_single_one_too(tiny, tmp_path, monkeypatch):
@@ -340,24 +386,24 @@ def test_gradients_of_scits_steps(tiny, tmp_path, steps):
         check_gradients(step, adapter, loss)
 
 
-def test_gradients_of_duals_steps(tiny, tmp_path, steps):
-    options = ["--steps", "3", "--batch-size", "5", "--tokens-per-pass", "150"]
-    scale = ["--lora-alpha", LORA_ALPHA]
+@pytest.mark.parametrize("contrast", [0, 1])
+def test_gradients_of_duals_steps(contrast, tiny, tmp_path, steps):
+    options = ["--steps", "3", "--batch-size", "5", "--tokens-per-pass", "600"]
+    scale = ["--lora-alpha", LORA_ALPHA, "--contrast", contrast]
     go(dual, *stage1_source(tiny, tmp_path), *options, *scale, *CPU)
     model = load_model(str(tiny / "model"), "float32", "cpu").double()
-    adapter = LoRA(model.base_model, alpha=LORA_ALPHA)
+    adapters = good_and_bad(model, alpha=LORA_ALPHA)
     pairs = training_pairs(tiny)
-    assert len(steps) == 6
-    # the good model's steps come first
-    for response, its_steps in (("chosen", steps[:3]), ("rejected", steps[3:])):
-        lengths = [pair.length("plain", response) for pair in pairs]
-        for step, indices in zip(its_steps, shuffled_batches(lengths, 5, seed=0)):
-            batch = [pairs[i] for i in indices]
+    lengths = [pair.length("plain", "chosen") for pair in pairs]
+    assert len(steps) == 3
+    for step, indices in zip(steps, shuffled_batches(lengths, 5, seed=0)):
+        batch = [pairs[i] for i in indices]
 
-            def loss(batch=batch, response=response):
-                return dual_reference(model, batch, response)
+        def loss(batch=batch):
+            good, bad, part = dual_reference(model, adapters, batch, dual.Config())
+            return good + bad + contrast * part
 
-            check_gradients(step, adapter, loss)
+        check_gradients(step, adapters, loss)
 
 
 def read_responses(folder, layers):
