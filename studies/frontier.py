@@ -2,15 +2,16 @@
 prompting.
 
     python -m studies.frontier --task sentiment --seeds 0 1 2     measures what is missing
-    python -m studies.frontier --report True                      table and figure of what is there
+    python -m studies.frontier_report                             table and figure of what is there
 
 A unit is one policy of one task and seed. Its line is appended to studies/results/frontier.jsonl as
 soon as it is measured, and a later call goes on where this one stopped. Every policy answers the
 128 test prompts four times with the same noise (see studies/sampling.py). A seed draws the pairs
-(see studies/tasks.py), the adapters and the noise. The report writes frontier.json and
-frontier.png.
+(see studies/tasks.py), the adapters and the noise.
 """
 
+import copy
+import functools
 import itertools
 import json
 import subprocess
@@ -43,18 +44,15 @@ VALIDATION_ANSWERS = 8
 # DPO has as many steps and pairs in a step as dual.py, and three learning rates to choose from.
 DPO_LRS = (2e-4, 5e-4, 1e-3)
 SCALES = (0.35, 0.6, 1.0, 1.5)
-LAMBDAS = (0.5, 1.0, 2.0, 3.0)
-
-# The KL in nats at which methods are compared.
-BUDGETS = (1.0, 2.0, 5.0, 10.0)
+DPO_SCALES = (0.25, 0.5, 1.0)
+LAMBDAS = (0.25, 0.5, 1.0, 2.0)
 
 
 @dataclass
 class Config:
     task: str = setting("sentiment", f"one of {', '.join(tasks.TASKS)}")
     seeds: list[int] = setting(None, "seeds to measure; empty takes 0")
-    methods: list[str] = setting(None, "rows to measure; empty takes all of METHODS")
-    report: bool = setting(False, "only write the table and the figure of what is there")
+    methods: list[str] = setting(None, "methods to measure; empty takes all")
     model: str = setting("smollm2", "the folder that studies.smollm2 wrote", group="data")
     work: str = setting("/tmp/rahf-frontier", "folder of the stages, reused", group="run")
 
@@ -104,6 +102,13 @@ class Experiment:
         self.stage1(dual)
         return self.load("dual/good"), self.load("dual/bad")
 
+    def paper(self):
+        """The Experiment of the same pairs whose DUAL is the paper's: no contrast."""
+        other = copy.copy(self)
+        other.out = self.out / "paper"
+        other.stage1(dual, contrast=0.0)
+        return other
+
     def aligned(self, method, name="align", **settings):
         """AdapterWeights of RAHF at its default strength."""
         folder = self.out / method / name
@@ -126,15 +131,27 @@ class Experiment:
             subprocess.run([*command, "--seed", str(self.seed)], check=True)
         return load_adapter(folder, self.model.base_model)
 
+    def settings(self):
+        """What the stages that have run so far were told, {folder: settings}."""
+        names = ("steps", "batch_size", "lr", "contrast", "beta", "layers", "limit")
+        settings = {}
+        for path in sorted(self.out.rglob("stage.json")):
+            manifest = json.loads(path.read_text())
+            told = {name: manifest["settings"].get(name) for name in names}
+            folder = str(path.parent.relative_to(self.out))
+            settings[folder] = {**told, "alpha": manifest.get("alpha")}
+        return settings
+
     # what is measured
 
     def policies(self):
-        """{row: function that returns its Policy}."""
+        """{(method, strength): function that returns its Policy}. Strength scales an adapter, or is
+        the λ of arithmetic."""
 
-        def of(weights):
-            return Policy([(1.0, weights, "plain")])
+        def of(weights, scale=1.0):
+            return Policy([(1.0, scaled(weights, scale), "plain")])
 
-        def arithmetic(strength):
+        def weights(strength):
             good, bad = self.dual()
             return of(stack(scaled(good, strength), scaled(bad, -strength)))
 
@@ -143,30 +160,30 @@ class Experiment:
             terms = [(1.0, None, "plain"), (strength, good, "plain"), (-strength, bad, "plain")]
             return Policy(terms)
 
-        rows = {
-            "base": Policy,
-            "base told p+": lambda: Policy([(1.0, None, "positive")]),
-            "preferred-SFT": lambda: of(self.dual()[0]),
+        trained = {"strength": align.STRENGTH}
+        methods = {
+            "base": (lambda _: Policy(), (0.0,)),
+            "base told p+": (lambda _: Policy([(1.0, None, "positive")]), (0.0,)),
+            "preferred-SFT": (lambda scale: of(self.paper().dual()[0], scale), (1.0,)),
+            "DUAL": (lambda scale: of(self.aligned("dual", **trained), scale), SCALES),
         }
-        for strength in LAMBDAS:
-            rows[f"weights {strength:g}"] = lambda s=strength: arithmetic(s)
-        for strength in LAMBDAS[1:]:
-            rows[f"logits {strength:g}"] = lambda s=strength: logits(s)
-        for scale in SCALES:
-            rows[f"DUAL {scale:g}"] = lambda s=scale: of(
-                scaled(self.aligned("dual", strength=align.STRENGTH), s)
-            )
         for lr in DPO_LRS:
-            rows[f"DPO lr {lr:g}"] = lambda lr=lr: of(self.dpo(lr))
-        for scale in SCALES[:2]:
-            rows[f"DPO lr {DPO_LRS[1]:g} x {scale:g}"] = lambda s=scale: of(
-                scaled(self.dpo(DPO_LRS[1]), s)
-            )
-        for scale in SCALES:
-            rows[f"SCIT {scale:g}"] = lambda s=scale: of(
-                scaled(self.aligned("scit", strength=align.STRENGTH), s)
-            )
-        return rows
+            scales = DPO_SCALES if lr == DPO_LRS[1] else (1.0,)
+            methods[f"DPO, lr {lr:g}"] = (lambda scale, lr=lr: of(self.dpo(lr), scale), scales)
+        methods |= {
+            "weights": (weights, LAMBDAS),
+            "logits": (logits, LAMBDAS[:3]),
+            "DUAL of the paper": (
+                lambda scale: of(self.paper().aligned("dual", **trained), scale),
+                SCALES[1:3],
+            ),
+            "SCIT": (lambda scale: of(self.aligned("scit", **trained), scale), SCALES),
+        }
+        policies = {}
+        for method, (make_policy, strengths) in methods.items():
+            for strength in strengths:
+                policies[method, strength] = functools.partial(make_policy, strength)
+        return policies
 
     def measure(self, policy):
         """The figures of one policy on the test prompts."""
@@ -207,11 +224,12 @@ class Experiment:
 
 
 def read_lines():
-    """{(task, seed, row): line} of what was measured."""
+    """{(task, seed, method, strength): line} of what was measured."""
     if not LINES.exists():
         return {}
     lines = [json.loads(line) for line in LINES.read_text(encoding="utf-8").splitlines()]
-    return {(line["task"], line["seed"], line["row"]): line for line in lines}
+    keys = ("task", "seed", "method", "strength")
+    return {tuple(line[key] for key in keys): line for line in lines}
 
 
 def measure_missing(config, seed):
@@ -219,27 +237,26 @@ def measure_missing(config, seed):
     lines = read_lines()
     experiment = Experiment(config, seed)
     made = {"digest": model_digest(config.model)[:12], "machine": machine(), "versions": versions()}
-    for row, make_policy in experiment.policies().items():
-        method = row.split()[0]
-        if (config.task, seed, row) in lines or (config.methods and method not in config.methods):
+    for (method, strength), make_policy in experiment.policies().items():
+        key = (config.task, seed, method, strength)
+        if key in lines or (config.methods and method not in config.methods):
             continue
         start = time.perf_counter()
         policy = make_policy()
-        training = round(time.perf_counter() - start, 1)
-        figures = experiment.measure(policy)
-        line = {"task": config.task, "seed": seed, "row": row, "training seconds": training}
-        line |= {**figures, **made}
+        line = {"task": config.task, "seed": seed, "method": method, "strength": strength}
+        line["training seconds"] = round(time.perf_counter() - start, 1)
+        line |= {**experiment.measure(policy), "settings": experiment.settings(), **made}
         with LINES.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         reward, kl = np.mean(line["reward"]), np.mean(line["kl"])
-        print(f"{config.task} {seed} {row}: reward {reward:.3f}, KL {kl:.2f}", flush=True)
+        print(f"{key}: reward {reward:.3f}, KL {kl:.2f}", flush=True)
 
 
 def main(config):
     if config.task not in tasks.TASKS:
         raise UserError(f"--task {config.task}: choose from {', '.join(tasks.TASKS)}")
     tasks.check_scorers()
-    for seed in [] if config.report else config.seeds or [0]:
+    for seed in config.seeds or [0]:
         measure_missing(config, seed)
 
 

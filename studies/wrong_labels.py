@@ -204,9 +204,10 @@ class Experiment:
 
     def sft(self, steps):
         def loss_of(adapter, pairs):
-            pad_id = self.tokenizer.pad_token_id
-            nll, tokens = dual.response_nll(self.model, pairs, "chosen", pad_id)
-            return nll / tokens
+            examples = [pair.example("plain", "chosen") for pair in pairs]
+            batch = collate(examples, self.tokenizer.pad_token_id)
+            logprobs, mask = response_logprobs(self.model, batch)
+            return -logprobs.sum() / mask.sum()
 
         return self.train(loss_of, toy.DUAL["lr"], steps)
 
