@@ -6,8 +6,6 @@ Needs `pip install trl`. The LoRA has the size of dual.py's, the learning rate i
 steps the same number of pairs. Writes the adapter as PEFT does, with a stage.json beside it.
 """
 
-import gzip
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Literal
 
 from common.config import UserError, peak_memory, run, setting
 from common.stages import versions, write_json
+from studies import tasks
 
 
 @dataclass
@@ -31,12 +30,11 @@ class Config:
     seed: int = setting(0, "seed of the adapter and of the order", group="run")
 
 
-def read_rows(path):
+def training_rows(path):
     """The training rows in TRL's conversational form: lists of turns, so that it renders them by
     the chat template as common/chat.py does."""
     rows = []
-    for line in gzip.decompress(Path(path).read_bytes()).decode("utf-8").splitlines():
-        row = json.loads(line)
+    for row in tasks.read_rows(path):
         if row["split"] == "train":
             rows.append(
                 {
@@ -82,7 +80,7 @@ def main(config):
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.bfloat16),
         args=arguments,
-        train_dataset=Dataset.from_list(read_rows(config.data)),
+        train_dataset=Dataset.from_list(training_rows(config.data)),
         processing_class=AutoTokenizer.from_pretrained(config.model),
         peft_config=LoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"

@@ -95,7 +95,7 @@ def sample_answers(model, tokenizer, encoded, policy, count, seed, max_new_token
     stops = stop_tokens(model, tokenizer, encoded[0].end_token)
     adapters = {}
     for _, weights, _ in policy.terms:
-        if weights is not None:
+        if weights is not None and id(weights) not in adapters:
             adapters[id(weights)] = LoRA(model.base_model, weights=weights).eval()
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompts["plain"]))
     order = [i for i in order for _ in range(count)]

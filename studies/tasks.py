@@ -261,6 +261,12 @@ def best_and_worst(scorer, prompt, answers, difference):
     return best, worst
 
 
+def read_rows(path):
+    """The rows of a pairs file."""
+    text = gzip.decompress(Path(path).read_bytes()).decode("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def draw_answers(model, tokenizer, prompts, count, seed):
     """The texts of `count` answers of the base to each prompt: lists of texts."""
     encoded = encode_prompts(tokenizer, prompts)

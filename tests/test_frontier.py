@@ -1,0 +1,147 @@
+"""The real-model studies on numbers made by hand, and on a tiny random model: scorers, pairs,
+correlation, common noise, exact KL, interpolation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_model, random_adapter
+
+from common.answers import kl_to_base
+from common.data import encode_pairs
+from common.pairs import Pair
+from studies import corr, frontier_report, tasks
+from studies.sampling import Policy, sample_answers
+
+
+def test_no_subject_is_in_two_splits():
+    splits = tasks.make_prompts()
+    assert {split: len(prompts) for split, prompts in splits.items()} == {
+        "valid": 128,
+        "test": 128,
+        "train": 744,
+    }
+    assert len({prompt for prompts in splits.values() for prompt in prompts}) == 1000
+    subjects = [s for text in tasks.SUBJECTS.values() for s in text.split(", ")]
+    assert len(subjects) == 100
+
+
+def test_plain_words_in_short_sentences_score_high():
+    """4.71 letters / words + 0.5 words / sentences - 21.43, by hand."""
+    assert tasks.plain("", "The cat sat. It ran.") == 1.0
+    text = "Considerable metropolitan infrastructure deteriorates."
+    letters, words = 12 + 12 + 14 + 12, 4
+    grade = 4.71 * letters / words + 0.5 * words - 21.43
+    assert grade > 20
+    assert tasks.plain("", text) == -1.0
+    middle = "People there often enjoy wonderful concerts, but tickets cost money."
+    grade = 4.71 * 57 / 10 + 0.5 * 10 - 21.43
+    assert tasks.plain("", middle) == pytest.approx(1 - grade / 10)
+    assert tasks.plain("", "...") == -1.0
+
+
+def test_a_pair_is_the_best_and_the_worst_answer():
+    def length(prompt, response):
+        return len(response)
+
+    assert tasks.best_and_worst(length, "q", ["aa", "aaaa", "a", "a"], 3) == ("aaaa", "a")
+    assert tasks.best_and_worst(length, "q", ["aa", "aaaa"], 3) is None
+    assert tasks.best_and_worst(length, "q", ["", "aaaa"], 3) is None
+
+
+def test_the_committed_pairs_are_those_of_the_prompts():
+    prompts = tasks.make_prompts()
+    for task in ("sentiment", "plain"):
+        rows = tasks.read_rows(tasks.PAIRS / f"{task}-0.jsonl.gz")
+        assert len(rows) > 400
+        assert all(row["prompt"] in prompts[row["split"]] for row in rows)
+    difference = tasks.TASKS["plain"].difference
+    for row in rows:
+        scores = [tasks.plain("", row[response]) for response in ("chosen", "rejected")]
+        assert scores[0] - scores[1] >= difference
+
+
+def test_correlation_within_prompts_by_hand():
+    """What differs from prompt to prompt alone does not count."""
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(200, 8))
+    x = 0.5 * rewards + rng.normal(size=(200, 8))
+    offsets = 100 * rng.normal(size=(200, 1))
+    value, error = corr.correlation(x + offsets, rewards - offsets)
+    centred = [(v - v.mean(1, keepdims=True)).ravel() for v in (x, rewards)]
+    assert value == pytest.approx(np.corrcoef(*centred)[0, 1], abs=1e-6)
+    assert 0.01 < error < 0.05
+    assert corr.correlation(3 * rewards, rewards)[0] == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def encoded(tokenizer):
+    prompts = ["Hello, I am Ada.", "What is 1 plus 2?", "Hi! My name is Bela."]
+    pairs = [Pair((("user", prompt),), "", "", "test") for prompt in prompts]
+    return encode_pairs(tokenizer, pairs)
+
+
+def test_policies_share_their_noise_and_report_the_exact_kl(encoded, tokenizer):
+    model = make_model("llama")
+
+    def draw(policy, seed=0):
+        return sample_answers(model, tokenizer, encoded, policy, 2, seed, 8)
+
+    base = draw(Policy())
+    assert draw(Policy()) == base
+    assert draw(Policy(), seed=1) != base
+    assert all(answer.kl == 0 for answers in base for answer in answers)
+    adapter = random_adapter(model)
+    weights = adapter.weights()
+    adapter.remove()
+    # the same policy in another form draws the same answers
+    halves = Policy([(0.5, weights, "plain"), (0.5, weights, "plain")])
+    drawn = draw(Policy([(1.0, weights, "plain")]))
+    assert [[a.ids for a in answers] for answers in draw(halves)] == [
+        [a.ids for a in answers] for answers in drawn
+    ]
+    adapter = random_adapter(model)
+    prompts = [pair.prompts["plain"].tolist() for pair in encoded for _ in range(2)]
+    answers = [answer for per_prompt in drawn for answer in per_prompt]
+    ids = [answer.ids for answer in answers]
+    kl = kl_to_base(model, adapter, prompts, prompts, ids, tokenizer.pad_token_id)
+    assert [answer.kl for answer in answers] == pytest.approx(kl, rel=1e-3)
+    assert not torch.equal(torch.tensor(kl), torch.zeros(len(kl)))
+
+
+def test_reward_at_a_budget_is_linear_in_the_root_of_kl():
+    rewards, kls = np.array([0.4, 0.8, 0.6]), np.array([0.0, 4.0, 1.0])
+    assert frontier_report.at_budget(rewards, kls, 1.0) == pytest.approx(0.6)
+    assert frontier_report.at_budget(rewards, kls, 2.25) == pytest.approx(0.7)
+    assert frontier_report.at_budget(rewards, kls, 0.25) == pytest.approx(0.5)
+    assert frontier_report.at_budget(rewards, kls, 5.0) is None
+
+
+def test_the_report_of_made_up_lines(tmp_path):
+    """A method that is 0.1 better than DPO at every prompt and strength is ahead by 0.1."""
+    rng = np.random.default_rng(0)
+    prompts = rng.normal(scale=0.1, size=16)
+    lines = {}
+    for seed in (0, 1):
+        for method, strength, gain, kl in (
+            ("base", 0.0, 0.0, 0.0),
+            ("DUAL", 0.5, 0.3, 1.0),
+            ("DUAL", 1.0, 0.6, 4.0),
+            ("DPO, lr 0.0005", 1.0, 0.2, 1.0),
+            ("DPO, lr 0.001", 1.0, 0.1, 4.0),
+        ):
+            line = {"reward": (prompts + gain).tolist(), "kl": [kl] * 16, "sigma": 0.5}
+            line |= {"distinct2": 1.0, "length": 9.0, "ended": 0.5, "kl off task": 0.1}
+            lines["made up", seed, method, strength] = line
+    figures = frontier_report.Figures(lines, "made up")
+    summary = frontier_report.summarize(figures)
+    json.dumps(summary)
+    budgets = summary["at budgets"]
+    assert budgets["DUAL"][1.0][0] == pytest.approx(prompts.mean() + 0.3)
+    assert 2.0 not in budgets["DPO, lr 0.0005"]
+    mean, low, high = summary["ahead of the best DPO"]["DUAL"][1.0]
+    assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
+    [row] = [r for r in summary["rows"] if (r["method"], r["strength"]) == ("DUAL", 0.5)]
+    assert row["efficiency"] == pytest.approx(0.3 / (0.5 * 2**0.5))
+    assert "| DUAL | 0.5 |" in frontier_report.markdown(summary)
