@@ -60,7 +60,6 @@ LIMIT = 500
 # at most this many validation pairs are recorded, for the distances that align.py reports
 VALIDATION_PAIRS = 64
 
-DEFAULT_BASE = {"scit": "instructed", "dual": "original"}
 DEFAULT_STIMULUS = {"scit": "instructed", "dual": "plain"}
 
 
@@ -71,8 +70,8 @@ class RecordingSettings:
 
     base: Literal["instructed", "original"] | None = setting(
         None,
-        "the model that b is of: instructed (the SCIT or good model) or original; "
-        "empty takes instructed for SCIT, original for DUAL",
+        "the model that b is of and that the LoRA sits on: original, or instructed (the SCIT or "
+        "good model); empty takes original",
     )
     stimulus: Literal["plain", "instructed"] | None = setting(
         None,
@@ -437,7 +436,8 @@ def open_inputs(config):
     if not own_data:
         inherited += ["data", "columns"]
     inherit(config, settings, inherited, source)
-    fill(config, {"limit": LIMIT}, settings.get("collect", {}), source)
+    defaults = {"limit": LIMIT, "base": "original"}
+    fill(config, defaults, settings.get("collect", {}), source)
     config.max_length = min(config.max_length, context_length(load_config(config.model)))
     config.method = stage1.method
     if config.method == "scit" and config.stimulus == "plain":
@@ -445,7 +445,6 @@ def open_inputs(config):
             "--stimulus plain: SCIT's model knows right from wrong by the instruction alone"
         )
     config.stimulus = config.stimulus or DEFAULT_STIMULUS[config.method]
-    config.base = config.base or DEFAULT_BASE[config.method]
     tokenizer = load_tokenizer(config.model)
     pairs = prepare_pairs(
         config.data,

@@ -47,6 +47,7 @@ class Config(SourceSettings, TrainingSettings):
     """The settings of this stage. Those that it shares with others are in common/config.py."""
 
     embedded_default = toy.DUAL
+    embedded_later = toy.LATER
 
     steps: int = setting(60, "optimizer steps", minimum=1)
     batch_size: int = setting(8, "pairs in a step", minimum=1)

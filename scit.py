@@ -54,6 +54,7 @@ class Config(SourceSettings, TrainingSettings):
     """The settings of this stage. Those that it shares with others are in common/config.py."""
 
     embedded_default = toy.SCIT
+    embedded_later = toy.LATER_OF_SCIT
 
     steps: int = setting(60, "optimizer steps", minimum=1)
     batch_size: int = setting(

@@ -40,6 +40,8 @@ LATER = {
     "collect": {"limit": 600},
     "align": {"steps": 150, "lr": 1e-3, "strength": 0.25},
 }
+# here SCIT's own model is a better base for the LoRA than the original one
+LATER_OF_SCIT = {**LATER, "collect": {"limit": 600, "base": "instructed"}}
 
 
 @dataclass
@@ -444,8 +446,8 @@ def ensure_world(config):
 def source_or_default(config):
     """The model and data of a stage's settings, or the embedded default where both are empty.
 
-    Returns {"model": ..., "data": ...}, and for the default also "judge" and the settings of later
-    stages, "collect" and "align".
+    Returns {"model": ..., "data": ...}, and for the default also "judge" and the class's
+    `embedded_later`, the settings of the later stages "collect" and "align".
     """
     if bool(config.model) != bool(config.data):
         raise UserError(
@@ -454,7 +456,7 @@ def source_or_default(config):
     if config.model:
         return {"model": config.model, "data": config.data}
     world = ensure_world(Config(out=config.out, seed=config.seed, device=config.device))
-    return {**world, **LATER}
+    return {**world, **getattr(config, "embedded_later", {})}
 
 
 def main(config):

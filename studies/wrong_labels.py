@@ -171,7 +171,8 @@ class Experiment:
         self.samplings = SAMPLINGS[config.phase]
 
     def run_stage(self, stage, **settings):
-        suited = getattr(stage.Config, "embedded_default", None) or toy.LATER[stage.__name__]
+        later = toy.LATER_OF_SCIT if settings.get("method") == "scit" else toy.LATER
+        suited = getattr(stage.Config, "embedded_default", None) or later[stage.__name__]
         if "alpha" in settings:
             suited = {name: value for name, value in suited.items() if name != "strength"}
         quietly(stage, out=str(self.out), device="cpu", **{**suited, **settings})

@@ -87,7 +87,8 @@ def done(tiny, tmp_path_factory):
     for stage in (scit, dual):
         go(stage, *source, *quick)
     for method in ("scit", "dual"):
-        go(collect, "--out", out, "--method", method, "--layers", "1", *CPU)
+        base = ["--base", "instructed" if method == "scit" else "original"]
+        go(collect, "--out", out, "--method", method, "--layers", "1", *base, *CPU)
         go(align, "--out", out, "--method", method, *quick)
     return out
 

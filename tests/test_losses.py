@@ -430,7 +430,8 @@ def read_responses(folder, layers):
 def test_gradients_of_aligns_steps(kind, method, tiny, tmp_path, steps):
     """Against states that transformers returns for one unpadded response at a time."""
     go(METHODS[method], *stage1_source(tiny, tmp_path), "--steps", "5", "--lr", "1e-2", *CPU)
-    go(collect, "--out", tmp_path, "--layers", "0", "2", *CPU)
+    base = ["--base", "instructed" if method == "scit" else "original"]
+    go(collect, "--out", tmp_path, "--layers", "0", "2", *base, *CPU)
     options = ["--steps", "3", "--batch-size", "5", "--tokens-per-pass", "150", "--kind", kind]
     steps.clear()
     go(align, "--out", tmp_path, *options, "--lora-alpha", LORA_ALPHA, *CPU)

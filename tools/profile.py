@@ -84,6 +84,10 @@ def time_loss(arguments, options):
 
 
 def main(config):
+    # only the steps: no --kl
+    config.kl = None
+    if config.strength is None and config.alpha is None:
+        config.strength = align.STRENGTH
     recorder = StepRecorder()
     # (arguments, options) of the first training pass
     calls = []

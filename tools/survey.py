@@ -209,7 +209,7 @@ def print_next_commands(config, layers, strengths, rank):
     """Print the collect.py and tools.sweep commands that follow from the recommendation."""
     command = next_command("collect.py", config.out, config.method)
     command += f" --layers {' '.join(map(str, layers))}"
-    if config.base != collect.DEFAULT_BASE[config.method]:
+    if config.base != "original":
         command += f" --base {config.base}"
     if config.method == "dual" and config.stimulus != "plain":
         command += f" --stimulus {config.stimulus}"
