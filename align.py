@@ -78,7 +78,8 @@ class Config(TrainingSettings):
     kl: float | None = setting(
         None,
         "scale the trained adapter until its answers are this many nats from the base's; empty "
-        f"takes {KL:g}, unless --strength or --alpha is given: then it stays as it is",
+        f"takes {KL:g}, unless a strength or α is given or comes from stage 1 (as in the embedded "
+        "default): then it stays as it is",
         minimum=1e-3,
     )
     strength: float | None = setting(
@@ -152,7 +153,7 @@ def choose_alpha(config, ratios):
     ratio = sum(ratios) / len(ratios)
     if not 0 < ratio < math.inf:
         raise UserError(
-            f"--strength: |v|/|h| is {ratios} at layers {config.layers}: h+ and h- must differ; "
+            f"--strength: |v|/|b| is {ratios} at layers {config.layers}: h+ and h- must differ; "
             "train stage 1 longer, or give --alpha"
         )
     return config.strength / ratio
@@ -407,7 +408,7 @@ def print_plan(config, alpha, ratios, shares, manifest, collection, trunk, adapt
     print(f"α {alpha:.3g}")
     for i, layer in enumerate(config.layers):
         moved = abs(alpha) * ratios[i]
-        line = f"  layer {layer}: α|v|/|h| {moved:.2f}"
+        line = f"  layer {layer}: α|v|/|b| {moved:.2f}"
         if shares:
             line += f", {config.rank} directions hold {shares[i]:.0%} of |v|²"
         if moved > 0.8:

@@ -70,8 +70,8 @@ class RecordingSettings:
 
     base: Literal["instructed", "original"] | None = setting(
         None,
-        "the model that b is of and that the LoRA sits on: original, or instructed (the SCIT or "
-        "good model); empty takes original",
+        "which model to move: original, or instructed (the SCIT or good model); empty takes what "
+        "stage 1 has recorded, else original",
     )
     stimulus: Literal["plain", "instructed"] | None = setting(
         None,
@@ -101,7 +101,7 @@ class RecordingSettings:
     )
     limit: int | None = setting(
         None,
-        f"use this many pairs of each split, drawn at random; empty takes {LIMIT}",
+        f"use this many training pairs, drawn at random; empty takes {LIMIT}",
         minimum=1,
         group="data",
     )
@@ -114,7 +114,10 @@ class RecordingSettings:
     )
     out: str = setting("out", "folder that all stages write to", group="run")
     seed: int | None = setting(
-        None, "seed of the order; empty takes stage 1's; the split is always stage 1's", group="run"
+        None,
+        "seed that draws the validation pairs; empty takes stage 1's; splits and --limit always go "
+        "by stage 1's",
+        group="run",
     )
     device: str | None = setting(
         None, "cpu, cuda or cuda:1; empty takes the GPU where there is one", group="run"
@@ -152,7 +155,8 @@ class Config(RecordingSettings):
 
 
 def record_states(trunk, adapters, config, examples, pad_id):
-    """b, h+ and h- of some examples, packed without padding, in the model's dtype.
+    """b, h+ and h- of some examples, packed without padding, in the dtype that
+    the model computes in.
 
     examples: list of (EncodedPair, "chosen" | "rejected"). Returns (base, plus, minus): lists of
     L tensors [T, D], T the recorded positions of all examples, one example after the other.
@@ -418,7 +422,7 @@ def main(config):
     for i, layer in enumerate(config.layers):
         print(
             f"  layer {layer}: |v| {manifest['norm_v'][i]:.3f}, "
-            f"|h| {manifest['norm_h'][i]:.3f}, mean |v|/|h| {manifest['ratio'][i]:.3f}"
+            f"|b| {manifest['norm_h'][i]:.3f}, mean |v|/|b| {manifest['ratio'][i]:.3f}"
         )
     print(
         f"wrote {folder / 'collect'}: {manifest['tokens']:,} tokens of "

@@ -9,7 +9,8 @@ contrast between them says what likelihood alone does not: that it is the pair's
 counts. Their log-ratio x shall rank the two responses of a pair:
 
     loss = -Σ log π_good(r_h | q) / tokens - Σ log π_bad(r_l | q) / tokens
-           + γ softplus(-β (x(r_h) - x(r_l)))           x(r) = log π_good(r | q) - log π_bad(r | q)
+           + γ · mean over pairs of softplus(-β (x(r_h) - x(r_l)))
+    x(r) = log π_good(r | q) - log π_bad(r | q)
 
 The contrast is ours (γ = --contrast, 0 is the paper); it is DPO's loss with the bad model in the
 place of the reference. Unlike in the paper, the two models are LoRA adapters over one base model,
@@ -75,8 +76,8 @@ def contrast_loss(good, bad, beta):
 
 
 def dual_loss(model, adapters, pairs, pad_id, config):
-    """The parts of DUAL's loss for n pairs, as sums: the NLL of the chosen responses under the good
-    model, of the rejected ones under the bad model, and the contrast."""
+    """The parts of DUAL's loss for n pairs, three scalars, each a sum: the NLL of the chosen
+    responses under the good model, of the rejected ones under the bad model, the contrast."""
     if config.contrast == 0:
         good = sum_logprobs(model, adapters, "good", pairs, ["chosen"], pad_id)
         bad = sum_logprobs(model, adapters, "bad", pairs, ["rejected"], pad_id)

@@ -7,7 +7,8 @@ This is contrastive instruction tuning. Every pair gives two examples, (p+, q, r
 (p-, q, r_l): the instruction asks for the kind of response that it comes with. The model learns
 the response (NLL), and that the opposite instruction p~ makes it less likely (contrast):
 
-    loss = -log π(r | p, q) + (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~))
+    loss = -Σ log π(r | p, q) / tokens
+           + mean over responses of (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~))
     P(p) = β Σ log π(r_t | p, q, r_<t) over the response's tokens
 
 In the paper ε is 0 and β is 1 (`--smoothing 0 --beta 1`); the authors' code takes the mean over the
@@ -89,10 +90,12 @@ def contrast_loss(P, P_opposite, smoothing):
 
 
 def scit_loss(model, pairs, anchors, pad_id, config):
-    """The two parts of SCIT's loss for n pairs, a of which (`anchors`) also come plain.
+    """The two parts of SCIT's loss for n pairs. anchors: those of them that also come without an
+    instruction.
 
-    Returns the NLL summed over the response tokens of the right-instruction and plain examples,
-    the contrast, and P [n, right | opposite, chosen | rejected].
+    Returns three things: the NLL, a scalar, summed over the response tokens of the examples under
+    the right instruction and without one; the contrast, a scalar, the mean over the 2n responses;
+    P, [n, 2, 2], detached: right and opposite instruction by chosen and rejected response.
     """
     examples = [pair.example(*names) for pair in pairs for names in INSTRUCTED]
     for pair in anchors:

@@ -53,10 +53,10 @@ def dial(model, tokenizer, weights, prompts, end_token, kl, generation, tokens_p
 
 
 def next_scale(measured, target):
-    """The scale to measure next. measured: {scale: KL > 0} of those that are.
+    """The scale to measure next. measured: {scale: KL > 0}.
 
-    KL is taken as a power of the scale: through the neighbours of the target, or, on one side of
-    all of them, through the nearest with exponent 2.
+    Between two measured KLs the target is interpolated by a power law, KL ~ scale^e. Outside of
+    them it is extrapolated from the nearest with e = 2.
     """
     below = [scale for scale, kl in measured.items() if kl <= target]
     above = [scale for scale, kl in measured.items() if kl > target]
@@ -85,8 +85,12 @@ def scale_to_kl(kl_at, target):
         scale = min(MAX_SCALE, next_scale(measured, target))
         if scale in measured:
             break
-    reached = max(measured.values())
-    raise UserError(
-        f"--kl {target:g} is out of reach: at {max(measured):.2g} times its strength the adapter "
-        f"is {reached:.3g} nats from the base: train it longer or at a higher --strength"
-    )
+    strongest = max(measured)
+    if measured[strongest] < target:
+        raise UserError(
+            f"--kl {target:g} is out of reach: at {strongest:.2g} times its strength the adapter "
+            f"is {measured[strongest]:.3g} nats from the base: ask for less, or train longer or at "
+            "a higher --strength"
+        )
+    curve = ", ".join(f"{kl:.3g} at {scale:.3g}" for scale, kl in sorted(measured.items()))
+    raise UserError(f"--kl {target:g}: no scale is within 10% of it, the KL is {curve}")

@@ -6,9 +6,9 @@ s² var(x) / 2 nats. So at KL k it gains
     gain = corr(x, R) · σ_R · sqrt(2 k)
 
 where x = Σ_t log π+(r_t) - log π-(r_t) is the log-ratio that the tilt goes along, of an answer r of
-the base, and R its reward. The correlation is taken within prompts: what differs from prompt to
-prompt alone is lost to any policy. It bounds what a method can reach that goes along x, and takes
-some forward passes.
+the base, R its reward and σ_R the standard deviation of R within prompts. The correlation is taken
+within prompts, too: what differs from prompt to prompt alone is lost to any policy. To first order
+it bounds what a method can reach that goes along x, and it takes some forward passes.
 """
 
 import numpy as np

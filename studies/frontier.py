@@ -5,8 +5,9 @@ prompting.
     python -m studies.frontier_report                             table and figure of what is there
 
 A unit is one policy of one task and seed. Its line is appended to studies/results/frontier.jsonl as
-soon as it is measured, and a later call goes on where this one stopped. Every policy answers the
-128 test prompts four times with the same noise (see studies/sampling.py). A seed draws the pairs
+soon as it is measured, and a later call goes on where this one stopped. Every policy gives
+four answers to each of the 128 test prompts; the noise is the same for all policies (see
+studies/sampling.py). A seed draws the pairs
 (see studies/tasks.py), the adapters and the noise.
 """
 
@@ -37,9 +38,8 @@ from studies.shared import RESULTS, machine, quietly
 
 LINES = RESULTS / "frontier.jsonl"
 
-# The answers to each test prompt, and the base's to each validation prompt for correlations.
+# The answers to each test prompt.
 ANSWERS = 4
-VALIDATION_ANSWERS = 8
 
 # DPO has as many steps and pairs in a step as dual.py, and three learning rates to choose from.
 DPO_LRS = (2e-4, 5e-4, 1e-3)
@@ -102,15 +102,15 @@ class Experiment:
         self.stage1(dual)
         return self.load("dual/good"), self.load("dual/bad")
 
-    def paper(self):
-        """The Experiment of the same pairs whose DUAL is the paper's: no contrast."""
+    def without_contrast(self):
+        """The Experiment of the same pairs whose DUAL has no contrast, as in the paper."""
         other = copy.copy(self)
-        other.out = self.out / "paper"
+        other.out = self.out / "without-contrast"
         other.stage1(dual, contrast=0.0)
         return other
 
     def aligned(self, method, name="align", **settings):
-        """AdapterWeights of RAHF at its default strength."""
+        """AdapterWeights of RAHF as align.py trains it, not scaled."""
         folder = self.out / method / name
         if not (folder / "stage.json").exists():
             self.stage1({"dual": dual, "scit": scit}[method])
@@ -164,7 +164,7 @@ class Experiment:
         methods = {
             "base": (lambda _: Policy(), (0.0,)),
             "base told p+": (lambda _: Policy([(1.0, None, "positive")]), (0.0,)),
-            "preferred-SFT": (lambda scale: of(self.paper().dual()[0], scale), (1.0,)),
+            "preferred-SFT": (lambda scale: of(self.without_contrast().dual()[0], scale), (1.0,)),
             "DUAL": (lambda scale: of(self.aligned("dual", **trained), scale), SCALES),
         }
         for lr in DPO_LRS:
@@ -173,8 +173,8 @@ class Experiment:
         methods |= {
             "weights": (weights, LAMBDAS),
             "logits": (logits, LAMBDAS[:3]),
-            "DUAL of the paper": (
-                lambda scale: of(self.paper().aligned("dual", **trained), scale),
+            "DUAL, γ = 0": (
+                lambda scale: of(self.without_contrast().aligned("dual", **trained), scale),
                 SCALES[1:3],
             ),
             "SCIT": (lambda scale: of(self.aligned("scit", **trained), scale), SCALES),

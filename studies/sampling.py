@@ -1,4 +1,4 @@
-"""Answers with common noise and exact KL: what the real-model studies measure policies with.
+"""Answers with common noise and their KL: what the real-model studies measure policies with.
 
 Every policy draws its answers with the same Gumbel noise, argmax_v (log π(v) + g_v), so that two
 policies that are near each other mostly give the same answer, and their difference has little

@@ -2,9 +2,9 @@
 
     python -m studies.tasks --model smollm2 --seed 0
 
-1,000 prompts ask for a few sentences about 100 subjects; no subject is in two of the splits. The
-base model answers each prompt several times at temperature 1. Of a prompt's first four answers
-the best and the worst are a preference pair where a scorer tells them apart:
+1,000 prompts ask for a few sentences about 100 subjects; but for four prompts that are left over,
+no subject is in two of the splits. The base model answers each prompt four times at temperature 1.
+The best and the worst answer are a preference pair where a scorer tells them apart:
 
     sentiment    VADER's compound score, in [-1, 1]       (pip install vaderSentiment)
     plain        how plain the words and sentences are: the automated readability index, turned

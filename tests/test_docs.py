@@ -23,11 +23,16 @@ from studies import (
     bench_pipeline,
     campaign,
     disk,
+    dpo,
     embedded,
     few_tokens,
     found,
+    frontier,
+    frontier_report,
     real,
+    smollm2,
     strengths,
+    tasks,
     wrong_labels,
 )
 from tools import export, profile, survey, sweep
@@ -40,6 +45,7 @@ DOCS = README + RESULTS
 SCRIPTS = {f"{stage.__name__}.py": stage for stage in (scit, dual, collect, align, evaluate)}
 MODULES = (toy, bench, bench_pipeline, campaign, disk, embedded, few_tokens, found, real)
 MODULES += (strengths, wrong_labels, export, profile, survey, sweep)
+MODULES += (dpo, frontier, frontier_report, smollm2, tasks)
 SCRIPTS |= {f"-m {module.__name__}": module for module in MODULES}
 
 
@@ -75,9 +81,11 @@ def test_quick_start_runs(tmp_path):
     succeed(toy, "--out", tmp_path, *arguments(small))
     world = tmp_path / "toy" / "seed0"
     source = ["--model", world / "model", "--data", world / "pairs.jsonl", "--steps", "5"]
+    # as the embedded default would tell align
+    more_of = {"scit.py": source, "align.py": arguments(toy.LATER["align"])}
     for command in commands:
         script, *args = shlex.split(command)[1:]
-        more = map(str, source) if script == "scit.py" else []
+        more = map(str, more_of.get(script, []))
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *args, *more],
             cwd=tmp_path,

@@ -173,7 +173,7 @@ def test_validation_states_reach_their_target(runs):
         assert alpha == pytest.approx(0.25 * len(ratios) / sum(ratios))
         assert f"α {alpha:.3g}\n" in outputs[method]
         for layer, ratio in zip(collection["settings"]["layers"], ratios):
-            assert f"layer {layer}: α|v|/|h| {alpha * ratio:.2f}" in outputs[method]
+            assert f"layer {layer}: α|v|/|b| {alpha * ratio:.2f}" in outputs[method]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -282,7 +282,7 @@ def test_all_directions_are_the_papers_form(collected, world):
 
 
 def test_directions_are_those_of_numpy(runs):
-    """U and its share of |v|² against a singular value decomposition, v U^T U and |v|/|h| against
+    """U and its share of |v|² against a singular value decomposition, v U^T U and |v|/|b| against
     their formulas, from the shards themselves."""
     out, _ = runs
     folder, layers, k = out / "dual" / "collect", [1, 2], 3
@@ -325,7 +325,7 @@ def test_strength_is_the_mean_share_of_length(runs, collected):
     manifest = manifest_of(collected / "dual" / "align")
     ratios = manifest_of(collected / "dual" / "collect", "collect")["ratio"]
     assert manifest["alpha"] == pytest.approx(0.3 / (sum(ratios) / 2))
-    assert f"layer 1: α|v|/|h| {manifest['alpha'] * ratios[0]:.2f}" in output
+    assert f"layer 1: α|v|/|b| {manifest['alpha'] * ratios[0]:.2f}" in output
     # the new adapter changes nothing yet: its states are α |v| away from their targets
     shard = load_file(collected / "dual" / "collect" / "validation-shard-00000.safetensors")
     distances = []

@@ -105,7 +105,7 @@ def measure_v(record, passes):
     mean_v = sum(v_sums) / sum(tokens)
     if not ((ratio > 0) & ratio.isfinite()).all():
         raise UserError(
-            f"|v|/|h| is {ratio.tolist()} in the blocks: h+ and h- must differ; "
+            f"|v|/|b| is {ratio.tolist()} in the blocks: h+ and h- must differ; "
             "train stage 1 longer, or at another --lr"
         )
     return ratio, mean_v, shares
@@ -196,7 +196,7 @@ def print_table(blocks, base_nll):
         "with the states of one block moved by a share ρ of their length:"
     )
     titles = "".join(f"{f'ρ {strength:g}':>8}" for strength in STRENGTHS)
-    print(f"{'block':>5} {'|v|/|h|':>8} {'AUC':>6} {'1 direction':>12}{titles}")
+    print(f"{'block':>5} {'|v|/|b|':>8} {'AUC':>6} {'1 direction':>12}{titles}")
     for block in blocks:
         nlls = "".join(f"{nll:>8.3f}" for nll in block["nll"])
         print(
