@@ -59,7 +59,7 @@ def test_an_error_as_a_user_sees_it(tmp_path):
     """One case through a real interpreter: exit code 2, one line, no traceback."""
     for stage, words in [
         (collect, "run `python scit.py` or `python dual.py` first"),
-        (sweep, "give several values of --strength or of --alpha"),
+        (sweep, "give several values of --kl, of --strength or of --alpha"),
     ]:
         result = call(stage, "--out", tmp_path)
         assert result.returncode == 2
@@ -216,7 +216,7 @@ def test_layers_out_of_range_or_not_collected(refused, done):
     out = ["--out", done, *SCIT]
     refused(collect, *out, "--layers", "4", words=["--layers 4", "0 to 3"], folder=done)
     words = ["--layers lower", "upper, middle, last, all"]
-    refused(collect, *out, "--layers", "upper", words=words, folder=done)
+    refused(collect, *out, "--layers", "lower", words=words, folder=done)
     words = ["--layers 0", "holds layers [1]"]
     refused(align, *out, "--layers", "0", words=words, folder=done)
 

@@ -66,7 +66,9 @@ def test_a_cut_model_has_the_hidden_states_of_the_whole(model, tmp_path):
     [
         (None, 1, [0]),
         (None, 6, [0, 1, 2, 3, 4, 5]),
-        (None, 32, [10, 12, 14, 16, 18, 20]),
+        (None, 32, [19, 23, 27, 31]),
+        (None, 12, [6, 7, 8, 9, 10, 11]),
+        (["middle"], 32, [10, 12, 14, 16, 18, 20]),
         (["-1", "0", "3"], 4, [0, 3]),
         (["middle"], 6, [2, 3]),
         (["middle"], 5, [1, 2]),

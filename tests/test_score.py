@@ -307,21 +307,21 @@ def test_evaluate_with_a_reward_model(reward_model, done, tmp_path):
 
     # what the sampled answers of a model cost, and how often two scorers disagree about them
     sampled = [row for row in rows if row["temperature"]]
-    good = [row for row in sampled if row["generator"] == "good"]
+    told = [row for row in sampled if row["generator"] == "base_plus"]
     base = [row for row in sampled if row["generator"] == "base"]
-    kl = torch.tensor([row["kl_to_base"] for row in good])
-    figures = report["models"]["good"]
+    kl = torch.tensor([row["kl_to_base"] for row in told])
+    figures = report["models"]["base_plus"]
     assert figures["kl_to_base"] == pytest.approx(kl.mean().item(), rel=1e-4)
     assert figures["kl_error"] == pytest.approx(kl.std().item() / 6**0.5, rel=1e-4)
     assert report["models"]["base"]["kl_to_base"] == pytest.approx(0, abs=1e-5)
     differences = torch.tensor(
         [
-            [row[scorer] - base_row[scorer] for row, base_row in zip(good, base)]
+            [row[scorer] - base_row[scorer] for row, base_row in zip(told, base)]
             for scorer in ("reward", "implicit_dual")
         ]
     )
     product = differences.prod(0)
     share = (product < 0).sum() / (product != 0).sum()
-    shares = report["disagreement"]["good"]
+    shares = report["disagreement"]["base_plus"]
     assert shares["reward and implicit_dual"] == pytest.approx(share.item())
     assert len(shares) <= 4

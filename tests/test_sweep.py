@@ -20,15 +20,17 @@ from tools import export, sweep
 
 
 def report(**changes):
-    return {"chosen_nll": 1.0, "own_nll_under_base": 0.5, "repeated_ngrams": 0.01, **changes}
+    figures = {"implicit_dual_sampled": 1.0, "kl_to_base": 0.0, "own_nll_under_base": 0.5}
+    return {**figures, "repeated_ngrams": 0.01, **changes}
 
 
-# the last one has collapsed: the base finds its answers strange
+# c has collapsed: the base finds its answers strange; d is far from the base
 REPORTS = {
     "base": report(),
-    "a": report(chosen_nll=0.8),
-    "b": report(chosen_nll=0.7),
-    "c": report(chosen_nll=0.1, own_nll_under_base=1.6),
+    "a": report(implicit_dual_sampled=2.0, kl_to_base=1.0),
+    "b": report(implicit_dual_sampled=3.0, kl_to_base=4.0),
+    "c": report(implicit_dual_sampled=9.0, kl_to_base=3.0, own_nll_under_base=1.6),
+    "d": report(implicit_dual_sampled=7.0, kl_to_base=9.0),
 }
 
 
@@ -40,26 +42,27 @@ def with_scores(reports, scorer, scores):
     return scored
 
 
-def test_without_a_scorer_the_nll_decides_and_what_has_collapsed_is_out():
-    best, why = score.choose_best(REPORTS)
+def test_without_a_scorer_the_implicit_reward_decides_and_what_has_collapsed_is_out():
+    best, why = score.choose_best(REPORTS, max_kl=5)
     assert best == "b"
-    assert "lowest NLL" in why
-    assert "0.700; base 1.000" in why
+    assert "highest implicit reward at 5 nats or less (3.000; base 1.000)" in why
     assert "c shows a collapse" in why
     assert "strange" in why
     assert "WARNING" not in why
+    assert score.choose_best(REPORTS)[0] == "d"
+    assert score.choose_best(REPORTS, max_kl=0.5)[0] == "d"
 
 
 def test_a_judge_decides_where_there_is_one():
-    judged = with_scores(REPORTS, "judge", [(0, 0), (0.9, 0.5), (0.6, 0.7), (1, 1)])
+    judged = with_scores(REPORTS, "judge", [(0, 0), (0.9, 0.5), (0.6, 0.7), (1, 1), (0, 0)])
     best, why = score.choose_best(judged)
     assert best == "a"
     assert "best judge (0.700" in why
 
 
 def test_a_reward_model_decides_before_a_judge():
-    judged = with_scores(REPORTS, "judge", [(0, 0), (0.9, 0.5), (0.6, 0.7), (1, 1)])
-    rewarded = with_scores(judged, "reward", [(-1, -1), (-3, -3), (-2, -2), (5, 5)])
+    judged = with_scores(REPORTS, "judge", [(0, 0), (0.9, 0.5), (0.6, 0.7), (1, 1), (0, 0)])
+    rewarded = with_scores(judged, "reward", [(-1, -1), (-3, -3), (-2, -2), (5, 5), (-4, -4)])
     best, why = score.choose_best(rewarded)
     assert best == "b"
     assert "best reward (-2.000; base -1.000); WARNING: it is no better than the base" in why
@@ -69,7 +72,7 @@ def test_where_all_have_collapsed_one_of_them_is_chosen():
     collapsed = {
         "base": report(),
         "a": report(repeated_ngrams=0.2),
-        "b": report(repeated_ngrams=0.3, chosen_nll=0.5),
+        "b": report(repeated_ngrams=0.3, implicit_dual_sampled=1.5),
     }
     assert score.choose_best(collapsed)[0] == "b"
 
@@ -143,6 +146,7 @@ def test_an_adapter_that_diverges_is_left_out(done, tmp_path):
     (tmp_path / "dual" / "collect").symlink_to(done / "dual" / "collect")
     (tmp_path / "dual" / "merged").mkdir()
     options = ["--out", tmp_path, "--kind", "mse", "--steps", "2", "--max-new-tokens", "2", *CPU]
+    options += ["--judge", "common.toy:judge"]
     go(sweep, *options, "--alpha", "0.5", "2")
     output = go(sweep, *options, "--alpha", "-0.5", "1", "1e30")
     assert "WARNING: left out: alpha_1e+30: the loss is" in output
@@ -160,8 +164,8 @@ def test_an_adapter_that_diverges_is_left_out(done, tmp_path):
         (["--strength", "0.2", "0.2"], "each value once"),
         (["--alpha", "nan", "1"], "nan is not a finite number"),
         (["--alpha", "inf", "1"], "finite"),
-        (["--alpha", "1", "--strength", "0.1"], "--strength or of --alpha"),
-        ([], "--strength or of --alpha"),
+        (["--alpha", "1", "--strength", "0.1"], "of --strength or of --alpha"),
+        ([], "of --kl, of --strength or of --alpha"),
     ],
 )
 def test_a_sweep_fails_at_its_start_where_its_end_would(options, words, without_pairs, fails):

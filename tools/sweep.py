@@ -51,6 +51,9 @@ from lora import load_adapter, save_adapter
 # the adapters are scored on at most this many validation pairs
 SCORED_PAIRS = 200
 
+# prompts answered at a time, and answers that a reward model reads at a time
+BATCH = 64
+
 
 @dataclass
 class Config(align.Config):
@@ -136,7 +139,7 @@ def scale_missing(config, names, trained, sweep_folder, model, tokenizer, pairs)
     manifest = read_stage(trained, "align", "python -m tools.sweep")
     weights = load_adapter(verified_path(trained, manifest), model.base_model)
     prompts, end_token = prompts_of(pairs, "plain"), pairs[0].end_token
-    generation = GenerationSettings(config.max_new_tokens, len(prompts), config.seed)
+    generation = GenerationSettings(config.max_new_tokens, BATCH, config.seed)
     for name, kl in zip(names, config.kl):
         if (sweep_folder / name / MANIFEST).is_file():
             continue
@@ -193,12 +196,12 @@ def main(config):
 
         # 3. score
         if config.reward_model:
-            reward_model = load_reward_model(config.reward_model, dtype, device, config.batch_size)
+            reward_model = load_reward_model(config.reward_model, dtype, device, BATCH)
             scorers["reward"] = reward_model
         adapters = {"base": (None, "plain")}
         for name in names:
             adapters[name] = (load_adapter(new / name, model.base_model), "plain")
-        generation = GenerationSettings(config.max_new_tokens, config.batch_size, config.seed)
+        generation = GenerationSettings(config.max_new_tokens, BATCH, config.seed)
         implicit = {}
         if stage1:
             implicit = implicit_rewards(config.method, stage1.load_weights(model.base_model))
