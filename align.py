@@ -21,7 +21,6 @@ a model without its head). One collection serves many α. Writes OUT/METHOD/alig
 the original base model.
 """
 
-import functools
 import json
 import math
 from dataclasses import dataclass
@@ -69,6 +68,9 @@ from lora import LoRA, enable_only, load_adapter, save_adapter, stack
 DEFAULTS = {"steps": 80, "batch_size": 16, "lr": 3e-4}
 STRENGTH = 0.1
 KL = 3.0
+
+# prompts answered at a time, to measure the KL
+DIAL_BATCH = 32
 
 
 @dataclass
@@ -289,15 +291,17 @@ def main(config, target=None):
         print_plan(config, alpha, ratios, shares, manifest, collection, trunk, adapter)
 
         # 3. train
-        measure = functools.partial(
-            validation_distances, trunk, adapter, validation, alpha, config.tokens_per_pass
-        )
+        def measure(alpha):
+            return validation_distances(trunk, adapter, validation, alpha, config.tokens_per_pass)
+
         checkpoint_path = target.with_name(f".checkpoint-{target.name}")
         depends_on = {**collected, "chosen_alpha": alpha, "collected": manifest["digests"]}
-        distance_start = measure()
+        # what the model's rounding alone makes: α 0, and the adapter changes nothing yet
+        distance_floor = measure(0.0)
+        distance_start = measure(alpha)
         with open_log(target.parent, target.name) as log:
             train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, log)
-        distance_end = measure()
+        distance_end = measure(alpha)
 
         # 4. stage 1's adapter is stacked in, so that the original base model is all it needs
         weights = adapter.weights()
@@ -311,7 +315,7 @@ def main(config, target=None):
         if config.kl:
             model = load_model(config.model, collected["dtype"], device)
             prompts = validation.prompts(collected["last_prompt_token"])
-            generation = GenerationSettings(config.max_new_tokens, len(prompts), config.seed)
+            generation = GenerationSettings(config.max_new_tokens, DIAL_BATCH, config.seed)
             end_token, pass_size = manifest["end_token"], config.tokens_per_pass
             scale, measured = dial(
                 model, tokenizer, weights, prompts, end_token, config.kl, generation, pass_size
@@ -327,13 +331,14 @@ def main(config, target=None):
             "adapters": manifest["adapters"],
             "alpha": alpha,
             **dialled,
+            "distance_floor": distance_floor,
             "distance_start": distance_start,
             "distance_end": distance_end,
         }
         with write_stage(target, "align", result) as new:
             save_adapter(new, weights, trunk, config.model, config.lora_dropout)
         checkpoint_path.unlink(missing_ok=True)
-    print_distances(layers, distance_start, distance_end)
+    print_distances(layers, distance_floor, distance_start, distance_end)
     if config.kl:
         kl = dict(measured)[scale]
         print(f"scaled to {scale:.3g} of its strength: KL to the base {kl:.2f} nats")
@@ -425,11 +430,13 @@ def print_plan(config, alpha, ratios, shares, manifest, collection, trunk, adapt
     )
 
 
-def print_distances(layers, start, end):
-    """Print how far the validation states are from their targets before and after training."""
-    for layer, before, after in zip(layers, start, end):
+def print_distances(layers, floor, start, end):
+    """Print how far the validation states are from their targets before and after training, and
+    what of it is the rounding of the model's dtype."""
+    for layer, rounding, before, after in zip(layers, floor, start, end):
         line = f"  layer {layer}: validation distance to the target {before:.3f} -> {after:.3f}"
-        print(line + (f" ({after / before:.2f} of it)" if before else ""))
+        line += f" ({after / before:.2f} of it)" if before else ""
+        print(line + (f", rounding alone {rounding:.3f}" if rounding > 0.01 * before else ""))
     mean_start, mean_end = sum(start) / len(start), sum(end) / len(end)
     print(f"validation distance {mean_start:.3f} -> {mean_end:.3f}")
 

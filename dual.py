@@ -57,12 +57,10 @@ class Config(SourceSettings, TrainingSettings):
     beta: float = setting(0.1, "β of the contrast, as in DPO", minimum=0)
 
 
-def sum_logprobs(model, adapters, name, pairs, responses, pad_id):
-    """log π(r | q), summed over tokens, of some of the pairs' responses under the model with one of
-    the adapters: [responses, n]."""
+def sum_logprobs(model, pairs, responses, pad_id):
+    """log π(r | q), summed over tokens, of some of the pairs' responses: [responses, n]."""
     examples = [pair.example("plain", response) for response in responses for pair in pairs]
-    with enable_only(adapters.values(), adapters[name]):
-        logprobs, _ = response_logprobs(model, collate(examples, pad_id, model.device))
+    logprobs, _ = response_logprobs(model, collate(examples, pad_id, model.device))
     return logprobs.sum(1).view(len(responses), len(pairs))
 
 
@@ -75,16 +73,22 @@ def contrast_loss(good, bad, beta):
     return F.softplus(-beta * (x[0] - x[1])).sum()
 
 
-def dual_loss(model, adapters, pairs, pad_id, config):
-    """The parts of DUAL's loss for n pairs, three scalars, each a sum: the NLL of the chosen
-    responses under the good model, of the rejected ones under the bad model, the contrast."""
-    if config.contrast == 0:
-        good = sum_logprobs(model, adapters, "good", pairs, ["chosen"], pad_id)
-        bad = sum_logprobs(model, adapters, "bad", pairs, ["rejected"], pad_id)
-        return -good.sum(), -bad.sum(), torch.zeros((), device=model.device)
-    good = sum_logprobs(model, adapters, "good", pairs, BOTH, pad_id)
-    bad = sum_logprobs(model, adapters, "bad", pairs, BOTH, pad_id)
-    return -good[0].sum(), -bad[1].sum(), contrast_loss(good, bad, config.beta)
+def dual_loss(model, name, pairs, other, pad_id, config):
+    """The parts of DUAL's loss that one of the models has a gradient of, for n pairs.
+
+    name: "good" or "bad", whose adapter is enabled. other: [2, n], the other model's log π of the
+    chosen and the rejected responses, a constant; None without contrast. Returns two scalars, the
+    NLL summed over the model's own responses and the contrast summed over the pairs, and the
+    model's log π [2, n], detached (None without contrast).
+    """
+    own = {"good": "chosen", "bad": "rejected"}[name]
+    if other is None:
+        logprobs = sum_logprobs(model, pairs, [own], pad_id)
+        return -logprobs.sum(), logprobs.new_zeros(()), None
+    logprobs = sum_logprobs(model, pairs, BOTH, pad_id)
+    good, bad = (logprobs, other) if name == "good" else (other, logprobs)
+    contrast = contrast_loss(good, bad, config.beta)
+    return -logprobs[BOTH.index(own)].sum(), contrast, logprobs.detach()
 
 
 @torch.no_grad()
@@ -97,7 +101,11 @@ def validate(model, adapters, pairs, pad_id, tokens_per_pass):
     # two inputs a pair
     for part in split_into_passes(range(len(pairs)), lengths, tokens_per_pass // 2):
         some = [pairs[i] for i in part]
-        good, bad = (sum_logprobs(model, adapters, k, some, BOTH, pad_id) for k in ("good", "bad"))
+        logprobs = {}
+        for name, adapter in adapters.items():
+            with enable_only(adapters.values(), adapter):
+                logprobs[name] = sum_logprobs(model, some, BOTH, pad_id)
+        good, bad = logprobs["good"], logprobs["bad"]
         nll["good"] -= good[0].sum().item()
         nll["bad"] -= bad[1].sum().item()
         x = good - bad
@@ -128,19 +136,30 @@ def train(adapters, inputs, config, log):
     with checkpoint:
         for step in bar:
             batch = next(batches)
-            tokens_h = sum(len(pairs[i].responses["chosen"]) for i in batch)
-            tokens_l = sum(len(pairs[i].responses["rejected"]) for i in batch)
+            tokens = {
+                "good": sum(len(pairs[i].responses["chosen"]) for i in batch),
+                "bad": sum(len(pairs[i].responses["rejected"]) for i in batch),
+            }
             loss = contrast = 0.0
-            # up to four inputs a pair
-            for part in split_into_passes(batch, max_lengths, config.tokens_per_pass // 4):
-                nll_good, nll_bad, part_contrast = dual_loss(
-                    model, adapters, [pairs[i] for i in part], pad_id, config
-                )
-                part_contrast = part_contrast / len(batch)
-                part_loss = nll_good / tokens_h + nll_bad / tokens_l
-                part_loss = part_loss + config.contrast * part_contrast
-                part_loss.backward()
-                loss += part_loss.detach()
+            # two inputs a pair
+            for part in split_into_passes(batch, max_lengths, config.tokens_per_pass // 2):
+                some = [pairs[i] for i in part]
+                # One model after the other, so that only one has activations in memory. For each
+                # the other's log π is a constant; that of the bad model is needed first.
+                other = None
+                if config.contrast:
+                    with torch.no_grad(), enable_only(adapters.values(), adapters["bad"]):
+                        other = sum_logprobs(model, some, BOTH, pad_id)
+                for name, adapter in adapters.items():
+                    with enable_only(adapters.values(), adapter):
+                        nll, part_contrast, other = dual_loss(
+                            model, name, some, other, pad_id, config
+                        )
+                        nll, part_contrast = nll / tokens[name], part_contrast / len(batch)
+                        (nll + config.contrast * part_contrast).backward()
+                    loss += nll.detach()
+                # both models have the same contrast
+                loss += config.contrast * part_contrast.detach()
                 contrast += part_contrast.detach()
             for adapter in adapters.values():
                 clip_grad_norm_(adapter.parameters(), 1.0)

@@ -192,9 +192,11 @@ def answer_examples(prompts, answers):
 def answer_logprobs(model, prompts, answers, pad_id, tokens_per_pass=None):
     """Σ_t log π(r_t | q, r_<t) of each answer, a list of floats.
 
-    prompts, answers: lists of lists of ids, an answer to each prompt.
+    prompts, answers: lists of lists of ids, an answer to each prompt. What lies beyond the model's
+    context does not count.
     """
-    examples = answer_examples(prompts, answers)
+    context = context_length(model.config)
+    examples = [(ids[:context], start) for ids, start in answer_examples(prompts, answers)]
     sums = [0.0] * len(examples)
     lengths = [len(ids) for ids, _ in examples]
     pass_size = choose_tokens_per_pass(tokens_per_pass, model.device)

@@ -48,6 +48,7 @@ LARGEST = {int: 2**31 - 1, float: torch.finfo(torch.float32).max}
 MEMORY_REMEDIES = {
     "tokens_per_pass": "lower --tokens-per-pass",
     "batch_size": "lower --batch-size",
+    "compute_dtype": "set --compute-dtype bfloat16",
     "gradient_checkpointing": "set --gradient-checkpointing True",
 }
 

@@ -13,6 +13,7 @@ import math
 from tqdm import tqdm
 
 from common.answers import attached, generate, kl_to_base
+from common.checkpoint import Signals
 from common.config import UserError
 
 # A measured KL may be off from what was asked for by this factor.
@@ -40,6 +41,7 @@ def dial(model, tokenizer, weights, prompts, end_token, kl, generation, tokens_p
     pad_id = tokenizer.pad_token_id
 
     def kl_at(scale):
+        signals.check()
         # the seed of the GenerationSettings makes the answers at two scales alike
         with attached(model, scaled(weights, scale)) as adapter:
             answers = generate(
@@ -48,7 +50,8 @@ def dial(model, tokenizer, weights, prompts, end_token, kl, generation, tokens_p
             values = kl_to_base(model, adapter, prompts, prompts, answers, pad_id, tokens_per_pass)
         return sum(values) / len(values)
 
-    scale, measured = scale_to_kl(kl_at, kl)
+    with Signals() as signals:
+        scale, measured = scale_to_kl(kl_at, kl)
     return scale, sorted(measured.items())
 
 

@@ -459,7 +459,7 @@ def choose_best(reports, max_kl=math.inf):
     Models that show signs of collapse are out, unless all do. Of the others the highest reward or
     judge's score wins (greedy and sampled averaged), or, without a scorer, the highest implicit
     reward of the sampled answers. This one rises with every nat: what is further than max_kl nats
-    from the base is then out, too, unless all are.
+    from the base is then out, too; where all are, the nearest wins.
     """
     base = reports["base"]
     candidates = [name for name in reports if name != "base"]
@@ -481,11 +481,14 @@ def choose_best(reports, max_kl=math.inf):
         columns = ("implicit_scit_sampled", "implicit_dual_sampled")
         column = next(column for column in columns if column in base)
         figures = {name: report[column] for name, report in reports.items()}
-        near = [name for name in sound if reports[name]["kl_to_base"] <= max_kl]
-        best = max(near or sound or candidates, key=figures.get)
+        kl = {name: reports[name]["kl_to_base"] for name in candidates}
+        near = [name for name in sound if kl[name] <= max_kl]
+        best = max(near, key=figures.get) if near else min(sound or candidates, key=kl.get)
     better = figures[best] > figures["base"]
 
     reasons = [f"with {criterion} ({figures[best]:.3f}; base {figures['base']:.3f})"]
+    if not scorer and kl[best] > max_kl:
+        reasons.append(f"WARNING: it is {kl[best]:.1f} nats from the base")
     if not better:
         reasons.append("WARNING: it is no better than the base")
     for name in candidates:

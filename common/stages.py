@@ -3,7 +3,7 @@
 A stage writes a folder (dual.py two) under a temporary name, its `stage.json` (the manifest) last,
 and renames the folder when it is complete, so that a folder with a `stage.json` is a complete one:
 
-    {"kind": "scit", "version": 7, "made_by": {...}, "settings": {...}, "digests": {file: sha256},
+    {"kind": "scit", "version": 8, "made_by": {...}, "settings": {...}, "digests": {file: sha256},
      "inputs": {"model" | "tokenizer" | "chat template" | "pairs": sha256}}
 
 A later stage reads the manifest, checks kind and version, and inherits the settings; it checks the
@@ -26,7 +26,7 @@ from pathlib import Path
 from common.config import UserError
 
 # The version of the files: a stage refuses any other.
-VERSION = 7
+VERSION = 8
 MANIFEST = "stage.json"
 RESUME_KEY = "resume_key"
 
@@ -38,6 +38,7 @@ IRRELEVANT = (
     "alpha",
     "strength",
     "kl",
+    "max_kl",
     "checkpoint_minutes",
     "restart",
     "judge",

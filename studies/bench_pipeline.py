@@ -282,7 +282,8 @@ def run_form(config, form, method, pairs):
     out, device, layers = folder_of(config, method, pairs), choose_device(), LAYERS[config.shape]
     if form == "collect":
         names = [str(layer) for layer in layers]
-        collect.main(collect.Config(out=str(out), method=method, layers=names, max_gb=1e6))
+        shared = {"out": str(out), "method": method, "layers": names, "max_gb": 1e6}
+        collect.main(collect.Config(**shared, limit=pairs, compute_dtype=choose_dtype()))
     elif form.startswith("align"):
         if form == "align, nothing read":
             read_nothing(SHAPES[config.shape]["hidden_size"], device)
@@ -302,6 +303,7 @@ def run_form(config, form, method, pairs):
                 model=str(out / "model"),
                 data=[str(out / "pairs.jsonl")],
                 steps=math.ceil(pairs / batch_size),
+                batch_size=batch_size,
                 max_length=WINDOW[method],
                 **({"reduction": "mean", "beta": 1.0} if method == "scit" else {"contrast": 0.0}),
             )

@@ -93,7 +93,15 @@ def commands(out, source):
         "dual": ["dual.py", *stage1],
         "collect scit": ["collect.py", *scit_out, "--shard-mb", "2"],
         "collect dual": ["collect.py", *dual_out, "--shard-mb", "2", "--store", "diff"],
-        "align scit": ["align.py", *scit_out, "--steps", "60", *CHECKPOINT_OFTEN],
+        "align scit": [
+            "align.py",
+            *scit_out,
+            "--strength",
+            "0.25",
+            "--steps",
+            "60",
+            *CHECKPOINT_OFTEN,
+        ],
         "sweep dual": ["-m", "tools.sweep", *dual_out, *sweep, *CHECKPOINT_OFTEN],
     }
 
@@ -228,8 +236,8 @@ def soak(config):
     steps = str(2 * config.soak // 64)
     stage_commands = {
         "dual": ["dual.py", *source, "--steps", "20"],
-        "collect": ["collect.py", "--layers", "1", "--shard-mb", "20"],
-        "align": ["align.py", "--steps", steps, "--batch-size", "64"],
+        "collect": ["collect.py", "--layers", "1", "--shard-mb", "20", "--limit", str(config.soak)],
+        "align": ["align.py", "--alpha", "1", "--steps", steps, "--batch-size", "64"],
     }
     figures = {"pairs": config.soak}
     for name, command in stage_commands.items():

@@ -3,7 +3,7 @@
     python -m studies.dpo --model smollm2 --data pairs.jsonl.gz --to FOLDER --lr 5e-4
 
 Needs `pip install trl`. The LoRA has the size of dual.py's, the learning rate its schedule, and the
-steps the same number of pairs. Writes the adapter as PEFT does, with a stage.json beside it.
+steps the same number of pairs. Writes the adapter as PEFT does, with dpo.json beside it.
 """
 
 import time

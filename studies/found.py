@@ -4,8 +4,8 @@
 
 For each seed of the embedded default and each method: tools.survey; collect.py with the layers
 that it recommends; tools.sweep with its strengths and rank, which scores on validation pairs by
-the world's judge. The best adapter is chosen a second time as if there were no judge, by the NLL
-of chosen responses alone.
+the world's judge. The best adapter is chosen a second time as if there were no judge, by the
+implicit reward alone.
 """
 
 import json

@@ -47,7 +47,7 @@ class Answer:
 
 def load_sampler(model, dtype="bfloat16"):
     """The model that answers are drawn from."""
-    return load_model(model, dtype, choose_device(None))
+    return load_model(model, dtype, choose_device("cpu"))
 
 
 def encode_prompts(tokenizer, prompts, **instructions):

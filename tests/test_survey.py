@@ -105,7 +105,7 @@ class Reference:
 @pytest.mark.parametrize(
     "method, options",
     [
-        ("scit", []),
+        ("scit", ["--base", "instructed"]),
         ("dual", []),
         ("dual", ["--last-prompt-token", "False", "--tokens-per-pass", "150"]),
     ],
@@ -117,7 +117,7 @@ def test_measurements_one_example_at_a_time(method, options, tiny, tmp_path):
     measured = json.loads((tmp_path / method / "survey.json").read_text())
     assert not (tmp_path / method / "collect").exists()
 
-    reference = Reference(tmp_path, method, last_prompt_token=not options)
+    reference = Reference(tmp_path, method, last_prompt_token="--last-prompt-token" not in options)
     base, v = reference.states_of_split("train")
     ratio = (v.norm(dim=2) / base.norm(dim=2)).mean(1)  # [4]
     mean_v = v.mean(1)  # [4, D]

@@ -50,7 +50,9 @@ def test_without_a_scorer_the_implicit_reward_decides_and_what_has_collapsed_is_
     assert "strange" in why
     assert "WARNING" not in why
     assert score.choose_best(REPORTS)[0] == "d"
-    assert score.choose_best(REPORTS, max_kl=0.5)[0] == "d"
+    best, why = score.choose_best(REPORTS, max_kl=0.5)
+    assert best == "a"
+    assert "WARNING: it is 1.0 nats from the base" in why
 
 
 def test_a_judge_decides_where_there_is_one():

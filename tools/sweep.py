@@ -14,7 +14,6 @@ to OUT/METHOD/sweep, and the best to OUT/METHOD/align.
 
 import dataclasses
 import gc
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,7 @@ from lora import load_adapter, save_adapter
 SCORED_PAIRS = 200
 
 # prompts answered at a time, and answers that a reward model reads at a time
-BATCH = 64
+BATCH = 32
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Config(align.Config):
         None, "module:function that scores (prompt, response); empty takes stage 1's"
     )
     max_kl: float = setting(
-        5, "without judge, reward model and --kl: the KL of the best, in nats, at most", minimum=0
+        5, "without judge and reward model: the KL of the best, in nats, at most", minimum=0
     )
     reward_model: str | None = setting(
         None, "sequence classifier of one label that scores the answers: folder or hub name"
@@ -135,23 +134,35 @@ def train_missing(runs, sweep_folder):
 
 
 def scale_missing(config, names, trained, sweep_folder, model, tokenizer, pairs):
-    """Scale the trained adapter to each KL, where an interrupted sweep has not done so yet."""
+    """Scale the trained adapter to each KL, where an interrupted sweep has not done so yet. Returns
+    the names of all that are there: one whose KL is out of reach is left out, with a warning."""
     manifest = read_stage(trained, "align", "python -m tools.sweep")
     weights = load_adapter(verified_path(trained, manifest), model.base_model)
     prompts, end_token = prompts_of(pairs, "plain"), pairs[0].end_token
     generation = GenerationSettings(config.max_new_tokens, BATCH, config.seed)
+    made = []
     for name, kl in zip(names, config.kl):
         if (sweep_folder / name / MANIFEST).is_file():
+            made.append(name)
             continue
         print(f"{name}:")
-        scale, measured = dial(
-            model, tokenizer, weights, prompts, end_token, kl, generation, config.tokens_per_pass
-        )
+        pass_size = config.tokens_per_pass
+        try:
+            scale, measured = dial(
+                model, tokenizer, weights, prompts, end_token, kl, generation, pass_size
+            )
+        except UserError as error:
+            print(f"WARNING: left out: {error}")
+            continue
         settings = {**manifest["settings"], "kl": kl}
         result = {**manifest, "settings": settings, "scale": scale, "kl_at_scale": measured}
         with write_stage(sweep_folder / name, "align", result) as new:
             new_weights = scaled(weights, scale)
             save_adapter(new, new_weights, model.base_model, config.model, settings["lora_dropout"])
+        made.append(name)
+    if not made:
+        raise UserError("no adapter of the sweep is left: ask for other values of --kl")
+    return made
 
 
 def main(config):
@@ -160,22 +171,27 @@ def main(config):
     first = dataclasses.replace(next(iter(runs.values())))
     manifest = align.complete_settings(first)
     collected, folder = manifest["settings"], Path(config.out) / first.method
-    for name in ("method", "model", "seed", "layers"):
+    for name in ("method", "model", "seed", "layers", "steps", "batch_size", "lr"):
         setattr(config, name, getattr(first, name))
     config.judge = config.judge or inherited_judge(collected)
     scorers = {"judge": load_judge(config.judge)} if config.judge else {}
     if config.reward_model:
         check_reward_model(config.reward_model)
     stage1 = None
-    if not scorers and not config.reward_model:
-        # its adapters are the judge; elsewhere they may have gone
+    try:
         stage1 = open_stage1(config.out, config.method)
+    except UserError:
+        # its adapters are the judge where there is no other; else they may have gone
+        if not scorers and not config.reward_model:
+            raise
     tokenizer = load_tokenizer(config.model)
     pairs = read_pairs(config, manifest, tokenizer)
 
     # 2. train, where an earlier run of this sweep has not
     settings = {**collected, **vars(config)}
-    depends_on = {**settings, "values": list(runs), "collected": manifest["digests"]}
+    depends_on = {**settings, "collected": manifest["digests"]}
+    # scaled adapters serve sweeps of other values, too, as long as the answers are as long
+    depends_on["values"] = config.max_new_tokens if config.kl else list(runs)
     result = {"settings": settings, "method": config.method}
     with (
         claim(folder / "sweep", folder / "align"),
@@ -187,9 +203,8 @@ def main(config):
             trained = {"kl": None, "strength": first.strength, "alpha": first.alpha}
             trained = dataclasses.replace(next(iter(runs.values())), **trained)
             train_missing({"trained": trained}, new)
-            names = list(runs)
             model = load_model(config.model, dtype, device)
-            scale_missing(config, names, new / "trained", new, model, tokenizer, pairs)
+            names = scale_missing(config, list(runs), new / "trained", new, model, tokenizer, pairs)
         else:
             names = train_missing(runs, new)
             model = load_model(config.model, dtype, device)
@@ -217,7 +232,7 @@ def main(config):
             answers_path,
             config.tokens_per_pass,
         )
-        best, why = choose_best(reports, math.inf if config.kl else config.max_kl)
+        best, why = choose_best(reports, config.max_kl)
         text = f"{markdown_table(reports)}\n\nbest: {best}, {why}\n"
         print(text)
         summary = {"best": best, "why": why, "pairs": len(pairs), "models": reports}
