@@ -13,6 +13,7 @@ studies/sampling.py). A seed draws the pairs
 
 import copy
 import functools
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -30,7 +31,7 @@ import scit
 from common.config import UserError, run, setting
 from common.dial import scaled
 from common.hf import load_tokenizer, model_digest
-from common.stages import versions
+from common.stages import versions, write_json
 from lora import load_adapter, stack
 from studies import tasks
 from studies.sampling import Policy, encode_prompts, load_sampler, sample_answers
@@ -66,7 +67,9 @@ class Experiment:
     def __init__(self, config, seed):
         self.task, self.seed, self.model_folder = config.task, seed, config.model
         self.scorer = tasks.TASKS[config.task].score
-        self.out = Path(config.work) / f"{config.task}-{seed}"
+        # another model, another folder
+        self.digest = model_digest(config.model)[:12]
+        self.out = Path(config.work) / self.digest / f"{config.task}-{seed}"
         self.out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = load_tokenizer(config.model)
         self.model = load_sampler(config.model)
@@ -80,14 +83,25 @@ class Experiment:
 
     # what is trained, once
 
-    def run_stage(self, stage, folder=None, **settings):
-        out = folder or self.out
-        shared = {"out": str(out), "device": "cpu", "seed": self.seed}
-        return quietly(stage, **shared, **settings)
+    def run_stage(self, stage, **settings):
+        """Run a stage; its seconds are added to what the folder's stages have taken."""
+        shared = {"out": str(self.out), "device": "cpu", "seed": self.seed}
+        self.add_seconds(stage.__name__, quietly(stage, **shared, **settings))
+
+    def add_seconds(self, name, seconds):
+        path = self.out / "seconds.json"
+        taken = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, {**taken, name: round(seconds, 1)})
+
+    def seconds(self):
+        """{folder: {stage: seconds}} of all stages that have run so far."""
+        paths = sorted(self.out.rglob("seconds.json"))
+        return {str(p.parent.relative_to(self.out)): json.loads(p.read_text()) for p in paths}
 
     def stage1(self, stage, **settings):
         name = stage.__name__
-        folder = self.out / name / ("good" if name == "dual" else "adapter")
+        # the last one that the stage writes
+        folder = self.out / name / ("bad" if name == "dual" else "adapter")
         if not (folder / "stage.json").exists():
             positive, negative = tasks.TASKS[self.task].instructions
             source = {"model": self.model_folder, "data": [str(self.pairs)], "dtype": "bfloat16"}
@@ -109,17 +123,16 @@ class Experiment:
         other.stage1(dual, contrast=0.0)
         return other
 
-    def aligned(self, method, name="align", **settings):
+    def aligned(self, method, layers="upper"):
         """AdapterWeights of RAHF as align.py trains it, not scaled."""
-        folder = self.out / method / name
+        folder = self.out / method / f"align-{layers}"
         if not (folder / "stage.json").exists():
             self.stage1({"dual": dual, "scit": scit}[method])
             if not (self.out / method / "collect" / "stage.json").exists():
-                self.run_stage(collect, method=method)
-            self.run_stage(align, method=method, **settings)
-            if name != "align":
-                (self.out / method / "align").rename(folder)
-        return self.load(f"{method}/{name}")
+                self.run_stage(collect, method=method, layers=["upper", "middle"])
+            self.run_stage(align, method=method, layers=[layers], strength=align.STRENGTH)
+            (self.out / method / "align").rename(folder)
+        return self.load(f"{method}/align-{layers}")
 
     def dpo(self, lr):
         folder = self.out / f"dpo-{lr:g}"
@@ -128,7 +141,9 @@ class Experiment:
             command += ["--data", str(self.pairs), "--to", str(folder), "--lr", str(lr)]
             steps, batch_size = dual.Config.steps, dual.Config.batch_size
             command += ["--steps", str(steps), "--batch-size", str(batch_size)]
+            start = time.perf_counter()
             subprocess.run([*command, "--seed", str(self.seed)], check=True)
+            self.add_seconds(f"dpo {lr:g}", time.perf_counter() - start)
         return load_adapter(folder, self.model.base_model)
 
     def settings(self):
@@ -160,24 +175,22 @@ class Experiment:
             terms = [(1.0, None, "plain"), (strength, good, "plain"), (-strength, bad, "plain")]
             return Policy(terms)
 
-        trained = {"strength": align.STRENGTH}
         methods = {
             "base": (lambda _: Policy(), (0.0,)),
             "base told p+": (lambda _: Policy([(1.0, None, "positive")]), (0.0,)),
             "preferred-SFT": (lambda scale: of(self.without_contrast().dual()[0], scale), (1.0,)),
-            "DUAL": (lambda scale: of(self.aligned("dual", **trained), scale), SCALES),
+            "DUAL": (lambda scale: of(self.aligned("dual"), scale), SCALES),
         }
         for lr in DPO_LRS:
-            scales = DPO_SCALES if lr == DPO_LRS[1] else (1.0,)
-            methods[f"DPO, lr {lr:g}"] = (lambda scale, lr=lr: of(self.dpo(lr), scale), scales)
+            methods[f"DPO, lr {lr:g}"] = (lambda scale, lr=lr: of(self.dpo(lr), scale), DPO_SCALES)
         methods |= {
             "weights": (weights, LAMBDAS),
             "logits": (logits, LAMBDAS[:3]),
             "DUAL, γ = 0": (
-                lambda scale: of(self.without_contrast().aligned("dual", **trained), scale),
+                lambda scale: of(self.without_contrast().aligned("dual"), scale),
                 SCALES[1:3],
             ),
-            "SCIT": (lambda scale: of(self.aligned("scit", **trained), scale), SCALES),
+            "SCIT": (lambda scale: of(self.aligned("scit"), scale), SCALES),
         }
         policies = {}
         for method, (make_policy, strengths) in methods.items():
@@ -224,10 +237,14 @@ class Experiment:
 
 
 def read_lines():
-    """{(task, seed, method, strength): line} of what was measured."""
+    """{(task, seed, method, strength): line} of what was measured. UserError where the lines are of
+    several models."""
     if not LINES.exists():
         return {}
-    lines = [json.loads(line) for line in LINES.read_text(encoding="utf-8").splitlines()]
+    whole = [text for text in LINES.read_text(encoding="utf-8").splitlines() if text.endswith("}")]
+    lines = [json.loads(text) for text in whole]
+    if len({line["digest"] for line in lines}) > 1:
+        raise UserError(f"{LINES} has figures of several models: keep those of one")
     keys = ("task", "seed", "method", "strength")
     return {tuple(line[key] for key in keys): line for line in lines}
 
@@ -236,15 +253,16 @@ def measure_missing(config, seed):
     """Measure the rows of one task and seed that have no line yet."""
     lines = read_lines()
     experiment = Experiment(config, seed)
-    made = {"digest": model_digest(config.model)[:12], "machine": machine(), "versions": versions()}
+    if any(line["digest"] != experiment.digest for line in lines.values()):
+        raise UserError(f"--model {config.model}: {LINES} has figures of another model")
+    made = {"digest": experiment.digest, "machine": machine(), "versions": versions()}
     for (method, strength), make_policy in experiment.policies().items():
         key = (config.task, seed, method, strength)
         if key in lines or (config.methods and method not in config.methods):
             continue
-        start = time.perf_counter()
         policy = make_policy()
         line = {"task": config.task, "seed": seed, "method": method, "strength": strength}
-        line["training seconds"] = round(time.perf_counter() - start, 1)
+        line["seconds of stages"] = experiment.seconds()
         line |= {**experiment.measure(policy), "settings": experiment.settings(), **made}
         with LINES.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -256,6 +274,8 @@ def main(config):
     if config.task not in tasks.TASKS:
         raise UserError(f"--task {config.task}: choose from {', '.join(tasks.TASKS)}")
     tasks.check_scorers()
+    if importlib.util.find_spec("trl") is None:
+        raise UserError("DPO needs `pip install trl`")
     for seed in config.seeds or [0]:
         measure_missing(config, seed)
 

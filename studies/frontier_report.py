@@ -116,7 +116,11 @@ def summarize(figures):
     differences = {}
     for method in methods:
         for budget in BUDGETS:
-            rivals = [budgets[name][budget] for name in dpo if budget in budgets[name]]
+            rivals = [
+                budgets[name][budget]
+                for name in dpo
+                if budget in budgets[name] and figures.seeds(name) == figures.seeds(method)
+            ]
             if budget in budgets[method] and rivals and method not in dpo:
                 best = max(rivals, key=lambda rival: rival[0])
                 differences.setdefault(method, {})[budget] = difference(
@@ -182,13 +186,16 @@ def main(config):
     found = dict.fromkeys(key[0] for key in lines)
     figures = {task: Figures(lines, task) for task in found}
     summaries = {task: summarize(figures[task]) for task in figures}
-    plot(figures)
     for task, summary in summaries.items():
         print(f"\n{task}\n\n{markdown(summary)}\n")
         for method, budgets in summary["ahead of the best DPO"].items():
             for budget, (mean, low, high) in budgets.items():
                 print(f"{method} at KL {budget:g}: {mean:+.3f} [{low:+.3f}, {high:+.3f}] to DPO")
     write_result("frontier", summaries)
+    try:
+        plot(figures)
+    except ImportError:
+        print("no figure: it needs `pip install matplotlib`")
 
 
 if __name__ == "__main__":
