@@ -123,11 +123,10 @@ def summarize(figures):
             ]
             if budget in budgets[method] and rivals and method not in dpo:
                 best = max(rivals, key=lambda rival: rival[0])
-                differences.setdefault(method, {})[budget] = difference(
-                    budgets[method][budget], best
-                )
+                ahead = difference(budgets[method][budget], best)
+                differences.setdefault(method, {})[f"{budget:g}"] = ahead
     at_budgets = {
-        method: {budget: values[:2] for budget, values in by_budget.items()}
+        method: {f"{budget:g}": values[:2] for budget, values in by_budget.items()}
         for method, by_budget in budgets.items()
     }
     return {"rows": rows, "at budgets": at_budgets, "ahead of the best DPO": differences}
@@ -147,7 +146,7 @@ def markdown(summary):
     for method, values in summary["at budgets"].items():
         cells = []
         for budget in BUDGETS:
-            mean, error = values.get(budget, (None, None))
+            mean, error = values.get(f"{budget:g}", (None, None))
             cells.append("" if mean is None else f"{mean:.3f} ± {error:.3f}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -190,7 +189,7 @@ def main(config):
         print(f"\n{task}\n\n{markdown(summary)}\n")
         for method, budgets in summary["ahead of the best DPO"].items():
             for budget, (mean, low, high) in budgets.items():
-                print(f"{method} at KL {budget:g}: {mean:+.3f} [{low:+.3f}, {high:+.3f}] to DPO")
+                print(f"{method} at KL {budget}: {mean:+.3f} [{low:+.3f}, {high:+.3f}] to DPO")
     write_result("frontier", summaries)
     try:
         plot(figures)

@@ -147,6 +147,10 @@ def test_templates_and_families():
     assert f"{counts['works']} work and {counts['refused']} are refused" in text
 
 
+def test_the_frontier_on_a_real_model():
+    assert frontier_report.markdown(result("frontier")["sentiment"]) in RESULTS
+
+
 def test_answers_at_several_strengths():
     answers = result("strengths")["answers"]
     shown = [kind for kind in answers if answers[kind]["question"] in README]

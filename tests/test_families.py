@@ -83,7 +83,7 @@ def test_all_stages_run_and_the_adapter_loads_everywhere(family, tiny, tokenizer
         go(align, *which, *more, *options)
     go(evaluate, "--out", tmp_path, "--limit", "3", "--max-new-tokens", "3", *CPU)
     report = json.loads((tmp_path / "evaluate" / "report.json").read_text())
-    assert len(report["models"]) == 8
+    assert len(report["models"]) == 9
 
     base = hf.load_model(str(tmp_path / "model"), "float32", "cpu")
     base_logits = logits_of(base, BATCH)

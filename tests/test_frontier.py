@@ -138,9 +138,9 @@ def test_the_report_of_made_up_lines(tmp_path):
     summary = frontier_report.summarize(figures)
     json.dumps(summary)
     budgets = summary["at budgets"]
-    assert budgets["DUAL"][1.0][0] == pytest.approx(prompts.mean() + 0.3)
-    assert 2.0 not in budgets["DPO, lr 0.0005"]
-    mean, low, high = summary["ahead of the best DPO"]["DUAL"][1.0]
+    assert budgets["DUAL"]["1"][0] == pytest.approx(prompts.mean() + 0.3)
+    assert "2" not in budgets["DPO, lr 0.0005"]
+    mean, low, high = summary["ahead of the best DPO"]["DUAL"]["1"]
     assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
     [row] = [r for r in summary["rows"] if (r["method"], r["strength"]) == ("DUAL", 0.5)]
     assert row["efficiency"] == pytest.approx(0.3 / (0.5 * 2**0.5))

@@ -20,6 +20,7 @@ import scit
 from common import stage1, toy
 from common.answers import GenerationSettings, attached, generate, kl_to_base
 from common.collection import Collection, principal_directions
+from common.config import parse_command_line
 from common.data import prepare_pairs
 from common.hf import hidden_states, load_model, load_tokenizer
 from common.stages import read_stage
@@ -226,7 +227,7 @@ def test_real_weights_and_real_pairs(tmp_path):
     go(align, *later, "--steps", "20")
     go(evaluate, "--out", tmp_path, "--limit", "8", "--max-new-tokens", "8", *CPU)
     report = json.loads((tmp_path / "evaluate" / "report.json").read_text())["models"]
-    assert len(report) == 8
+    assert len(report) == 9
     for model in report.values():
         assert "judge_greedy" not in model
         assert model["chosen_nll"] > 0
@@ -240,7 +241,7 @@ def test_the_difference_alone_trains_the_same_adapter(runs, world, tmp_path):
     out, _ = runs
     shutil.copytree(out / "dual", tmp_path / "dual")
     go(collect, "--out", tmp_path, "--store", "diff", *LAYERS, *CPU)
-    go(align, "--out", tmp_path, *CPU)
+    go(align, "--out", tmp_path, *suited(align), *CPU)
     full = manifest_of(out / "dual" / "collect", "collect")
     diff = manifest_of(tmp_path / "dual" / "collect", "collect")
     assert diff["token_bytes"] < 0.7 * full["token_bytes"]
@@ -256,10 +257,11 @@ def test_without_stored_base_align_trains_the_same_adapter(runs, world, tmp_path
         shutil.copytree(out / method, tmp_path / method)
         later = ["--out", tmp_path, "--method", method, *CPU]
         training = ["--rank", "8", "--steps", "15"]
+        base = "instructed" if method == "scit" else "original"
         folder = tmp_path / method / "align"
         go(align, *later, *training)
         expected, before = adapted_logits(world, folder), manifest_of(folder)
-        go(collect, *later, *LAYERS, "--store", "diff", "--store-base", "no")
+        go(collect, *later, *LAYERS, "--base", base, "--store", "diff", "--store-base", "no")
         collection = manifest_of(tmp_path / method / "collect", "collect")
         assert collection["token_bytes"] == 2 * collection["hidden_size"] * 4
         go(align, *later, *training)
@@ -350,7 +352,72 @@ def test_alpha_0_starts_at_the_target(runs, collected, tmp_path):
     assert manifest_of(tmp_path / "again" / "dual" / "align")["distance_start"] == [0.0, 0.0]
 
 
+def test_a_sweep_over_kl_scales_one_adapter(collected):
+    """Each is as far from the base as asked, on the validation prompts; one out of reach is left
+    out. A second sweep of other values scales the same adapter."""
+    args = ["--out", collected, "--method", "dual", "--steps", "60", "--lr", "1e-3", *CPU]
+    args += ["--judge", "common.toy:judge", "--max-new-tokens", "24"]
+    output = go(sweep, *args, "--kl", "0.3", "1.2", "500")
+    assert "WARNING: left out: --kl 500 is out of reach" in output
+    folder = collected / "dual" / "sweep"
+    summary = json.loads((folder / "sweep.json").read_text())
+    assert list(summary["models"]) == ["base", "kl_0.3", "kl_1.2"]
+    trained = load_file(folder / "trained" / ADAPTER_WEIGHTS)
+    alpha_of = {}
+    for kl in (0.3, 1.2):
+        measured = summary["models"][f"kl_{kl}"]["kl_to_base"]
+        assert kl / 1.35 < measured < kl * 1.35
+        weights = load_file(folder / f"kl_{kl}" / ADAPTER_WEIGHTS)
+        assert all(torch.equal(weights[name], trained[name]) for name in trained)
+        config = json.loads((folder / f"kl_{kl}" / ADAPTER_CONFIG).read_text())
+        alpha_of[kl] = config["lora_alpha"]
+        scale = manifest_of(folder / f"kl_{kl}")["scale"]
+        assert config["lora_alpha"] == pytest.approx(16 * scale)
+    assert 0 < alpha_of[0.3] < alpha_of[1.2]
+    best = summary["best"]
+    aligned = manifest_of(collected / "dual" / "align")["settings"]
+    assert aligned["kl"] == float(best.removeprefix("kl_"))
+
+
 # ---------------------------------------------------------------- seeds, settings, defaults
+
+
+@pytest.mark.parametrize(
+    "given, real, embedded",
+    [
+        ({}, (3.0, 0.1, None), (None, 0.25, None)),
+        ({"kl": 2.0}, (2.0, 0.1, None), (2.0, 0.25, None)),
+        ({"strength": 0.3}, (None, 0.3, None), (None, 0.3, None)),
+        ({"alpha": 1.0}, (None, None, 1.0), (None, None, 1.0)),
+        ({"kl": 2.0, "alpha": 1.0}, (2.0, None, 1.0), (2.0, None, 1.0)),
+    ],
+)
+def test_strength_is_the_users_or_the_embedded_defaults_or_a_kl(given, real, embedded):
+    """(kl, strength, alpha), for real models and for the embedded default; its steps and learning
+    rate come with it."""
+    for recorded, expected, training in (
+        ({}, real, (80, 16, 3e-4)),
+        (toy.LATER["align"], embedded, (150, 16, 1e-3)),
+    ):
+        config = align.Config(**given)
+        align.choose_strength(config, recorded, "out/dual/collect")
+        assert (config.kl, config.strength, config.alpha) == expected
+        assert (config.steps, config.batch_size, config.lr) == training
+
+
+@pytest.mark.parametrize(
+    "words, steps, lr",
+    [
+        ([], 150, 2e-3),
+        (["--steps", "5"], 5, 2e-3),
+        (["--model", "m", "--data", "d"], 60, 5e-4),
+        (["--model=m", "--data", "d", "--steps", "5"], 5, 5e-4),
+    ],
+)
+def test_the_embedded_default_brings_its_settings(words, steps, lr, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["dual.py", *words])
+    config = parse_command_line(dual.Config)
+    assert (config.steps, config.lr) == (steps, lr)
 
 
 def safetensors_of_a_run(tiny, out, seed):
@@ -369,7 +436,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny, tmp_pa
     first = safetensors_of_a_run(tiny, tmp_path / "first", seed=0)
     again = safetensors_of_a_run(tiny, tmp_path / "again", seed=0)
     other = safetensors_of_a_run(tiny, tmp_path / "other", seed=1)
-    assert len(first) == 10
+    assert len(first) == 9
     assert again == first
     assert all(other[name] != first[name] for name in first)
 

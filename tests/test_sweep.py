@@ -73,8 +73,8 @@ def test_a_reward_model_decides_before_a_judge():
 def test_where_all_have_collapsed_one_of_them_is_chosen():
     collapsed = {
         "base": report(),
-        "a": report(repeated_ngrams=0.2),
-        "b": report(repeated_ngrams=0.3, implicit_dual_sampled=1.5),
+        "a": report(repeated_ngrams=0.2, kl_to_base=2.0),
+        "b": report(repeated_ngrams=0.3, kl_to_base=1.0),
     }
     assert score.choose_best(collapsed)[0] == "b"
 
