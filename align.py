@@ -308,8 +308,7 @@ def main(config, target=None):
         if stage1_weights is not None:
             weights = stack(stage1_weights, weights)
 
-        # 5. scale it to the KL that was asked for
-        # (of the trunk only its structure is needed from here on)
+        # 5. scale it to the KL that was asked for; of the trunk only the structure is still needed
         trunk.to("meta")
         dialled = {}
         if config.kl:

@@ -1,6 +1,6 @@
 """DPO by TRL on the pairs of a study: the competitor, in a process of its own.
 
-    python -m studies.dpo --model smollm2 --data pairs.jsonl.gz --to FOLDER --lr 5e-4
+    python -m studies.dpo --model out/smollm2 --data pairs.jsonl.gz --to FOLDER --lr 5e-4
 
 Needs `pip install trl`. The LoRA has the size of dual.py's, the learning rate its schedule, and the
 steps the same number of pairs. Writes the adapter as PEFT does, with dpo.json beside it.
@@ -24,7 +24,7 @@ class Config:
     wrong_labels: float = setting(0.0, "the share of swapped pairs that `robust` is told")
     steps: int = setting(60, "optimizer steps", minimum=1)
     batch_size: int = setting(8, "pairs in a step", minimum=1)
-    model: str = setting("smollm2", "the folder that studies.smollm2 wrote", group="data")
+    model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
     data: str = setting("", "a pairs file of studies.tasks", group="data")
     to: str = setting("dpo", "folder of the adapter", group="run")
     seed: int = setting(0, "seed of the adapter and of the order", group="run")

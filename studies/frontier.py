@@ -54,7 +54,7 @@ class Config:
     task: str = setting("sentiment", f"one of {', '.join(tasks.TASKS)}")
     seeds: list[int] = setting(None, "seeds to measure; empty takes 0")
     methods: list[str] = setting(None, "methods to measure; empty takes all")
-    model: str = setting("smollm2", "the folder that studies.smollm2 wrote", group="data")
+    model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
     work: str = setting("/tmp/rahf-frontier", "folder of the stages, reused", group="run")
 
 

@@ -32,7 +32,7 @@ LAMBDA = 0.5
 class Config:
     task: str = setting("sentiment", f"one of {', '.join(tasks.TASKS)}")
     seed: int = setting(0, "seed of the pairs and of what is trained", group="run")
-    model: str = setting("smollm2", "the folder that studies.smollm2 wrote", group="data")
+    model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
     work: str = setting("/tmp/rahf-frontier", "folder of the stages, reused", group="run")
 
 

