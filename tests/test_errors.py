@@ -100,7 +100,7 @@ def test_settings(refused, tmp_path, args, words):
             "lower --tokens-per-pass, or lower --batch-size, or set --gradient-checkpointing True",
         ),
         (toy, "use --device cpu"),
-        (collect, "lower --tokens-per-pass"),
+        (collect, "lower --tokens-per-pass, or set --compute-dtype bfloat16"),
         (evaluate, "lower --tokens-per-pass, or lower --batch-size"),
     ],
 )

@@ -193,6 +193,24 @@ def test_answers_end_where_the_context_does(kind, tokenizer):
     assert [len(answer) for answer in answers] == [18, 28]
 
 
+def test_the_head_never_gets_states_with_gaps(tokenizer):
+    """Of a slice of the prompts' states PyTorch would copy the head's weights for each prompt."""
+    model = make_model("llama")
+    contiguous = []
+    head = model.get_output_embeddings()
+    forward = head.forward
+
+    def watched(states):
+        contiguous.append(states.is_contiguous())
+        return forward(states)
+
+    head.forward = watched
+    settings = GenerationSettings(max_new_tokens=3, batch_size=4, seed=0)
+    generate(model, tokenizer, [[5, 6, 7]] * 4, settings)
+    assert contiguous
+    assert all(contiguous)
+
+
 def test_answers_ignore_the_generation_config(tokenizer):
     model = make_model("llama")
     settings = GenerationSettings(max_new_tokens=20, batch_size=3, seed=0)
