@@ -33,6 +33,7 @@ from common.hf import (
 )
 from common.pairs import Pair
 from common.score import (
+    Scoring,
     implicit_rewards,
     inherited_judge,
     load_judge,
@@ -180,6 +181,18 @@ def check_pairs(pairs, manifests, config):
             )
 
 
+def load_scorers(config, device):
+    """{"judge" | "reward": scorer} of those that the settings name."""
+    scorers = {}
+    if config.judge:
+        scorers["judge"] = load_judge(config.judge)
+    if config.reward_model:
+        scorers["reward"] = load_reward_model(
+            config.reward_model, config.dtype, device, config.batch_size
+        )
+    return scorers
+
+
 # ---------------------------------------------------------------- answers and win rates
 
 
@@ -258,6 +271,15 @@ def describe_wins(rates):
     return ", ".join(parts)
 
 
+def print_report(report):
+    """Print the table of all models, their win rates, and how often scorers disagree."""
+    print(f"\n{markdown_table(report['models'])}\n")
+    for name, rates in report["win_rate_over_base"].items():
+        print(f"{name} wins over base: {describe_wins(rates)}")
+        for both, share in report["disagreement"][name].items():
+            print(f"  {both} disagree on {share:.0%} of the prompts")
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -282,13 +304,7 @@ def main(config):
     with claim(target):
         # 2. Scorers, model and adapters.
         device = choose_device(config.device)
-        scorers = {}
-        if config.judge:
-            scorers["judge"] = load_judge(config.judge)
-        if config.reward_model:
-            scorers["reward"] = load_reward_model(
-                config.reward_model, config.dtype, device, config.batch_size
-            )
+        scorers = load_scorers(config, device)
         tokenizer = load_tokenizer(config.model)
         model = load_model(config.model, config.dtype, device)
         adapters = load_adapters(out, manifests, model, config.model, tokenizer)
@@ -296,7 +312,7 @@ def main(config):
             print_answers(model, tokenizer, adapters, config, settings["template"])
             return
 
-        # 3. The pairs. Only SCIT's models are given instructions: those of their own run.
+        # 3. The pairs. The instructions are those of SCIT's run, if there was one.
         instructions = manifests.get("scit_plus", manifests[latest])["settings"]
         prepared = prepare_pairs(
             config.data,
@@ -321,26 +337,12 @@ def main(config):
         models = {"base": (None, "plain"), "base_plus": (None, "positive")}
         for name, weights in adapters.items():
             models[name] = (weights, MODELS[name].prompt)
-        implicit = {}
-        for method in ("scit", "dual"):
-            by_kind = {
-                MODELS[name].kind: weights
-                for name, weights in adapters.items()
-                if MODELS[name].folder.startswith(method)
-            }
-            implicit |= implicit_rewards(method, by_kind)
+        by_kind = {MODELS[name].kind: weights for name, weights in adapters.items()}
         generation = GenerationSettings(config.max_new_tokens, config.batch_size, config.seed)
-        reports, samples = score_models(
-            model,
-            models,
-            tokenizer,
-            pairs,
-            scorers,
-            implicit,
-            generation,
-            out / "evaluate_answers.jsonl",
-            config.tokens_per_pass,
-        )
+        implicit = implicit_rewards(by_kind)
+        scoring = Scoring(scorers, implicit, generation, config.tokens_per_pass)
+        answers_path = out / "evaluate_answers.jsonl"
+        reports, samples = score_models(model, models, tokenizer, pairs, scoring, answers_path)
         others = list(models)[1:]
         wins = win_rates(samples, others, [*scorers, *implicit])
         disagreements = {name: disagreement(samples, name, scorers, implicit) for name in others}
@@ -357,11 +359,7 @@ def main(config):
             write_json(new / "report.json", report)
             with open(new / "samples.jsonl", "w", encoding="utf-8") as file:
                 write_rows(file, samples)
-    print(f"\n{markdown_table(reports)}\n")
-    for name, rates in wins.items():
-        print(f"{name} wins over base: {describe_wins(rates)}")
-        for scorers, share in disagreements[name].items():
-            print(f"  {scorers} disagree on {share:.0%} of the prompts")
+    print_report(report)
     print(
         f"wrote {target}: {len(pairs)} {config.split} pairs, {len(samples):,} answers in "
         "samples.jsonl"

@@ -24,6 +24,7 @@ from transformers import (
 
 from common import toy
 from common.answers import (
+    GenerationSettings,
     answer_logprobs,
     attached,
     generate,
@@ -265,15 +266,27 @@ class ImplicitReward:
         return [p - m for p, m in zip(plus, minus)]
 
 
-def implicit_rewards(method, adapters):
-    """{name: ImplicitReward} of a method's stage 1. adapters: {kind: AdapterWeights}; {} where
-    they are not all there."""
-    if method == "scit" and "scit" in adapters:
+def implicit_rewards(adapters):
+    """{name: ImplicitReward} of the methods whose stage 1 is there. adapters: {kind:
+    AdapterWeights}, of which the kinds scit, good and bad count."""
+    rewards = {}
+    if "scit" in adapters:
         weights = adapters["scit"]
-        return {"implicit_scit": ImplicitReward(weights, weights, "positive", "negative")}
-    if method == "dual" and {"good", "bad"} <= set(adapters):
-        return {"implicit_dual": ImplicitReward(adapters["good"], adapters["bad"])}
-    return {}
+        rewards["implicit_scit"] = ImplicitReward(weights, weights, "positive", "negative")
+    if {"good", "bad"} <= set(adapters):
+        rewards["implicit_dual"] = ImplicitReward(adapters["good"], adapters["bad"])
+    return rewards
+
+
+@dataclass
+class Scoring:
+    """How models are scored. scorers: {"judge" | "reward": scorer}; implicit: {name:
+    ImplicitReward}."""
+
+    scorers: dict
+    implicit: dict
+    generation: GenerationSettings
+    tokens_per_pass: int | None = None
 
 
 # ---------------------------------------------------------------- models
@@ -284,28 +297,16 @@ def prompts_of(pairs, prompt):
     return [pair.prompts[prompt].tolist() for pair in pairs]
 
 
-def score_model(
-    model,
-    adapter,
-    tokenizer,
-    pairs,
-    prompt,
-    scorers,
-    implicit,
-    generation,
-    tokens_per_pass=None,
-    keep=None,
-):
+def score_model(model, adapter, tokenizer, pairs, prompt, scoring, keep=None):
     """Score one model on pairs: how it rates their responses, and how it answers their prompts.
 
     adapter: the LoRA that is attached to the model, or None; prompt: "plain", "positive" or
-    "negative"; scorers: {"judge" | "reward": scorer}; implicit: {name: ImplicitReward};
-    generation: GenerationSettings; keep: a function that is given the rows before a scorer sees
+    "negative"; scoring: Scoring; keep: a function that is given the rows before a scorer sees
     them. Returns the report {figure: number}, and the greedy and sampled answers as rows in
     AlpacaEval's form (but for the generator's name), each with its scores, the sampled ones also
     with their KL to the base.
     """
-    pad_id = tokenizer.pad_token_id
+    pad_id, tokens_per_pass = tokenizer.pad_token_id, scoring.tokens_per_pass
     accuracy, margin, chosen_nll = preferences(model, pairs, prompt, pad_id, tokens_per_pass)
     report = {
         "preference_accuracy": accuracy,
@@ -321,7 +322,12 @@ def score_model(
     answers = []
     for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         new_answers = generate(
-            model, tokenizer, prompts, generation, sample=temperature > 0, end_token=end_token
+            model,
+            tokenizer,
+            prompts,
+            scoring.generation,
+            sample=temperature > 0,
+            end_token=end_token,
         )
         replies = [text_of(tokenizer, answer, stops) for answer in new_answers]
         new_rows = [
@@ -330,9 +336,9 @@ def score_model(
         ]
         if keep:
             keep(new_rows)
-        all_scores = {name: scorer(dialogues, replies) for name, scorer in scorers.items()}
+        all_scores = {name: scorer(dialogues, replies) for name, scorer in scoring.scorers.items()}
         with enable_only([adapter] if adapter else []):
-            for name, reward in implicit.items():
+            for name, reward in scoring.implicit.items():
                 all_scores[name] = reward(model, pairs, new_answers, pad_id, tokens_per_pass)
         for name, scores in all_scores.items():
             report[f"{name}_{decoding}"] = sum(scores) / len(scores)
@@ -368,17 +374,7 @@ def mean_and_error(values):
     return mean, math.sqrt(variance / len(values))
 
 
-def score_models(
-    model,
-    adapters,
-    tokenizer,
-    pairs,
-    scorers,
-    implicit,
-    generation,
-    answers_path,
-    tokens_per_pass=None,
-):
+def score_models(model, adapters, tokenizer, pairs, scoring, answers_path):
     """score_model for several adapters on one base, {name: (AdapterWeights or None, prompt)}.
 
     Returns {name: report} and all rows of samples.jsonl. answers_path: a file for the answers as
@@ -397,16 +393,7 @@ def score_models(
             with attached(model, weights) as adapter:
                 try:
                     reports[name], rows = score_model(
-                        model,
-                        adapter,
-                        tokenizer,
-                        pairs,
-                        prompt,
-                        scorers,
-                        implicit,
-                        generation,
-                        tokens_per_pass,
-                        keep,
+                        model, adapter, tokenizer, pairs, prompt, scoring, keep
                     )
                 except UserError as error:
                     raise UserError(f"{error}; the answers so far are in {answers_path}") from None
@@ -453,43 +440,42 @@ def win_rate(scores, base_scores, z=1.96):
     return rate, (center - half_width) / scale, (center + half_width) / scale
 
 
+def figures_to_choose_by(reports):
+    """What models are compared by, in words, and {name: figure}: their reward or the judge's score,
+    greedy and sampled averaged, else the implicit reward of the sampled answers."""
+    base = reports["base"]
+    for scorer in ("reward", "judge"):
+        columns = (f"{scorer}_greedy", f"{scorer}_sampled")
+        if columns[0] in base:
+            figures = {name: sum(r[c] for c in columns) / 2 for name, r in reports.items()}
+            return f"the best {scorer}", figures
+    columns = ("implicit_scit_sampled", "implicit_dual_sampled")
+    column = next(column for column in columns if column in base)
+    return "the highest implicit reward", {name: r[column] for name, r in reports.items()}
+
+
 def choose_best(reports, max_kl=math.inf):
     """The best of several models beside their base, {"base" | name: report}, and why.
 
-    Models that show signs of collapse are out, unless all do. Of the others the highest reward or
-    judge's score wins (greedy and sampled averaged), or, without a scorer, the highest implicit
-    reward of the sampled answers. This one rises with every nat: what is further than max_kl nats
-    from the base is then out, too; where all are, the nearest wins.
+    The highest figure wins, of the models that show no sign of collapse and are at most max_kl
+    nats from the base. Where there is none, the one that is nearest to the base wins, of those
+    without a sign of collapse if possible.
     """
     base = reports["base"]
     candidates = [name for name in reports if name != "base"]
     collapses = {name: signs_of_collapse(reports[name], base) for name in candidates}
     sound = [name for name in candidates if not collapses[name]]
+    kl = {name: reports[name]["kl_to_base"] for name in candidates}
+    near = [name for name in sound if kl[name] <= max_kl]
+    criterion, figures = figures_to_choose_by(reports)
+    best = max(near, key=figures.get) if near else min(sound or candidates, key=kl.get)
 
-    scorer = next((name for name in ("reward", "judge") if f"{name}_greedy" in base), None)
-    if scorer:
-        criterion = f"the best {scorer}"
-        figures = {
-            name: (report[f"{scorer}_greedy"] + report[f"{scorer}_sampled"]) / 2
-            for name, report in reports.items()
-        }
-        best = max(sound or candidates, key=figures.get)
-    else:
-        criterion = "the highest implicit reward"
-        if max_kl < math.inf:
-            criterion += f" at {max_kl:g} nats or less"
-        columns = ("implicit_scit_sampled", "implicit_dual_sampled")
-        column = next(column for column in columns if column in base)
-        figures = {name: report[column] for name, report in reports.items()}
-        kl = {name: reports[name]["kl_to_base"] for name in candidates}
-        near = [name for name in sound if kl[name] <= max_kl]
-        best = max(near, key=figures.get) if near else min(sound or candidates, key=kl.get)
-    better = figures[best] > figures["base"]
-
+    if max_kl < math.inf:
+        criterion += f" at {max_kl:g} nats or less"
     reasons = [f"with {criterion} ({figures[best]:.3f}; base {figures['base']:.3f})"]
-    if not scorer and kl[best] > max_kl:
+    if kl[best] > max_kl:
         reasons.append(f"WARNING: it is {kl[best]:.1f} nats from the base")
-    if not better:
+    if figures[best] <= figures["base"]:
         reasons.append("WARNING: it is no better than the base")
     for name in candidates:
         if collapses[name]:

@@ -43,7 +43,7 @@ def choose_without_judge(reports):
     blind = {}
     for name, report in reports.items():
         blind[name] = {key: value for key, value in report.items() if not key.startswith("judge")}
-    return choose_best(blind)
+    return choose_best(blind, sweep.Config.max_kl)
 
 
 def measure_method(world, method, seconds):

@@ -12,7 +12,7 @@ from common import toy
 from common.answers import GenerationSettings, attached
 from common.data import prepare_pairs
 from common.hf import load_model, load_tokenizer
-from common.score import load_judge, score_model
+from common.score import Scoring, load_judge, score_model
 from common.stages import versions, write_json
 from lora import load_adapter
 
@@ -53,10 +53,10 @@ class World:
         """The report of common.score.score_model for the adapter in OUT/folder; None: the base."""
         weights = load_adapter(self.out / folder, self.model.base_model) if folder else None
         generation = GenerationSettings(max_new_tokens=64, batch_size=64, seed=self.seed)
-        scorers = {"judge": self.judge}
+        scoring = Scoring({"judge": self.judge}, {}, generation)
         with attached(self.model, weights) as adapter:
             report, _ = score_model(
-                self.model, adapter, self.tokenizer, self.pairs, prompt, scorers, {}, generation
+                self.model, adapter, self.tokenizer, self.pairs, prompt, scoring
             )
         return report
 

@@ -14,6 +14,7 @@ to OUT/METHOD/sweep, and the best to OUT/METHOD/align.
 
 import dataclasses
 import gc
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from common.data import prepare_pairs, sample
 from common.dial import dial, scaled
 from common.hf import choose_device, load_model, load_tokenizer
 from common.score import (
+    Scoring,
     check_reward_model,
     choose_best,
     implicit_rewards,
@@ -217,22 +219,12 @@ def main(config):
         for name in names:
             adapters[name] = (load_adapter(new / name, model.base_model), "plain")
         generation = GenerationSettings(config.max_new_tokens, BATCH, config.seed)
-        implicit = {}
-        if stage1:
-            implicit = implicit_rewards(config.method, stage1.load_weights(model.base_model))
+        implicit = implicit_rewards(stage1.load_weights(model.base_model) if stage1 else {})
+        scoring = Scoring(scorers, implicit, generation, config.tokens_per_pass)
         answers_path = folder / "sweep_answers.jsonl"
-        reports, _ = score_models(
-            model,
-            adapters,
-            tokenizer,
-            pairs,
-            scorers,
-            implicit,
-            generation,
-            answers_path,
-            config.tokens_per_pass,
-        )
-        best, why = choose_best(reports, config.max_kl)
+        reports, _ = score_models(model, adapters, tokenizer, pairs, scoring, answers_path)
+        # the implicit reward rises with every nat
+        best, why = choose_best(reports, math.inf if scorers else config.max_kl)
         text = f"{markdown_table(reports)}\n\nbest: {best}, {why}\n"
         print(text)
         summary = {"best": best, "why": why, "pairs": len(pairs), "models": reports}
