@@ -262,13 +262,10 @@ def main(config, target=None):
         alpha = choose_alpha(config, ratios)
         tokenizer = load_tokenizer(config.model)
         pad_id = tokenizer.pad_token_id
-        shards = [verified_path(folder / "collect", manifest, name) for name in manifest["shards"]]
-        collection = Collection(shards, layers, collected["store"], pad_id)
-        shards = [
-            verified_path(folder / "collect", manifest, name)
-            for name in manifest["validation_shards"]
-        ]
-        validation = Collection(shards, layers, collected["store"], pad_id)
+        collection = open_collection(folder / "collect", manifest, "shards", layers, pad_id)
+        validation = open_collection(
+            folder / "collect", manifest, "validation_shards", layers, pad_id
+        )
         if config.limit:
             collection.keep_random(config.limit, config.seed)
 
@@ -310,17 +307,11 @@ def main(config, target=None):
 
         # 5. scale it to the KL that was asked for; of the trunk only the structure is still needed
         trunk.to("meta")
-        dialled = {}
+        scale, measured = 1.0, []
         if config.kl:
-            model = load_model(config.model, collected["dtype"], device)
             prompts = validation.prompts(collected["last_prompt_token"])
-            generation = GenerationSettings(config.max_new_tokens, DIAL_BATCH, config.seed)
-            end_token, pass_size = manifest["end_token"], config.tokens_per_pass
-            scale, measured = dial(
-                model, tokenizer, weights, prompts, end_token, config.kl, generation, pass_size
-            )
+            scale, measured = find_scale(weights, prompts, tokenizer, config, manifest, device)
             weights = scaled(weights, scale)
-            dialled = {"scale": scale, "kl_at_scale": measured}
 
         # 6. save
         result = {
@@ -329,7 +320,8 @@ def main(config, target=None):
             "inputs": manifest["inputs"],
             "adapters": manifest["adapters"],
             "alpha": alpha,
-            **dialled,
+            "scale": scale,
+            "kl_at_scale": measured,
             "distance_floor": distance_floor,
             "distance_start": distance_start,
             "distance_end": distance_end,
@@ -345,6 +337,27 @@ def main(config, target=None):
         print(f"wrote {target}")
         print_warnings(folder, weights)
         print(next_command("evaluate.py", config.out))
+
+
+def open_collection(folder, manifest, key, layers, pad_id):
+    """The Collection of the shards that a collection's manifest names under a key."""
+    paths = [verified_path(folder, manifest, name) for name in manifest[key]]
+    return Collection(paths, layers, manifest["settings"]["store"], pad_id)
+
+
+def find_scale(weights, prompts, tokenizer, config, manifest, device):
+    """The scale at which the adapter is config.kl nats from the base on some prompts, and
+    [(scale, KL)] of all that were measured."""
+    return dial(
+        load_model(config.model, manifest["settings"]["dtype"], device),
+        tokenizer,
+        weights,
+        prompts,
+        manifest["end_token"],
+        config.kl,
+        GenerationSettings(config.max_new_tokens, DIAL_BATCH, config.seed),
+        config.tokens_per_pass,
+    )
 
 
 def complete_settings(config):

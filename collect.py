@@ -356,8 +356,9 @@ def main(config):
         # 2. the model up to the highest target layer, and its adapters
         device = choose_device(config.device)
         config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
-        # on a GPU float32 products take TF32: three bits more than bfloat16's, at half the speed
-        torch.set_float32_matmul_precision("high")
+        if device.type == "cuda":
+            # float32 products take TF32: three bits more than bfloat16's, at half the speed
+            torch.set_float32_matmul_precision("high")
         trunk = load_trunk(config.model, config.layers[-1] + 1, config.compute_dtype, device)
         check_same_model(config.model, tokenizer, stage1.manifest, f"{config.out}/{config.method}")
         adapters = stage1.load_adapters(trunk)

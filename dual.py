@@ -18,6 +18,7 @@ which is in memory once. With γ = 0 the good model is preferred-SFT, the usual 
 OUT/dual/good and OUT/dual/bad, the input of collect.py.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Config(SourceSettings, TrainingSettings):
 
 def sum_logprobs(model, pairs, responses, pad_id):
     """log π(r | q), summed over tokens, of some of the pairs' responses: [responses, n]."""
-    examples = [pair.example("plain", response) for response in responses for pair in pairs]
+    examples = [pair.example("plain", r) for r, pair in itertools.product(responses, pairs)]
     logprobs, _ = response_logprobs(model, collate(examples, pad_id, model.device))
     return logprobs.sum(1).view(len(responses), len(pairs))
 

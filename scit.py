@@ -11,11 +11,11 @@ the response (NLL), and that the opposite instruction p~ makes it less likely (c
            + mean over responses of (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~))
     P(p) = β Σ log π(r_t | p, q, r_<t) over the response's tokens
 
-In the paper ε is 0 and β is 1 (`--smoothing 0 --beta 1`); the authors' code takes the mean over the
-tokens in place of β times the sum, and ε 0.2 (`--reduction mean --beta 1 --smoothing 0.2`). Two
-things are ours: a LoRA is trained instead of all weights, and some examples without an instruction
-anchor the plain prompt (see `anchor`), on which align.py builds. Writes OUT/scit/adapter, the input
-of collect.py.
+In the paper ε is 0 and β is 1 (`--reduction sum --beta 1 --smoothing 0`); the authors' code takes
+the mean over the tokens in place of β times the sum, and ε 0.2 (`--reduction mean --beta 1
+--smoothing 0.2`). Two things are ours: a LoRA is trained instead of all weights, and some examples
+without an instruction anchor the plain prompt (see `anchor`), on which align.py builds. Writes
+OUT/scit/adapter, the input of collect.py.
 """
 
 import json

@@ -445,9 +445,9 @@ def figures_to_choose_by(reports):
     greedy and sampled averaged, else the implicit reward of the sampled answers."""
     base = reports["base"]
     for scorer in ("reward", "judge"):
-        columns = (f"{scorer}_greedy", f"{scorer}_sampled")
-        if columns[0] in base:
-            figures = {name: sum(r[c] for c in columns) / 2 for name, r in reports.items()}
+        greedy, sampled = f"{scorer}_greedy", f"{scorer}_sampled"
+        if greedy in base:
+            figures = {name: (r[greedy] + r[sampled]) / 2 for name, r in reports.items()}
             return f"the best {scorer}", figures
     columns = ("implicit_scit_sampled", "implicit_dual_sampled")
     column = next(column for column in columns if column in base)

@@ -9,7 +9,6 @@ steps the same number of pairs. Writes the adapter as PEFT does, with dpo.json b
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from common.config import UserError, peak_memory, run, setting
 from common.stages import versions, write_json
@@ -20,8 +19,6 @@ from studies import tasks
 class Config:
     lr: float = setting(5e-4, "peak learning rate: 10% warm-up, then a cosine to 0")
     beta: float = setting(0.1, "β of DPO")
-    loss: Literal["sigmoid", "robust"] = setting("sigmoid", "TRL's loss_type")
-    wrong_labels: float = setting(0.0, "the share of swapped pairs that `robust` is told")
     steps: int = setting(60, "optimizer steps", minimum=1)
     batch_size: int = setting(8, "pairs in a step", minimum=1)
     model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
@@ -58,8 +55,6 @@ def main(config):
     start = time.perf_counter()
     arguments = DPOConfig(
         output_dir=config.to,
-        loss_type=config.loss,
-        label_smoothing=config.wrong_labels,
         beta=config.beta,
         learning_rate=config.lr,
         lr_scheduler_type="cosine",

@@ -80,12 +80,19 @@ def test_implicit_reward_is_the_difference_of_logprobs():
     assert abs(value) > 0.01
 
 
-def test_scaled_weights_change_the_model_in_proportion():
+def test_scaled_weights_change_a_layer_in_proportion():
     model = make_model("llama")
-    weights = random_adapter(model).weights()
-    twice = scaled(weights, 2)
-    assert twice.alpha / twice.rank == 2 * weights.alpha / weights.rank
-    assert twice.tensors is weights.tensors
+    adapter = random_adapter(model)
+    adapter.remove()
+    linear = model.base_model.layers[0].mlp.up_proj
+    x = torch.randn(3, linear.in_features)
+    plain = linear(x)
+    for factor in (0.5, 2.0):
+        with answers.attached(model, adapter.weights()):
+            change = linear(x) - plain
+        with answers.attached(model, scaled(adapter.weights(), factor)):
+            assert torch.allclose(linear(x) - plain, factor * change, atol=1e-5)
+    assert change.abs().max() > 0.01
 
 
 CURVES = {
