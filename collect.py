@@ -124,8 +124,8 @@ class RecordingSettings:
     )
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
-        "what the model computes in; bfloat16 halves the memory, but its rounding, 1 to 2% of a "
-        "state, is as large as a small v",
+        "what the model computes in; bfloat16 halves the memory, but rounds by as much as a small v "
+        "is long",
         group="run",
     )
 

@@ -127,7 +127,7 @@ def test_files_and_functions_exist():
 
 
 def test_readme_is_short():
-    assert len(README.split()) <= 2900
+    assert len(README.split()) <= 2300
 
 
 # ---------------------------------------------------------------- figures
