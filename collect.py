@@ -124,8 +124,8 @@ class RecordingSettings:
     )
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
-        "what the model computes in; bfloat16 halves the memory, but rounds by as much as a small v "
-        "is long",
+        "what the model computes in; bfloat16 halves the memory, but rounds by as much as a small "
+        "v is long",
         group="run",
     )
 

@@ -120,7 +120,8 @@ def train(adapters, inputs, config, log):
     """Train both adapters by DUAL's loss."""
     model, pairs, pad_id = inputs.model, inputs.pairs["train"], inputs.tokenizer.pad_token_id
     lengths = [pair.length("plain", "chosen") for pair in pairs]
-    max_lengths = list(map(max, lengths, [pair.length("plain", "rejected") for pair in pairs]))
+    rejected_lengths = [pair.length("plain", "rejected") for pair in pairs]
+    max_lengths = list(map(max, lengths, rejected_lengths))
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=config.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(config.steps))
     checkpoint = Checkpoint(
