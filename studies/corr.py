@@ -12,33 +12,6 @@ it bounds what a method can reach that goes along x, and it takes some forward p
 """
 
 import numpy as np
-import torch
-
-from common.answers import attached
-from common.data import collate, split_into_passes
-from common.hf import response_logprobs
-
-TOKENS_PER_PASS = 4096
-
-
-@torch.no_grad()
-def sum_logprobs(model, weights, encoded, answers, prompt="plain"):
-    """Σ_t log π(r_t | q, r_<t) of each answer under the model with an adapter: numpy [P, n].
-
-    encoded: P EncodedPairs; answers: for each of them n lists of ids; weights: AdapterWeights or
-    None for the base.
-    """
-    examples = []
-    for pair, ids in zip(encoded, answers):
-        start = pair.prompts[prompt].tolist()
-        examples += [(start + answer, len(start)) for answer in ids]
-    lengths = [len(ids) for ids, _ in examples]
-    sums = np.zeros(len(examples))
-    with attached(model, weights):
-        for part in split_into_passes(range(len(examples)), lengths, TOKENS_PER_PASS):
-            batch = collate([examples[i] for i in part], 0, model.device)
-            sums[list(part)] = response_logprobs(model, batch)[0].sum(1).tolist()
-    return sums.reshape(len(encoded), -1)
 
 
 def within(values):

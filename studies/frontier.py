@@ -213,22 +213,23 @@ class Experiment:
 
         drawn = draw(self.prompts["test"], ANSWERS)
         rewards = [
-            [self.scorer(prompt, answer.text) for answer in answers]
-            for prompt, answers in zip(self.prompts["test"], drawn)
+            [self.scorer(prompt, answer.text) for answer in group]
+            for prompt, group in zip(self.prompts["test"], drawn)
         ]
-        every = [answer for answers in drawn for answer in answers]
-        words = [answer.text.split() for answer in every]
-        bigrams = [pair for text in words for pair in itertools.pairwise(text)]
+        answers = list(itertools.chain.from_iterable(drawn))
+        bigrams = []
+        for answer in answers:
+            bigrams += itertools.pairwise(answer.text.split())
         unrelated = [answers[0] for answers in draw(tasks.UNRELATED, 1)]
         return {
             "reward": [round(float(np.mean(row)), 4) for row in rewards],
-            "kl": [round(float(np.mean([a.kl for a in answers])), 4) for answers in drawn],
+            "kl": [round(float(np.mean([a.kl for a in group])), 4) for group in drawn],
             "sigma": round(float(np.std(rewards)), 4),
             "distinct2": round(len(set(bigrams)) / len(bigrams), 4),
-            "length": round(float(np.mean([len(answer.ids) for answer in every])), 2),
-            "ended": round(float(np.mean([answer.ended for answer in every])), 4),
+            "length": round(float(np.mean([len(answer.ids) for answer in answers])), 2),
+            "ended": round(float(np.mean([answer.ended for answer in answers])), 4),
             "kl off task": round(float(np.mean([answer.kl for answer in unrelated])), 4),
-            "first answers": [answer.text for answer in every[:12:4]],
+            "first answers": [answer.text for answer in answers[:12:4]],
             "seconds": round(time.perf_counter() - start, 1),
         }
 

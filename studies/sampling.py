@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from common.answers import left_pad, stop_tokens, text_of
-from common.data import encode_pairs
+from common.data import choose_template, encode_pairs
 from common.hf import choose_device, load_model
 from common.pairs import Pair
 from lora import LoRA, enable_only
@@ -53,7 +53,8 @@ def load_sampler(model, dtype="bfloat16"):
 def encode_prompts(tokenizer, prompts, **instructions):
     """EncodedPairs of some requests, without responses."""
     pairs = [Pair((("user", prompt),), "", "", "test") for prompt in prompts]
-    return encode_pairs(tokenizer, pairs, template="chat", **instructions)
+    template = choose_template("auto", tokenizer)
+    return encode_pairs(tokenizer, pairs, template=template, **instructions)
 
 
 class Stream:

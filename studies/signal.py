@@ -7,16 +7,18 @@ base along; see studies/corr.py for what its correlation with the reward says. T
 settings are chosen by it: it takes a minute where a frontier takes an hour.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
+from common.answers import answer_logprobs, attached
 from common.config import run, setting
 from common.dial import scaled
 from common.hf import model_digest
 from lora import stack
 from studies import tasks
-from studies.corr import correlation, sum_logprobs, within
+from studies.corr import correlation, within
 from studies.frontier import DPO_LRS, Experiment
 from studies.sampling import Policy, encode_prompts, sample_answers
 from studies.shared import write_result
@@ -60,8 +62,13 @@ class Signal:
         self.base = self.logprobs(None)
 
     def logprobs(self, weights, prompt="plain"):
-        """Σ log π of each answer, [P, n]."""
-        return sum_logprobs(self.experiment.model, weights, self.encoded, self.answers, prompt)
+        """Σ log π of each answer under the base with an adapter (or None), [P, n]."""
+        model = self.experiment.model
+        prompts = [pair.prompts[prompt].tolist() for pair in self.encoded for _ in range(ANSWERS)]
+        ids = list(itertools.chain.from_iterable(self.answers))
+        with attached(model, weights):
+            sums = answer_logprobs(model, prompts, ids, self.experiment.tokenizer.pad_token_id)
+        return np.array(sums).reshape(-1, ANSWERS)
 
     def measure(self, x):
         """The correlation of x with the reward, its error, and the spread of x in nats."""

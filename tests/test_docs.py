@@ -30,6 +30,7 @@ from studies import (
     frontier,
     frontier_report,
     real,
+    signal,
     smollm2,
     strengths,
     tasks,
@@ -45,7 +46,7 @@ DOCS = README + RESULTS
 SCRIPTS = {f"{stage.__name__}.py": stage for stage in (scit, dual, collect, align, evaluate)}
 MODULES = (toy, bench, bench_pipeline, campaign, disk, embedded, few_tokens, found, real)
 MODULES += (strengths, wrong_labels, export, profile, survey, sweep)
-MODULES += (dpo, frontier, frontier_report, smollm2, tasks)
+MODULES += (dpo, frontier, frontier_report, signal, smollm2, tasks)
 SCRIPTS |= {f"-m {module.__name__}": module for module in MODULES}
 
 

@@ -1,6 +1,7 @@
 """The real-model studies on numbers made by hand, and on a tiny random model: scorers, pairs,
 correlation, common noise, exact KL, interpolation."""
 
+import gzip
 import json
 import sys
 
@@ -13,7 +14,7 @@ from common.answers import kl_to_base
 from common.config import UserError
 from common.data import encode_pairs
 from common.pairs import Pair
-from studies import corr, frontier, frontier_report, smollm2, tasks
+from studies import corr, frontier, frontier_report, signal, smollm2, tasks
 from studies.sampling import Policy, sample_answers
 
 
@@ -147,6 +148,58 @@ def test_the_report_of_made_up_lines(tmp_path):
     [row] = [r for r in summary["rows"] if (r["method"], r["strength"]) == ("DUAL", 0.5)]
     assert row["efficiency"] == pytest.approx(0.3 / (0.5 * 2**0.5))
     assert "| DUAL | 0.5 |" in frontier_report.markdown(summary)
+
+
+@pytest.fixture
+def small_study(tiny, tmp_path, monkeypatch):
+    """The studies on a tiny random model, on one task and fewer prompts: (Config, tmp_path)."""
+    prompts = {split: some[:6] for split, some in tasks.make_prompts().items()}
+    monkeypatch.setattr(tasks, "make_prompts", lambda: prompts)
+    monkeypatch.setattr(tasks, "UNRELATED", tasks.UNRELATED[:4])
+    monkeypatch.setattr(tasks, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(tasks, "PAIRS", tmp_path / "pairs")
+    (tmp_path / "pairs").mkdir()
+    rows = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["prompt"], _, row["chosen"] = row["chosen"].rpartition("\n\nAssistant: ")
+        row["prompt"] = row["prompt"].removeprefix("\n\nHuman: ")
+        row["rejected"] = row["rejected"].rpartition("\n\nAssistant: ")[2]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "pairs" / "plain-0.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    monkeypatch.setattr(frontier, "LINES", tmp_path / "frontier.jsonl")
+    model, work = str(tiny / "model"), str(tmp_path / "work")
+    return frontier.Config(task="plain", model=model, work=work)
+
+
+def test_a_frontier_measures_what_is_missing(small_study):
+    """Every row that needs no other library, once; the second call finds all of them."""
+    methods = ["base", "base told p+", "preferred-SFT", "DUAL", "weights", "logits", "SCIT"]
+    small_study.methods = [*methods, "DUAL, γ = 0"]
+    frontier.measure_missing(small_study, 0)
+    lines = frontier.read_lines()
+    assert len(lines) == 3 + 4 + 4 + 3 + 4 + 2
+    kl = {key[2:]: np.mean(line["kl"]) for key, line in lines.items()}
+    assert kl["base", 0.0] == 0
+    for method, strengths in (("DUAL", frontier.SCALES), ("weights", frontier.LAMBDAS)):
+        values = [kl[method, strength] for strength in strengths]
+        assert 0 < values[0] < values[-1]
+    assert lines["plain", 0, "DUAL", 1.0]["settings"]["dual/good"]["contrast"] == 1.0
+    told = lines["plain", 0, "preferred-SFT", 1.0]["settings"]
+    assert told["without-contrast/dual/good"]["contrast"] == 0.0
+    content = frontier.LINES.read_bytes()
+    frontier.measure_missing(small_study, 0)
+    assert frontier.LINES.read_bytes() == content
+    frontier_report.markdown(frontier_report.summarize(frontier_report.Figures(lines, "plain")))
+
+
+def test_the_signal_of_everything_that_is_trained(small_study, monkeypatch):
+    monkeypatch.setattr(signal, "DPO_LRS", ())
+    settings = {"task": "plain", "model": small_study.model, "work": small_study.work}
+    figures = signal.measure(signal.Config(**settings))
+    assert len(figures) == 1 + 2 * 5
+    for values in figures.values():
+        assert -1 <= values["corr"] <= 1
+        assert values["spread"] > 0
 
 
 # ---------------------------------------------------------------- what is missing
