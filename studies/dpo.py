@@ -23,6 +23,7 @@ class Config:
     batch_size: int = setting(8, "pairs in a step", minimum=1)
     model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
     data: str = setting("", "a pairs file of studies.tasks", group="data")
+    dtype: str = setting("float32", "of the base model", group="run")
     to: str = setting("dpo", "folder of the adapter", group="run")
     seed: int = setting(0, "seed of the adapter and of the order", group="run")
 
@@ -72,8 +73,9 @@ def main(config):
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
+    dtype = getattr(torch, config.dtype)
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.bfloat16),
+        model=AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype),
         args=arguments,
         train_dataset=Dataset.from_list(training_rows(config.data)),
         processing_class=AutoTokenizer.from_pretrained(config.model),

@@ -45,7 +45,7 @@ class Answer:
     ended: bool
 
 
-def load_sampler(model, dtype="bfloat16"):
+def load_sampler(model, dtype):
     """The model that answers are drawn from."""
     return load_model(model, dtype, choose_device("cpu"))
 
@@ -58,18 +58,20 @@ def encode_prompts(tokenizer, prompts, **instructions):
 
 
 class Stream:
-    """One model that reads a batch of prompts and then token after token."""
+    """One model that reads a batch of prompts once, then `count` answers of each token by token."""
 
-    def __init__(self, model, adapters, adapter, prompts, pad_id):
+    def __init__(self, model, adapters, adapter, prompts, count, pad_id):
         """adapters: all LoRA on the model; adapter: the one of them that is enabled, or None."""
         self.model = model
         self.adapters = adapters
         self.enabled = [adapter] if adapter else []
+        self.count = count
         self.ids, self.attention = left_pad(prompts, pad_id)
         self.cache = DynamicCache(config=model.config)
 
     def logits(self):
-        """fp32 [B, V] of the next token."""
+        """fp32 [B, V] of the next token, B = prompts * count."""
+        reads_prompts = self.cache.get_seq_length() == 0
         with enable_only(self.adapters, *self.enabled):
             output = self.model.base_model(
                 input_ids=self.ids,
@@ -79,7 +81,12 @@ class Stream:
             )
         # contiguous: else the head's matrix is copied for each prompt
         last = output.last_hidden_state[:, -1].contiguous()
-        return self.model.get_output_embeddings()(last).float()
+        logits = self.model.get_output_embeddings()(last).float()
+        if reads_prompts:
+            self.cache.batch_repeat_interleave(self.count)
+            self.attention = self.attention.repeat_interleave(self.count, 0)
+            logits = logits.repeat_interleave(self.count, 0)
+        return logits
 
     def append(self, tokens):
         """tokens: int64 [B]."""
@@ -99,37 +106,39 @@ def sample_answers(model, tokenizer, encoded, policy, count, seed, max_new_token
         if weights is not None and id(weights) not in adapters:
             adapters[id(weights)] = LoRA(model.base_model, weights=weights).eval()
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompts["plain"]))
-    order = [i for i in order for _ in range(count)]
     answers = [[] for _ in encoded]
-    for start in tqdm(range(0, len(order), BATCH), desc="sample", unit="batch"):
-        batch = [encoded[i] for i in order[start : start + BATCH]]
+    n_prompts = max(1, BATCH // count)
+    for start in tqdm(range(0, len(order), n_prompts), desc="sample", unit="batch"):
+        some = order[start : start + n_prompts]
+        batch = [encoded[i] for i in some]
+        noise = np.random.Generator(np.random.SFC64((seed, start * count)))
         drawn = sample_batch(
-            model, tokenizer, batch, policy, adapters, stops, (seed, start), max_new_tokens
+            model, tokenizer, batch, policy, adapters, stops, count, noise, max_new_tokens
         )
-        for i, answer in zip(order[start:], drawn):
-            answers[i].append(answer)
+        for k, i in enumerate(some):
+            answers[i] = drawn[k * count : (k + 1) * count]
     for adapter in adapters.values():
         adapter.remove()
     return answers
 
 
-def sample_batch(model, tokenizer, batch, policy, adapters, stops, seed, max_new_tokens):
-    """One Answer to each prompt of a batch."""
+def sample_batch(model, tokenizer, batch, policy, adapters, stops, count, noise, max_new_tokens):
+    """`count` Answers to each prompt of a batch, one prompt's after the other's."""
 
     def stream(weights, prompt):
         prompts = [pair.prompts[prompt].tolist() for pair in batch]
         adapter = adapters[id(weights)] if weights is not None else None
-        return Stream(model, adapters.values(), adapter, prompts, tokenizer.pad_token_id)
+        return Stream(model, adapters.values(), adapter, prompts, count, tokenizer.pad_token_id)
 
     base = stream(None, "plain")
     streams = []
     for _, weights, prompt in policy.terms:
         is_base = weights is None and prompt == "plain"
         streams.append(base if is_base else stream(weights, prompt))
-    noise = np.random.Generator(np.random.SFC64(seed))
-    ids = [[] for _ in batch]
-    kl = torch.zeros(len(batch))
-    running = torch.ones(len(batch), dtype=torch.bool)
+    n_answers = len(batch) * count
+    ids = [[] for _ in range(n_answers)]
+    kl = torch.zeros(n_answers)
+    running = torch.ones(n_answers, dtype=torch.bool)
     for _ in range(max_new_tokens):
         base_logits = base.logits()
         logits = 0

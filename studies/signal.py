@@ -35,6 +35,7 @@ class Config:
     task: str = setting("sentiment", f"one of {', '.join(tasks.TASKS)}")
     seed: int = setting(0, "seed of the pairs and of what is trained", group="run")
     model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
+    dtype: str = setting("float32", "of the model", group="run")
     work: str = setting("/tmp/rahf-frontier", "folder of the stages, reused", group="run")
 
 

@@ -1,6 +1,6 @@
 """The two tasks of the real-model studies: prompts, scorers, and pairs of the base model's answers.
 
-    python -m studies.tasks --model out/smollm2 --seed 0
+    python -m studies.tasks --model out/smollm2 --seed 0 --dtype bfloat16     the committed pairs
 
 1,000 prompts ask for a few sentences about 100 subjects; but for four prompts that are left over,
 no subject is in two of the splits. The base model answers each prompt four times at temperature 1.
@@ -153,6 +153,7 @@ UNRELATED = (
 class Config:
     model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
     seed: int = setting(0, "seed of the answers", group="run")
+    dtype: str = setting("float32", "of the model", group="run")
     to: str = setting(str(PAIRS), "folder to write", group="run")
 
 
@@ -278,7 +279,7 @@ def main(config):
     splits = make_prompts()
     check_scorers()
     tokenizer = load_tokenizer(config.model)
-    model = load_sampler(config.model)
+    model = load_sampler(config.model, config.dtype)
     rows = {task: [] for task in TASKS}
     for split, prompts in splits.items():
         drawn = draw_answers(model, tokenizer, prompts, 4, config.seed)

@@ -177,7 +177,7 @@ def test_a_frontier_measures_what_is_missing(small_study):
     small_study.methods = [*methods, "DUAL, γ = 0"]
     frontier.measure_missing(small_study, 0)
     lines = frontier.read_lines()
-    assert len(lines) == 3 + 4 + 4 + 3 + 4 + 2
+    assert len(lines) == 3 + 4 + 3 + 3 + 4 + 2
     kl = {key[2:]: np.mean(line["kl"]) for key, line in lines.items()}
     assert kl["base", 0.0] == 0
     for method, strengths in (("DUAL", frontier.SCALES), ("weights", frontier.LAMBDAS)):
@@ -189,6 +189,9 @@ def test_a_frontier_measures_what_is_missing(small_study):
     content = frontier.LINES.read_bytes()
     frontier.measure_missing(small_study, 0)
     assert frontier.LINES.read_bytes() == content
+    small_study.dtype = "bfloat16"
+    with pytest.raises(UserError, match="--dtype bfloat16"):
+        frontier.measure_missing(small_study, 0)
     frontier_report.markdown(frontier_report.summarize(frontier_report.Figures(lines, "plain")))
 
 
