@@ -21,7 +21,6 @@ a model without its head). One collection serves many α. Writes OUT/METHOD/alig
 the original base model.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from common.answers import GenerationSettings
-from common.checkpoint import LOG_INTERVAL, Checkpoint
+from common.checkpoint import Checkpoint
 from common.collection import Collection, principal_directions
 from common.config import TrainingSettings, UserError, run, setting
 from common.data import shuffled_batches, split_into_passes
@@ -59,7 +58,7 @@ from common.stages import (
     verified_path,
     write_stage,
 )
-from common.training import memory_summary, progress_bar
+from common.training import TrainingLog, memory_summary, parameters_run, progress_bar
 from kernels import representation_loss, response_index, triton_unavailable_reason
 from lora import LoRA, enable_only, load_adapter, save_adapter, stack
 
@@ -70,7 +69,7 @@ STRENGTH = 0.1
 KL = 3.0
 
 # prompts answered at a time, to measure the KL
-DIAL_BATCH = 32
+DIAL_BATCH = 64
 
 
 @dataclass
@@ -169,7 +168,7 @@ def read_batch(collection, indices, trunk, adapter):
         # of this one adapter enable none
         with torch.no_grad(), enable_only([adapter]):
             states = hidden_states(trunk, collection.layers, batch.ids)
-        batch.base = [h[batch.recorded] for h in states]
+        batch.base = [h.flatten(0, 1).index_select(0, batch.positions) for h in states]
     return batch
 
 
@@ -187,15 +186,18 @@ def validation_distances(trunk, adapter, validation, alpha, tokens_per_pass):
     return torch.cat(norms, 1).mean(1).tolist()
 
 
-def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, log):
+def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, log_file):
     """Train the adapter to move the hidden states to their targets."""
     layers, lengths = collection.layers, collection.lengths
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     checkpoint = Checkpoint(
         checkpoint_path, config, depends_on, adapter=adapter, optimizer=optimizer
     )
     batches = shuffled_batches(lengths, config.batch_size, config.seed, skip=checkpoint.step)
     bar = progress_bar("align", checkpoint.step, config.steps)
+    # where b was not stored, the base model runs too
+    flops_per_token = (4 if collection.has_base else 6) * parameters_run(trunk)
+    log = TrainingLog(log_file, bar, flops_per_token)
     adapter.train()
     with checkpoint:
         for step in bar:
@@ -223,15 +225,14 @@ def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on
                 loss += part_loss.detach()
                 # free them before the next pass is read
                 hidden = batch = None
-            clip_grad_norm_(adapter.parameters(), 1.0)
+            norm = clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if step % LOG_INTERVAL == 0 or step == config.steps:
-                bar.set_postfix(loss=f"{loss:.3f}")
-                line = {"adapter": "align", "step": step, "loss": loss.item(), "lr": config.lr}
-                print(json.dumps(line), file=log)
+            input_tokens = sum(lengths[i] for i in responses)
+            log.after_step(step, input_tokens, loss, lr=config.lr, grad_norm=norm)
             checkpoint.after_step(step, loss)
     adapter.eval()
+    print(log.summary(trunk.device))
 
 
 def choose_backend(backend, hidden_size, device):
@@ -296,8 +297,8 @@ def main(config, target=None):
         # what the model's rounding alone makes: α 0, and the adapter changes nothing yet
         distance_floor = measure(0.0)
         distance_start = measure(alpha)
-        with open_log(target.parent, target.name) as log:
-            train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, log)
+        with open_log(target.parent, target.name) as log_file:
+            train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, log_file)
         distance_end = measure(alpha)
 
         # 4. stage 1's adapter is stacked in, so that the original base model is all it needs

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common.checkpoint import Signals
-from common.collection import recorded_length, recorded_mask
+from common.collection import recorded_length
 from common.config import UserError, run, setting
 from common.data import (
     RESPONSES,
@@ -163,12 +163,15 @@ def record_states(trunk, adapters, config, examples, pad_id):
     """
 
     def states(prompt, enabled):
-        inputs = [pair.example(prompt, response) for pair, response in examples]
+        inputs = []
+        for pair, response in examples:
+            ids, prompt_length = pair.example(prompt, response)
+            inputs.append((ids, prompt_length - config.last_prompt_token))
         batch = collate(inputs, pad_id, trunk.device)
         with enable_only(adapters.values(), *enabled):
             dense = hidden_states(trunk, config.layers, batch.ids)  # L x [B, S, D]
-        mask = recorded_mask(batch.response, config.last_prompt_token)
-        return [h[mask] for h in dense]  # L x [T, D]
+        # L x [T, D]
+        return [h.flatten(0, 1).index_select(0, batch.positions) for h in dense]
 
     if config.method == "scit":
         plus_adapters = minus_adapters = [adapters["scit"]]

@@ -19,7 +19,6 @@ OUT/dual/good and OUT/dual/bad, the input of collect.py.
 """
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +28,19 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from common import toy
-from common.checkpoint import LOG_INTERVAL, Checkpoint, remove_checkpoints
+from common.checkpoint import Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
 from common.data import collate, sample, shuffled_batches, split_into_passes
 from common.hf import response_logprobs
 from common.stage1 import prepare_stage1
 from common.stages import claim, next_command, open_log, write_stage
-from common.training import cosine_with_warmup, memory_summary, progress_bar
+from common.training import (
+    TrainingLog,
+    cosine_with_warmup,
+    memory_summary,
+    parameters_run,
+    progress_bar,
+)
 from lora import LoRA, enable_only, save_adapter
 
 # at most this many validation pairs are measured
@@ -116,13 +121,13 @@ def validate(model, adapters, pairs, pad_id, tokens_per_pass):
     return nll, right / len(pairs)
 
 
-def train(adapters, inputs, config, log):
+def train(adapters, inputs, config, log_file):
     """Train both adapters by DUAL's loss."""
     model, pairs, pad_id = inputs.model, inputs.pairs["train"], inputs.tokenizer.pad_token_id
     lengths = [pair.length("plain", "chosen") for pair in pairs]
     rejected_lengths = [pair.length("plain", "rejected") for pair in pairs]
     max_lengths = list(map(max, lengths, rejected_lengths))
-    optimizer = torch.optim.AdamW(adapters.parameters(), lr=config.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(config.steps))
     checkpoint = Checkpoint(
         Path(config.out) / "dual" / ".checkpoint-dual",
@@ -134,6 +139,10 @@ def train(adapters, inputs, config, log):
     )
     batches = shuffled_batches(lengths, config.batch_size, config.seed, skip=checkpoint.step)
     bar = progress_bar("dual", checkpoint.step, config.steps)
+    # both models forward and backward, and the bad one forward; without the contrast, where each
+    # has its own response only, one forward and backward a token
+    flops_per_token = (10 if config.contrast else 4) * parameters_run(model)
+    log = TrainingLog(log_file, bar, flops_per_token)
     adapters.train()
     with checkpoint:
         for step in bar:
@@ -163,18 +172,18 @@ def train(adapters, inputs, config, log):
                 # both models have the same contrast
                 loss += config.contrast * part_contrast.detach()
                 contrast += part_contrast.detach()
-            for adapter in adapters.values():
-                clip_grad_norm_(adapter.parameters(), 1.0)
+            norms = {}
+            for name, adapter in adapters.items():
+                norms[f"grad_norm/{name}"] = clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            [lr] = set(schedule.get_last_lr())
             schedule.step()
-            if step % LOG_INTERVAL == 0 or step == config.steps:
-                bar.set_postfix(loss=f"{loss:.3f}")
-                line = {"adapter": "dual", "step": step, "loss": loss.item()}
-                line |= {"contrast": contrast.item(), "lr": schedule.get_last_lr()[0]}
-                print(json.dumps(line), file=log)
+            input_tokens = sum(lengths[i] + rejected_lengths[i] for i in batch)
+            log.after_step(step, input_tokens, loss, contrast=contrast, lr=lr, **norms)
             checkpoint.after_step(step, loss)
     adapters.eval()
+    print(log.summary(model.device))
 
 
 def main(config):
@@ -205,8 +214,8 @@ def main(config):
         valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
         measured = (model, adapters, valid, tokenizer.pad_token_id, config.tokens_per_pass)
         nll_start, _ = validate(*measured)
-        with open_log(folder, "dual") as log:
-            train(adapters, inputs, config, log)
+        with open_log(folder, "dual") as log_file:
+            train(adapters, inputs, config, log_file)
         nll_end, accuracy = validate(*measured)
 
         # 3. save

@@ -18,7 +18,6 @@ without an instruction anchor the plain prompt (see `anchor`), on which align.py
 OUT/scit/adapter, the input of collect.py.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +28,19 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from common import toy
-from common.checkpoint import LOG_INTERVAL, Checkpoint, remove_checkpoints
+from common.checkpoint import Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
-from common.data import collate, sample, shuffled_batches, split_into_passes
+from common.data import RESPONSES, collate, sample, shuffled_batches, split_into_passes
 from common.hf import response_logprobs, token_mean
 from common.stage1 import prepare_stage1
 from common.stages import claim, next_command, open_log, write_stage
-from common.training import cosine_with_warmup, memory_summary, progress_bar
+from common.training import (
+    TrainingLog,
+    cosine_with_warmup,
+    memory_summary,
+    parameters_run,
+    progress_bar,
+)
 from lora import LoRA, save_adapter
 
 # At most this many validation pairs are measured.
@@ -103,12 +108,13 @@ def scit_loss(model, pairs, anchors, pad_id, config):
     logprobs, mask = response_logprobs(model, collate(examples, pad_id, model.device))
 
     # -log π(r | p, q): the first two of each pair's four examples, and the anchors
-    learned = [True, True, False, False] * len(pairs) + [True, True] * len(anchors)
-    nll = -logprobs[torch.tensor(learned, device=model.device)].sum()
+    n = 4 * len(pairs)
+    sums = logprobs.sum(1)
+    nll = -(sums[:n].view(-1, 2, 2)[:, 0].sum() + sums[n:].sum())
 
     # the contrast compares P under the right instruction with P under the opposite one
-    P = config.beta * (logprobs.sum(1) if config.reduction == "sum" else token_mean(logprobs, mask))
-    P = P[: 4 * len(pairs)].view(-1, 2, 2)
+    P = config.beta * (sums if config.reduction == "sum" else token_mean(logprobs, mask))
+    P = P[:n].view(-1, 2, 2)
     contrast = contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), config.smoothing)
     return nll, contrast, P.detach()
 
@@ -132,13 +138,15 @@ def validate(model, pairs, pad_id, config):
     }
 
 
-def train(adapter, inputs, config, log):
+def train(adapter, inputs, config, log_file):
     """Train the adapter by SCIT's loss."""
     model, pairs, pad_id = inputs.model, inputs.pairs["train"], inputs.tokenizer.pad_token_id
     lengths = [pair.length("positive", "chosen") for pair in pairs]
     max_lengths = [pair.max_length() for pair in pairs]
     response_tokens = [sum(map(len, pair.responses.values())) for pair in pairs]
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0)
+    instructed_tokens = [sum(pair.length(*names) for names in INSTRUCTED) for pair in pairs]
+    plain_tokens = [sum(pair.length("plain", r) for r in RESPONSES) for pair in pairs]
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(config.steps))
     checkpoint = Checkpoint(
         Path(config.out) / "scit" / ".checkpoint-scit",
@@ -150,6 +158,7 @@ def train(adapter, inputs, config, log):
     )
     batches = shuffled_batches(lengths, config.batch_size, config.seed, skip=checkpoint.step)
     bar = progress_bar("scit", checkpoint.step, config.steps)
+    log = TrainingLog(log_file, bar, 4 * parameters_run(model))
     adapter.train()
     with checkpoint:
         for step in bar:
@@ -168,17 +177,17 @@ def train(adapter, inputs, config, log):
                 part_loss.backward()
                 loss += part_loss.detach()
                 contrast += part_contrast.detach()
-            clip_grad_norm_(adapter.parameters(), 1.0)
+            norm = clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            [lr] = schedule.get_last_lr()
             schedule.step()
-            if step % LOG_INTERVAL == 0 or step == config.steps:
-                bar.set_postfix(loss=f"{loss:.3f}")
-                line = {"adapter": "scit", "step": step, "loss": loss.item()}
-                line |= {"contrast": contrast.item(), "lr": schedule.get_last_lr()[0]}
-                print(json.dumps(line), file=log)
+            input_tokens = sum(instructed_tokens[i] for i in batch)
+            input_tokens += sum(plain_tokens[i] for i in anchored)
+            log.after_step(step, input_tokens, loss, contrast=contrast, lr=lr, grad_norm=norm)
             checkpoint.after_step(step, loss)
     adapter.eval()
+    print(log.summary(model.device))
 
 
 def main(config):
@@ -205,8 +214,8 @@ def main(config):
         )
 
         # 2. train
-        with open_log(folder, "scit") as log:
-            train(adapter, inputs, config, log)
+        with open_log(folder, "scit") as log_file:
+            train(adapter, inputs, config, log_file)
         valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
         validation = validate(model, valid, tokenizer.pad_token_id, config)
 

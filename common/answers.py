@@ -230,9 +230,10 @@ def kl_to_base(model, adapter, prompts, base_prompts, answers, pad_id, tokens_pe
         """log π of every token at the N positions that predict one of the answers: [N, V], and the
         number of the answer that each belongs to, [N]."""
         batch = collate(examples, pad_id, model.device)
-        predicts_answer = batch.response[:, 1:]
-        logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
-        return logits[predicts_answer].float().log_softmax(-1), predicts_answer.nonzero()[:, 0]
+        logits = model(input_ids=batch.ids, use_cache=False).logits
+        # position t predicts token t + 1
+        logits = logits.flatten(0, 1).index_select(0, batch.positions - 1)
+        return logits.float().log_softmax(-1), batch.positions // batch.ids.shape[1]
 
     sums = [0.0] * len(examples)
     for indices in split_into_passes(range(len(examples)), lengths, pass_size):

@@ -12,9 +12,7 @@ import torch
 
 from common.config import Interrupted, TrainingDiverged, UserError, first_line
 from common.stages import atomic_write, relevant_settings
-
-# Steps from one line of the log, and one look at the loss, to the next.
-LOG_INTERVAL = 10
+from common.training import LOG_INTERVAL
 
 # What a run depends on besides its settings, in words.
 INPUT_LABELS = {

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
 from common.config import UserError
-from common.data import sample, split_into_passes
+from common.data import sample, split_into_passes, to_device
 
 # At most this many responses are read to find the principal directions of v.
 DIRECTION_SAMPLE = 4096
@@ -31,12 +31,14 @@ class CollectedBatch:
     """Some collected responses as the training step needs them.
 
     ids: int64 [B, S], padded on the right. recorded: bool [B, S], the T positions whose states
-    were recorded. base, plus, minus: lists of L tensors [T, D]: b, h+ and h-. base is None where
-    it was not stored; minus is None where plus holds v = h+ - h-.
+    were recorded. positions: int64 [T], where in [B * S] these are. base, plus, minus: lists of L
+    tensors [T, D]: b, h+ and h-. base is None where it was not stored; minus is None where plus
+    holds v = h+ - h-.
     """
 
     ids: torch.Tensor
     recorded: torch.Tensor
+    positions: torch.Tensor
     base: list | None
     plus: list
     minus: list | None
@@ -68,6 +70,7 @@ class Collection:
             self.responses += read_shard(path)
         if not self.responses:
             raise UserError("the collection has no responses: run `python collect.py` again")
+        self.has_base = f"base.{layers[0]}" in self.responses[0].tensors
         # tokens of each response with its prompt, and of its recorded part
         self.lengths = [r.ids.stop - r.ids.start for r in self.responses]
         self.recorded_lengths = [r.rows.stop - r.rows.start for r in self.responses]
@@ -113,11 +116,9 @@ class Collection:
         plus, minus = states[self.plus_name], states.get("minus")
         if self.directions is not None:
             plus, minus = project(plus, minus, self.directions), None
-        if device.type == "cuda":
-            ids, recorded = ids.pin_memory(), recorded.pin_memory()
-        ids = ids.to(device, non_blocking=True)
-        recorded = recorded.to(device, non_blocking=True)
-        return CollectedBatch(ids, recorded, states.get("base"), plus, minus)
+        positions = recorded.flatten().nonzero()[:, 0]
+        ids, recorded, positions = (to_device(x, device) for x in (ids, recorded, positions))
+        return CollectedBatch(ids, recorded, positions, states.get("base"), plus, minus)
 
     def differences(self, device, tokens_per_pass):
         """v of a random sample of the responses, pass by pass: lists of L tensors [T, D]."""

@@ -411,16 +411,28 @@ def longest_token(tokenizer):
 class Batch:
     """Right-padded examples, [B, S]: ids int64; attention and response bool.
 
-    attention marks all real tokens, response those of r.
+    attention marks all real tokens, response those of r. positions: int64 [N], where in [B * S] the
+    tokens of r are. They are counted on the CPU: to ask a GPU which elements of a mask are set
+    would wait for everything that it has still to do.
     """
 
     ids: torch.Tensor
     attention: torch.Tensor
     response: torch.Tensor
+    positions: torch.Tensor
 
 
-def collate(examples, pad_id, device="cpu"):
-    """A Batch of a list of (ids, number of prompt ids), padded to the longest."""
+def to_device(tensor, device):
+    """A tensor on a device. On a GPU the copy, from pinned memory, may still be under way."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def collate(examples, pad_id, device=None):
+    """A Batch of a list of (ids, number of prompt ids), padded to the longest. device: a
+    torch.device, by default the CPU."""
+    device = device or torch.device("cpu")
     sequences = [torch.tensor(ids) for ids, _ in examples]
     lengths = torch.tensor([len(ids) for ids, _ in examples])
     prompt_lengths = torch.tensor([prompt_length for _, prompt_length in examples])
@@ -429,7 +441,8 @@ def collate(examples, pad_id, device="cpu"):
     position = torch.arange(ids.shape[1])
     attention = position < lengths[:, None]
     response = attention & (position >= prompt_lengths[:, None])
-    return Batch(ids.to(device), attention.to(device), response.to(device))
+    positions = response.flatten().nonzero()[:, 0]
+    return Batch(*(to_device(part, device) for part in (ids, attention, response, positions)))
 
 
 def shuffled_batches(lengths, size, seed, skip=0):

@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    masking_utils,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, logging
 
@@ -36,6 +42,10 @@ NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 # The stages have progress bars of their own.
 logging.disable_progress_bar()
+
+# In each forward pass transformers asks the device whether its inputs are several sequences in a
+# row, and waits for the answer. Here they never are.
+masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
 # ---------------------------------------------------------------- device, dtype, pass size
@@ -218,6 +228,9 @@ def loading_options(name):
 
 def load_weights(model_class, name, dtype):
     """from_pretrained of a transformers class. UserError where the files lack weights."""
+    # On an H100 and newer PyTorch prefers cuDNN's attention, which plans for about a second each
+    # time it meets a new [B, S]. Here nearly every forward pass has one of its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     options = loading_options(name)
 
     def load():
@@ -531,13 +544,13 @@ def response_logprobs(model, batch):
     Logits are made only for the N positions that predict a response token, and in chunks that the
     backward makes again, so that a large vocabulary does not decide how much memory is needed.
     """
-    # position t predicts token t + 1
-    predicts_response = batch.response[:, 1:]
     decoder = model.get_decoder()
     # no attention mask: see hidden_states
     output = decoder(input_ids=batch.ids, use_cache=False)
-    states = output["last_hidden_state"][:, :-1][predicts_response]  # [N, D]
-    targets = batch.ids[:, 1:][predicts_response]  # [N]
+    # position t predicts token t + 1
+    states = output["last_hidden_state"].flatten(0, 1)
+    states = states.index_select(0, batch.positions - 1)  # [N, D]
+    targets = batch.ids.flatten().index_select(0, batch.positions)  # [N]
 
     def chunk_logprobs(states, targets):
         """[n, D], [n] -> [n]. Runs the model's own forward with the decoder replaced by its
@@ -560,8 +573,9 @@ def response_logprobs(model, batch):
             for part in zip(states.split(chunk), targets.split(chunk))
         ]
         logprobs = torch.cat(parts)
-    dense = torch.zeros(predicts_response.shape, device=states.device)
-    return dense.masked_scatter(predicts_response, logprobs), predicts_response
+    dense = torch.zeros(batch.ids.numel(), device=states.device)
+    dense = dense.index_copy(0, batch.positions, logprobs).view_as(batch.ids)
+    return dense[:, 1:], batch.response[:, 1:]
 
 
 def token_mean(values, mask):

@@ -1,8 +1,28 @@
-"""What the training loops of the stages share: learning rate, progress bar, memory in words."""
+"""What the stages share: learning rate, progress bar, log, speed and memory in words."""
 
+import json
 import math
+import time
 
+import torch
 from tqdm import tqdm
+
+# Steps from one line of the log, and one look at the loss, to the next.
+LOG_INTERVAL = 10
+
+# FLOPs per second of dense bf16 matrix products, as the data sheets have them. The first name that
+# is part of the GPU's counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 
 
 def cosine_with_warmup(steps):
@@ -41,4 +61,70 @@ def memory_summary(model, *adapters):
             f" and {trained:,} trained ones ({16 * trained / 1e9:.3g} GB with gradient and Adam, "
             f"{4 * trained / 1e9:.3g} GB on disk)"
         )
+    return summary
+
+
+class TrainingLog:
+    """The log of a training run: a line of JSON every LOG_INTERVAL steps, and how fast the run is.
+
+    file: where the lines go. bar: see progress_bar; it shows the loss. flops_per_token: see
+    speed_summary.
+    """
+
+    def __init__(self, file, bar, flops_per_token):
+        self.file = file
+        self.bar = bar
+        self.flops_per_token = flops_per_token
+        self.tokens = self.logged_tokens = 0
+        self.start = self.logged_at = time.perf_counter()
+
+    def after_step(self, step, tokens, loss, **values):
+        """To be called after each step. tokens: of its inputs, without padding; loss, values:
+        numbers or scalar tensors, which are looked at for a line of the log only."""
+        self.tokens += tokens
+        if step % LOG_INTERVAL and step != self.bar.total:
+            return
+        # on a GPU this waits for the step to end
+        line = {name: float(value) for name, value in {"loss": loss, **values}.items()}
+        now = time.perf_counter()
+        rate = (self.tokens - self.logged_tokens) / (now - self.logged_at)
+        self.bar.set_postfix(loss=f"{line['loss']:.3f}")
+        line = {"step": step, **line, "num_tokens": self.tokens}
+        line |= {"tokens_per_second": round(rate, 1), "seconds": round(now - self.start, 2)}
+        print(json.dumps(line), file=self.file)
+        self.logged_tokens, self.logged_at = self.tokens, now
+
+    def summary(self, device):
+        """How fast the run was, in words."""
+        return speed_summary(self.tokens, self.logged_at - self.start, self.flops_per_token, device)
+
+
+def parameters_run(model):
+    """The parameters that a token is multiplied with: all but the embedding table, which is only
+    looked up, unless it is the head as well."""
+    count = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not embedding:
+        count -= embedding.numel()
+    return count
+
+
+def speed_summary(tokens, seconds, flops_per_token, device):
+    """Tokens per second, and on a GPU the share of its peak that is used (MFU), in words.
+
+    tokens: of the inputs, without padding. flops_per_token: 2 for each parameter that a token is
+    multiplied with in a forward pass, 4 in a forward and backward pass of an adapter on a frozen
+    model (the backward needs the gradient of the activations alone). What the attention to other
+    tokens takes is left out, as is usual:
+
+        MFU = tokens * flops_per_token / (seconds * the GPU's peak of dense bf16 products)
+    """
+    rate = tokens / max(seconds, 1e-9)
+    summary = f"{tokens:,} tokens in {seconds:.1f} s, {rate:,.0f} tokens/s"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peaks = [peak for part, peak in PEAK_FLOPS.items() if part in name]
+        if peaks:
+            summary += f", MFU {rate * flops_per_token / peaks[0]:.2f}"
     return summary

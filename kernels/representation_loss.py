@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -39,11 +41,21 @@ except ImportError:
 # A program holds a whole row in registers: up to this hidden size it compiles without spills.
 MAX_HIDDEN_SIZE = 16384
 
-# Triton builds its launchers with a C compiler, at run time.
-if "CC" in os.environ:
-    COMPILER = shutil.which(os.environ["CC"])
-else:
-    COMPILER = shutil.which("gcc") or shutil.which("clang")
+
+def missing_for_launchers():
+    """What Triton lacks to build its launchers, which it does with a C compiler at run time."""
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, names)):
+        return "Triton needs a C compiler: install gcc or clang, or set the variable CC"
+    # Debian's own scheme names a folder without headers; Triton does not look there either
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
+    if not header.is_file():
+        return f"Triton needs Python's headers, such as {header}: install python3-dev"
+    return ""
+
+
+MISSING = missing_for_launchers()
 
 # Types of device that the kernel runs on. With TRITON_INTERPRET=1, Triton interprets it anywhere.
 if triton is None:
@@ -51,7 +63,7 @@ if triton is None:
 elif triton.knobs.runtime.interpret:
     TRITON_DEVICES = ("cpu", "cuda")
 else:
-    TRITON_DEVICES = ("cuda",) if COMPILER else ()
+    TRITON_DEVICES = () if MISSING else ("cuda",)
 
 
 def response_index(mask):
@@ -164,7 +176,7 @@ def triton_unavailable_reason(hidden_size, device):
         return "Triton is not installed"
     if device.type != "cuda":
         return f"it runs on a GPU, not on {device}, unless TRITON_INTERPRET=1 is set at the start"
-    return "Triton needs a C compiler: install gcc or clang, or set the variable CC"
+    return MISSING
 
 
 def bytes_moved(hidden, base, plus, minus):
@@ -188,9 +200,11 @@ def torch_loss(hidden, base, plus, minus, index, alpha, kind, denom):
     """The loss in plain PyTorch, differentiated by autograd: the backend without a GPU."""
     dtype = torch.promote_types(hidden[0].dtype, torch.float32)
     D = hidden[0].shape[-1]
-    positions = (index >= 0).nonzero()[:, 0]
-    # [T]: for each packed row, its position in [B*S]
-    positions = positions[index[positions].argsort()]
+    N, T = len(index), len(base[0])
+    # [T]: for each packed row, its position in [B*S]. The others all go to a row T, which is cut
+    # off: a mask would have to be asked how many it marks, which waits for a GPU.
+    row = torch.where(index < 0, T, index).long()
+    positions = row.new_zeros(T + 1).scatter_(0, row, torch.arange(N, device=row.device))[:T]
     total = 0.0
     norms = []
     for layer, h in enumerate(hidden):
@@ -198,7 +212,7 @@ def torch_loss(hidden, base, plus, minus, index, alpha, kind, denom):
         if minus is not None:
             v = v - minus[layer].to(dtype)  # h+ - h-
         target = base[layer].to(dtype) + alpha[layer].to(dtype) * v  # b + α (h+ - h-)
-        r = h.flatten(0, 1)[positions].to(dtype) - target  # [T, D]
+        r = h.flatten(0, 1).index_select(0, positions).to(dtype) - target  # [T, D]
         norm = torch.linalg.vector_norm(r, dim=-1)  # [T]; its gradient is 0 where r = 0
         if kind == "l2":
             total = total + norm.sum()

@@ -3,6 +3,7 @@
 Triton compiles for the GPU where there is one; without a GPU its interpreter runs the kernel.
 """
 
+import importlib
 import json
 import operator
 import os
@@ -19,6 +20,9 @@ import align
 import collect
 import dual
 from kernels import bytes_moved, representation_loss, response_index, triton_unavailable_reason
+
+# in the package, the name of the module is that of the function
+module = importlib.import_module("kernels.representation_loss")
 
 NATIVE = torch.cuda.is_available()
 DEVICE = "cuda" if NATIVE else "cpu"
@@ -628,6 +632,24 @@ def test_on_the_cpu_auto_takes_torch_and_triton_is_refused():
     assert "not on cpu" in reason
     assert "TRITON_INTERPRET=1" in reason
     assert reason in error
+
+
+def test_what_the_launchers_lack_is_named(monkeypatch, tmp_path):
+    """Without compiler or headers a GPU falls back to PyTorch, with a line that says what to do."""
+    monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(module.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert "install python3-dev" in module.missing_for_launchers()
+    (tmp_path / "Python.h").touch()
+    assert module.missing_for_launchers() == ""
+    monkeypatch.setenv("CC", "mycc")
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    assert "install gcc" in module.missing_for_launchers()
+    # what the module does with it
+    monkeypatch.setattr(module, "TRITON_DEVICES", ())
+    monkeypatch.setattr(module, "MISSING", "Triton needs something")
+    if module.triton:
+        reason = triton_unavailable_reason(4, torch.device("cuda"))
+        assert reason == "Triton needs something"
 
 
 def test_align_trains_the_same_adapter_with_either_backend(tiny, tmp_path):

@@ -53,7 +53,7 @@ from lora import load_adapter, save_adapter
 SCORED_PAIRS = 200
 
 # prompts answered at a time, and answers that a reward model reads at a time
-BATCH = 32
+BATCH = 64
 
 
 @dataclass
