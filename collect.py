@@ -15,8 +15,10 @@ Nothing above the highest target layer is loaded or run ("trunk": a model withou
 Writes OUT/METHOD/collect, which is all that align.py needs besides the base model.
 """
 
+import itertools
 import shutil
-from collections import defaultdict
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,7 +53,7 @@ from common.hf import (
 )
 from common.stage1 import open_stage1
 from common.stages import atomic_write, claim, fill, inherit, next_command, write_stage
-from common.training import memory_summary
+from common.training import memory_summary, parameters_run, speed_summary
 from lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, enable_only
 
 # some hundred pairs are enough, and the states of more take much disk space
@@ -59,6 +61,9 @@ LIMIT = 500
 
 # at most this many validation pairs are recorded, for the distances that align.py reports
 VALIDATION_PAIRS = 64
+
+# files of the training pairs' states at least, where there are as many forward passes
+MIN_SHARDS = 16
 
 DEFAULT_STIMULUS = {"scit": "instructed", "dual": "plain"}
 
@@ -150,7 +155,7 @@ class Config(RecordingSettings):
     )
     max_gb: float = setting(20, "most gigabytes to write", minimum=0, group="run")
     shard_mb: float = setting(
-        128, "size of a shard in megabytes, which is held in memory", minimum=0, group="run"
+        512, "most megabytes of a shard; two are held in memory", minimum=0, group="run"
     )
 
 
@@ -188,50 +193,88 @@ def record_states(trunk, adapters, config, examples, pad_id):
     return base, plus, minus
 
 
-def record_shard(path, passes, record, config):
-    """Record the examples of some passes into one file, held in memory until it is complete.
+@dataclass
+class Shard:
+    """What becomes one file.
+
+    examples: list of (EncodedPair, "chosen" | "rejected"). states: {"base.12": [T, D], ...}, T the
+    recorded positions of all examples. norms: fp32 [T, 2, L], |v| and |b|. copied: the CUDA event
+    after which both are there; None on the CPU.
+    """
+
+    examples: list
+    states: dict
+    norms: torch.Tensor
+    copied: torch.cuda.Event | None
+
+
+def record_shard(passes, record, config, width, device):
+    """Record the examples of some passes: a Shard in memory.
 
     passes: lists of (EncodedPair, response); record: a function of one pass that returns base,
-    plus and minus. The file also holds Σ|v|, Σ|b| and Σ|v|/|b| per layer, as statistics [3, L].
-    UserError at NaN or infinity.
+    plus and minus. On a GPU nothing here waits for it: the states go into pinned memory, from where
+    write_shard takes them when they are there, and the next shard can begin.
     """
-    parts = defaultdict(list)
-    statistics = torch.zeros(3, len(config.layers), dtype=torch.float64)
-    for examples in passes:
-        base, plus, minus = record(examples)
+    examples = list(itertools.chain.from_iterable(passes))
+    T, pinned = count_recorded(examples, config), device.type == "cuda"
+    dtype = getattr(torch, config.states_dtype)
+    stored = ["plus", "minus"] if config.store == "full" else ["v"]
+    stored += ["base"] if config.store_base else []
+    states = {
+        f"{name}.{layer}": torch.empty(T, width, dtype=dtype, pin_memory=pinned)
+        for name in stored
+        for layer in config.layers
+    }
+    norms = torch.empty(T, 2, len(config.layers), pin_memory=pinned)
+    start = 0
+    for part in passes:
+        base, plus, minus = record(part)
         v = [p - m for p, m in zip(plus, minus)]  # v = h+ - h-
-        norm_v = torch.stack([state.float().norm(dim=-1) for state in v])  # [L, T]
-        norm_b = torch.stack([state.float().norm(dim=-1) for state in base])
-        if not (norm_v + norm_b).isfinite().all():
-            refuse_states(norm_v + norm_b, examples, config)
-        statistics += torch.stack([norm_v, norm_b, norm_v / norm_b]).sum(-1).cpu()
-
-        stored = {"plus": plus, "minus": minus} if config.store == "full" else {"v": v}
-        if config.store_base:
-            stored["base"] = base
-        dtype = getattr(torch, config.states_dtype)
-        for name, states in stored.items():
-            for layer, state in zip(config.layers, states):
-                parts[f"{name}.{layer}"].append(state.to("cpu", dtype))
-        # what align needs to run <q, r> again: ids, their number, the first recorded position
-        for pair, response in examples:
-            ids, prompt_length = pair.example("plain", response)
-            parts["ids"].append(torch.tensor(ids, dtype=torch.int32))
-            parts["lengths"].append(torch.tensor([len(ids)], dtype=torch.int32))
-            first = prompt_length - config.last_prompt_token
-            parts["starts"].append(torch.tensor([first], dtype=torch.int32))
+        rows = slice(start, start + len(v[0]))
+        start = rows.stop
+        recorded = {"base": base, "plus": plus, "minus": minus, "v": v}
+        for name in stored:
+            for layer, state in zip(config.layers, recorded[name]):
+                states[f"{name}.{layer}"][rows].copy_(state, non_blocking=True)
+        norm_v, norm_b = (
+            torch.stack([state.float().norm(dim=-1) for state in some], 1) for some in (v, base)
+        )  # [t, L]
+        norms[rows].copy_(torch.stack([norm_v, norm_b], 1), non_blocking=True)
         # free them before the next pass
-        del base, plus, minus, v, stored, states, state
-    # the parts of one tensor are freed when it is complete
-    tensors = {name: torch.cat(parts.pop(name)) for name in list(parts)}
+        del base, plus, minus, v, recorded, state, norm_v, norm_b
+    copied = None
+    if pinned:
+        copied = torch.cuda.Event()
+        copied.record()
+    return Shard(examples, states, norms, copied)
+
+
+def write_shard(path, shard, config):
+    """Write a Shard to a file, with the sums Σ|v|, Σ|b| and Σ|v|/|b| per layer as statistics
+    [3, L]. UserError at NaN or infinity."""
+    if shard.copied:
+        shard.copied.synchronize()
+    norm_v, norm_b = shard.norms.double().unbind(1)  # [T, L]
+    if not (norm_v + norm_b).isfinite().all():
+        refuse_states(norm_v + norm_b, shard.examples, config)
+    statistics = torch.stack([norm_v, norm_b, norm_v / norm_b]).sum(1)
+    # what align needs to run <q, r> again: ids, their number, the first recorded position
+    inputs = [pair.example("plain", response) for pair, response in shard.examples]
+    starts = [prompt_length - config.last_prompt_token for _, prompt_length in inputs]
+    tensors = {
+        "ids": list(itertools.chain.from_iterable(ids for ids, _ in inputs)),
+        "lengths": [len(ids) for ids, _ in inputs],
+        "starts": starts,
+    }
+    tensors = {name: torch.tensor(values, dtype=torch.int32) for name, values in tensors.items()}
     with atomic_write(path) as tmp_path:
-        save_file({**tensors, "statistics": statistics}, tmp_path)
+        save_file({**shard.states, **tensors, "statistics": statistics}, tmp_path)
 
 
 def refuse_states(norms, examples, config):
-    """Raise the UserError that names layer and response of a pass's first norm, of [L, T], that is
-    NaN or infinite."""
-    layer, position = (~norms.isfinite()).nonzero()[0].tolist()
+    """Raise the UserError that names layer and response of the first norm, of [T, L], that is NaN
+    or infinite."""
+    position, layer = (~norms.isfinite()).nonzero()[0].tolist()
     for pair, response in examples:
         position -= recorded_length(pair, response, config.last_prompt_token)
         if position < 0:
@@ -292,53 +335,57 @@ def check_disk(pairs, config, bytes_per_token, folder):
     print(f"{total_gb:.3g} GB to write, {bytes_per_token:,} bytes of states per token")
 
 
-def plan_shards(examples, lengths, config, bytes_per_token):
-    """The examples in shards of at most --shard-mb of states (or one response): lists of indices.
+def plan_passes(lengths, tokens_per_pass):
+    """Lists of indices into lengths, one for each forward pass; the longest inputs come first, so
+    that what does not fit in memory shows early."""
+    # split_into_passes goes from short to long
+    return split_into_passes(range(len(lengths)), lengths, tokens_per_pass)[::-1]
 
-    The longest come first, so that what does not fit in memory shows early. A shard's content
-    does not depend on the size of a forward pass: a run may resume with another. lengths: those of
-    input_lengths().
+
+def plan_shards(passes, sizes, shard_bytes):
+    """The passes in shards of at most `shard_bytes`, or of one pass: lists of passes.
+
+    sizes: the bytes of each pass.
     """
-    shards, size = [[]], 0
-    for i in sorted(range(len(examples)), key=lengths.__getitem__, reverse=True):
-        pair, response = examples[i]
-        recorded = recorded_length(pair, response, config.last_prompt_token)
-        if size and size + recorded * bytes_per_token > config.shard_mb * 1e6:
+    shards, filled = [[]], 0
+    for part, size in zip(passes, sizes):
+        if filled and filled + size > shard_bytes:
             shards.append([])
-            size = 0
-        shards[-1].append(i)
-        size += recorded * bytes_per_token
+            filled = 0
+        shards[-1].append(part)
+        filled += size
     return shards
 
 
-def plan_passes(shard, examples, lengths, config):
-    """The examples of one shard (indices) in forward passes: lists of (EncodedPair, response)."""
-    # split_into_passes goes from short to long, a shard from long to short
-    passes = []
-    for part in split_into_passes(shard[::-1], lengths, config.tokens_per_pass):
-        passes.insert(0, [examples[i] for i in reversed(part)])
-    return passes
-
-
-def input_lengths(examples, config):
-    """Tokens of the longest input that is run for each example."""
-    prompts = ("plain", "positive", "negative") if config.stimulus == "instructed" else ("plain",)
-    lengths = []
-    for pair, response in examples:
-        lengths.append(max(pair.length(prompt, response) for prompt in prompts))
-    return lengths
+def prompts_run(config):
+    """The prompts under which each response is run, for b, h+ and h-."""
+    if config.stimulus == "instructed":
+        return ("plain", "positive", "negative")
+    return ("plain", "plain", "plain")
 
 
 def plan_files(examples, config, bytes_per_token):
-    """{file name: its passes} and the names by split, as they stand in the manifest."""
+    """{file name: its passes, lists of (EncodedPair, response)} and the names by split, as they
+    stand in the manifest."""
     files, names = {}, {}
     for key, split in (("validation_shards", "valid"), ("shards", "train")):
         names[key] = []
-        lengths = input_lengths(examples[split], config)
-        shards = plan_shards(examples[split], lengths, config, bytes_per_token)
-        for i, shard in enumerate(shards):
+        lengths = [
+            max(pair.length(prompt, response) for prompt in prompts_run(config))
+            for pair, response in examples[split]
+        ]
+        passes = [
+            [examples[split][i] for i in part]
+            for part in plan_passes(lengths, config.tokens_per_pass)
+        ]
+        sizes = [count_recorded(part, config) * bytes_per_token for part in passes]
+        shard_bytes = config.shard_mb * 1e6
+        if split == "train":
+            # so that little is lost when a run is interrupted
+            shard_bytes = min(shard_bytes, sum(sizes) / MIN_SHARDS)
+        for i, shard in enumerate(plan_shards(passes, sizes, shard_bytes)):
             name = f"{key.removesuffix('s').replace('_', '-')}-{i:05d}.safetensors"
-            files[name] = plan_passes(shard, examples[split], lengths, config)
+            files[name] = shard
             names[key].append(name)
     return files, names
 
@@ -380,7 +427,8 @@ def main(config):
         example, _ = pairs["train"][0].example(prompt, "chosen")
         print(f"one input: {tokenizer.decode(example)!r}")
 
-        # 4. record, shard by shard: an interrupted run resumes at the first missing one
+        # 4. record, shard by shard: an interrupted run resumes at the first missing one. A second
+        # thread writes what is recorded.
         files, names = plan_files(examples, config, bytes_per_token)
         manifest = {
             "settings": {**settings, **vars(config)},
@@ -399,12 +447,16 @@ def main(config):
             "model_digest": manifest["inputs"]["model"],
             "adapters": manifest["adapters"],
             "pairs": digest_pairs(pairs),
+            # the passes decide which responses stand in which file
+            "size of a pass": config.tokens_per_pass,
         }
         n_passes = sum(map(len, files.values()))
+        start = time.perf_counter()
         with (
             Signals() as signals,
             tqdm(total=n_passes, desc="collect", unit="pass") as bar,
             write_stage(folder / "collect", "collect", manifest, depends_on) as new,
+            ThreadPoolExecutor(1) as writer,
         ):
 
             @torch.no_grad()
@@ -413,11 +465,18 @@ def main(config):
                 bar.update()
                 return record_states(trunk, adapters, config, part, tokenizer.pad_token_id)
 
-            for name, passes in files.items():
-                if (new / name).exists():
-                    bar.update(len(passes))
-                else:
-                    record_shard(new / name, passes, record, config)
+            missing = {name: files[name] for name in files if not (new / name).exists()}
+            bar.update(n_passes - sum(map(len, missing.values())))
+            writing = None
+            for name, passes in missing.items():
+                shard = record_shard(passes, record, config, width, device)
+                if writing:
+                    # it raises what the writing has raised
+                    writing.result()
+                writing = writer.submit(write_shard, new / name, shard, config)
+                del shard
+            if writing:
+                writing.result()
             if config.base == "instructed":
                 # align then needs no folder of stage 1
                 copy_adapter(next(iter(stage1.folders.values())), new / "base_adapter")
@@ -425,6 +484,14 @@ def main(config):
             manifest |= read_statistics([new / name for name in files], manifest["tokens"])
 
     # 5. report
+    seconds = time.perf_counter() - start
+    run_examples = itertools.chain.from_iterable(itertools.chain(*missing.values()))
+    run_tokens = sum(
+        pair.length(prompt, response)
+        for pair, response in run_examples
+        for prompt in prompts_run(config)
+    )
+    print(speed_summary(run_tokens, seconds, 2 * parameters_run(trunk), device))
     for i, layer in enumerate(config.layers):
         print(
             f"  layer {layer}: |v| {manifest['norm_v'][i]:.3f}, "

@@ -19,22 +19,34 @@ import importlib.metadata
 import json
 import math
 import re
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 
 from common.config import UserError, run, setting
 from common.stages import versions, write_json
 from kernels.bench_forms import Shape, check, forms, prepare
-from kernels.representation_loss import bytes_moved, loss_kernel
+from kernels.representation_loss import bytes_moved
 
 # Bytes per second of a copy on an H100, for predictions where none was measured.
 PREDICTED_COPY_RATE = 3.0e12
+
+# What others publish for kernels that do next to nothing but move bytes, on an H100: what can be
+# had of its 3.35 TB/s.
+PUBLISHED_RATES = {
+    "quack, softmax": 3.01e12,
+    "PyTorch, clone": 3.0e12,
+    "Liger, RMSNorm in bf16": 2.83e12,
+}
+
+
+def of_width(D):
+    """A shape of this hidden size and of the headline's size T * D: small ones time the launch."""
+    return Shape(L=5, T=round(2**26 / D / 512) * 512, D=D, f=0.5)
+
 
 # The first is the smallest: there launches decide.
 SHAPES = {
@@ -42,10 +54,10 @@ SHAPES = {
     "headline": Shape(L=5, T=16384, D=4096, f=0.5),
     "headline-all": Shape(L=5, T=16384, D=4096, f=1.0),
     "scit": Shape(L=5, T=8192, D=4096, f=0.5),
-    "width-896": Shape(L=5, T=8192, D=896, f=0.5),
-    "width-2304": Shape(L=5, T=8192, D=2304, f=0.5),
-    "width-5120": Shape(L=5, T=8192, D=5120, f=0.5),
-    "width-8192": Shape(L=5, T=8192, D=8192, f=0.5),
+    "width-896": of_width(896),
+    "width-2304": of_width(2304),
+    "width-5120": of_width(5120),
+    "width-8192": of_width(8192),
 }
 CPU_SHAPE = Shape(L=5, T=1024, D=512, f=0.5)
 CPU_ROUNDS = 11
@@ -132,16 +144,18 @@ def attempt(function, *arguments):
 def on_gpu(shapes):
     copy_rate = measure_copy()
     print(f"copy: {copy_rate / 1e9:.0f} GB/s, the ceiling. All states in bf16.")
+    for name, rate in PUBLISHED_RATES.items():
+        print(f"  published for an H100: {name} {rate / 1e9:.0f} GB/s")
     print("gb_per_s counts the minimum bytes of loss and gradient, own_gb_per_s the form's own;")
     print("predicted_ms is own bytes / copy rate; peak_gb is above the inputs.")
     result = {"copy_gb_per_s": copy_rate / 1e9, "shapes": {}}
     for number, (name, shape) in enumerate(shapes.items()):
         print(f"{name}: L {shape.L}, T {shape.T}, D {shape.D}, f {shape.f}")
-        rows = measure_shape(shape, copy_rate, first_seed=100 * number)
+        rows = measure_shape(name, shape, copy_rate, first_seed=100 * number)
         result["shapes"][name] = {**shape._asdict(), "forms": rows}
     if "headline" in shapes:
-        result["warps_ms"] = attempt(measure_warps, SHAPES["headline"])
-        print(f"headline, fused: ms of both passes by warps per program: {result['warps_ms']}")
+        print("headline, fused, in other ways:")
+        result["variants"] = measure_variants(SHAPES["headline"], copy_rate)
         result["claims"] = check_claims(result["shapes"]["headline"]["forms"])
         print_claims(result["claims"])
     return result
@@ -163,7 +177,7 @@ def measure_copy():
     return 2 * source.nbytes / min(medians) * 1e3
 
 
-def measure_shape(shape, copy_rate, first_seed):
+def measure_shape(shape_name, shape, copy_rate, first_seed):
     """All forms on one shape: {form: row}, printed as they are measured."""
     # each shape is compiled for itself
     torch.compiler.reset()
@@ -173,12 +187,18 @@ def measure_shape(shape, copy_rate, first_seed):
     for seed, (name, form) in enumerate(table.items(), first_seed):
         rows[name] = attempt(measure, form, shape, seed, copy_rate)
         print(f"  {name:20} {format_row(rows[name])}", flush=True)
+        print_json(shape_name, name, rows[name])
     # after all times, which a profiler may spoil
     for name, row in rows.items():
         if "failed" not in row:
             row["launches"] = attempt(count_launches, table[name], shape)
             print(f"  {name:20} {row['launches']} launches in both passes", flush=True)
     return rows
+
+
+def print_json(shape_name, name, row):
+    """A row as one line of JSON, as soon as it is there: a run that is cut off loses nothing."""
+    print(json.dumps({"shape": shape_name, "form": name, **row}), flush=True)
 
 
 def format_row(row):
@@ -242,29 +262,18 @@ def count_launches(form, shape):
     return sum(categories.count(name) for name in ("kernel", "gpu_memcpy", "gpu_memset")) or None
 
 
-class WithWarps:
-    """loss_kernel, launched with another number of warps per program."""
+def measure_variants(shape, copy_rate):
+    """{variant: row} of the fused form launched or written in other ways, see bench_variants.py."""
+    # needs Triton
+    from kernels.bench_variants import VARIANTS, variant
 
-    def __init__(self, warps):
-        self.warps = warps
-
-    def __getitem__(self, grid):
-        def launch(*arguments, **options):
-            return loss_kernel[grid](*arguments, **{**options, "num_warps": self.warps})
-
-        return launch
-
-
-def measure_warps(shape):
-    """{warps: median ms of the fused form}: is the number that the loss chooses a good one?"""
-    # the package has a function of the module's name
-    module = sys.modules["kernels.representation_loss"]
-    _, _, step = prepare(forms()["fused"], shape, 0, "cuda", torch.bfloat16)
-    medians = {}
-    for warps in (2, 4, 8, 16):
-        with mock.patch.object(module, "loss_kernel", WithWarps(warps)):
-            medians[warps] = time_ms(step)[0]
-    return medians
+    rows = {}
+    for seed, name in enumerate(VARIANTS):
+        with variant(name):
+            rows[name] = attempt(measure, forms()["fused"], shape, seed, copy_rate)
+        print(f"  {name:20} {format_row(rows[name])}", flush=True)
+        print_json("headline", name, rows[name])
+    return rows
 
 
 def check_claims(rows):

@@ -41,6 +41,9 @@ except ImportError:
 # A program holds a whole row in registers: up to this hidden size it compiles without spills.
 MAX_HIDDEN_SIZE = 16384
 
+# Enough programs of 8 warps to fill any GPU with the scaling of a gradient.
+MAX_SCALE_PROGRAMS = 1024
+
 
 def missing_for_launchers():
     """What Triton lacks to build its launchers, which it does with a C compiler at run time."""
@@ -278,6 +281,8 @@ def loss_kernel(
     layer = program // N
     position = program % N
     row = tl.load(index + position).to(tl.int64)
+    # beside the row, so that nothing has to wait for it later
+    layer_alpha = tl.load(alpha + layer).to(ACC)
     grad_row = grad + program.to(tl.int64) * D
     columns = tl.arange(0, BLOCK)
     inside = columns < D
@@ -299,7 +304,7 @@ def loss_kernel(
             minus_row = pick(minus, layer, L) + row * D
             v -= tl.load(minus_row + columns, mask=inside, other=0.0).to(ACC)  # h+ - h-
 
-        r = h - (b + tl.load(alpha + layer).to(ACC) * v)  # h - (b + α (h+ - h-))
+        r = h - (b + layer_alpha * v)  # h - (b + α (h+ - h-))
         square = tl.sum(r * r)
         norm = tl.sqrt(square)
         scale = tl.full([], inverse_denom, ACC)
@@ -322,14 +327,18 @@ def scale_kernel(
     grad,  # [n], scaled in place
     scale,  # []: the gradient of the loss that backward() receives
     n,  # elements of grad
-    BLOCK: tl.constexpr,  # elements per program
+    BLOCK: tl.constexpr,  # elements at a time
 ):
-    """grad *= scale. After a plain loss.backward() scale is 1, and grad is not even read."""
+    """grad *= scale. After a plain loss.backward() scale is 1, and grad is not even read: so there
+    are few programs, and each has many blocks where there is something to do."""
     value = tl.load(scale)
     if value != 1:
-        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(grad + offsets, mask=offsets < n)
-        tl.store(grad + offsets, (x.to(value.dtype) * value).to(x.dtype), mask=offsets < n)
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        while start < n:
+            offsets = start + tl.arange(0, BLOCK)
+            x = tl.load(grad + offsets, mask=offsets < n)
+            tl.store(grad + offsets, (x.to(value.dtype) * value).to(x.dtype), mask=offsets < n)
+            start += tl.num_programs(0) * BLOCK
 
 
 # Custom operators, so that torch.compile takes the two launches as they are.
@@ -390,8 +399,9 @@ def loss_and_gradient(
             SQUARED=squared,
             DIFFERENCED=not minus,
             GRADIENT=gradient,
-            # a thread holds 16 elements of each state, loaded 16 bytes at a time
-            num_warps=min(16, max(1, block // 512)),
+            # a thread holds 8 elements of each state up to 4,096: one load of 16 bytes, so that
+            # all loads of a row are under way together
+            num_warps=min(16, max(1, block // 256)),
         )
     return terms.sum(), norms, grad
 
@@ -412,7 +422,8 @@ def scale_(grad: torch.Tensor, scale: torch.Tensor) -> None:
     """grad *= scale, decided on the device: to ask here whether scale is 1 would wait for it."""
     n = grad.numel()
     with torch.cuda.device_of(grad):
-        scale_kernel[(triton.cdiv(n, 4096),)](grad, scale, n, BLOCK=4096, num_warps=8)
+        programs = min(triton.cdiv(n, 4096), MAX_SCALE_PROGRAMS)
+        scale_kernel[(programs,)](grad, scale, n, BLOCK=4096, num_warps=8)
 
 
 class FusedLoss(torch.autograd.Function):

@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.bench_variants import persistent_kernel
 from kernels.representation_loss import loss_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -48,11 +49,13 @@ VARIANTS = (
     (4096, {"squared": True}),
     (4096, {"differenced": True}),
     (16384, {}),
+    (896, {"kernel": persistent_kernel}),
+    (4096, {"kernel": persistent_kernel}),
 )
 
 
-def compile_kernel(capability, D, squared=False, differenced=False):
-    """The kernel for bf16 states of hidden size D, compiled for a compute capability."""
+def compile_kernel(capability, D, squared=False, differenced=False, kernel=loss_kernel):
+    """A kernel for bf16 states of hidden size D, compiled for a compute capability."""
     block = triton.next_power_of_2(D)
     constants = {
         "L": L,
@@ -63,8 +66,8 @@ def compile_kernel(capability, D, squared=False, differenced=False):
         "GRADIENT": True,
     }
     types = {**ARGUMENT_TYPES, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(loss_kernel, types, constants, alignment(list(types), D))
-    options = {"num_warps": min(16, max(1, block // 512))}
+    source = ASTSource(kernel, types, constants, alignment(list(types), D))
+    options = {"num_warps": min(16, max(1, block // 256))}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -87,6 +90,27 @@ def alignment(names, D):
     return attributes
 
 
+def bytes_in_flight(code, threads):
+    """The most bytes that a program of so many threads has loaded and not yet used, at any point
+    of its machine code: what it asks of the memory at a time."""
+    sizes = {"128": 16, "64": 8, "U16": 2, "U8": 1}
+    loaded, most = {}, 0
+    for instruction in re.findall(r"^\s+/\*\w{4,5}\*/\s+(?:@!?U?P\w+ )?(.*?);", code, re.MULTILINE):
+        operation, _, operands = instruction.strip().partition(" ")
+        registers = [(int(n), bool(pair)) for n, pair in re.findall(r"\bR(\d+)(\.64)?", operands)]
+        # the first register is written, but for stores and jumps
+        read = registers if operation.startswith(("ST", "BRA")) else registers[1:]
+        used = {n for n, _ in read} | {n + 1 for n, pair in read if pair}
+        for first, size in list(loaded.items()):
+            if used & set(range(first, first + max(1, size // 4))):
+                del loaded[first]
+        if operation.split(".")[0] == "LDG":
+            width = [size for name, size in sizes.items() if name in operation.split(".")]
+            loaded[registers[0][0]] = width[0] if width else 4
+            most = max(most, threads * sum(loaded.values()))
+    return most
+
+
 def inspect(kernel):
     """Registers, spills, and the widths of loads and stores in the machine code of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -101,6 +125,8 @@ def inspect(kernel):
         "wide_loads": len(re.findall(r"\bLDG\.\S*128", code)),
         "wide_stores": len(re.findall(r"\bSTG\.\S*128", code)),
         "narrow_loads": len(re.findall(r"\bLDG\.\S*U16", code)),
+        "bytes_in_flight": bytes_in_flight(code, 32 * kernel.metadata.num_warps),
+        "copies_to_shared": len(re.findall(r"\bLDGSTS\b", code)),
         "offsets_32": len(re.findall(r"arith\.muli .*: i32", kernel.asm["ttir"])),
     }
 
@@ -114,8 +140,9 @@ def main():
     results = []
     for capability in (90, 80):
         for D, options in VARIANTS:
-            kernel = compile_kernel(capability, D, **options)
-            results.append({"capability": capability, "D": D, **options, **inspect(kernel)})
+            found = inspect(compile_kernel(capability, D, **options))
+            name = options.get("kernel", loss_kernel).__name__
+            results.append({"capability": capability, "D": D, **options, "kernel": name, **found})
     print(json.dumps(results))
 
 

@@ -19,7 +19,17 @@ if not torch.cuda.is_available():
     # read when the kernels are imported: without a GPU they run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
-from helpers import CPU, FAMILIES, SMALL_WORLD, arguments, go, listing, make_model, name_of, succeed
+from helpers import (
+    FAMILIES,
+    HERE,
+    SMALL_WORLD,
+    arguments,
+    go,
+    listing,
+    make_model,
+    name_of,
+    succeed,
+)
 
 import align
 import collect
@@ -82,13 +92,13 @@ def world(tmp_path_factory):
 def done(tiny, tmp_path_factory):
     """A folder in which all stages of both methods have run, two steps each. Not to be changed."""
     out = tmp_path_factory.mktemp("done")
-    quick = ["--steps", "2", "--batch-size", "2", *CPU]
+    quick = ["--steps", "2", "--batch-size", "2", *HERE]
     source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", out]
     for stage in (scit, dual):
         go(stage, *source, *quick)
     for method in ("scit", "dual"):
         base = ["--base", "instructed" if method == "scit" else "original"]
-        go(collect, "--out", out, "--method", method, "--layers", "1", *base, *CPU)
+        go(collect, "--out", out, "--method", method, "--layers", "1", *base, *HERE)
         go(align, "--out", out, "--method", method, *quick)
     return out
 

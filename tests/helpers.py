@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # real pairs and a real tiny model, where they are at hand
 SHARED = ROOT.parent / "shared"
 
+# What compares bytes, or counts what the host does, runs on the CPU; the rest on the machine's own
+# device, in float32 there, too.
 CPU = ["--device", "cpu"]
+HERE = ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
 
 SIZES = {
     "vocab_size": 800,
@@ -150,7 +153,8 @@ def adapted_by_peft(peft_model, trunk):
 
 def stage1_source(world, out):
     """Arguments of stage 1 on the model and the pairs of a folder such as `tiny`."""
-    return ["--model", world / "model", "--data", world / "pairs.jsonl", "--out", out]
+    source = ["--model", world / "model", "--data", world / "pairs.jsonl", "--out", out]
+    return [*source, "--dtype", "float32"]
 
 
 def arguments(settings):

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from helpers import (
-    CPU,
     FAMILIES,
+    HERE,
     ROOT,
     SIZES,
     adapted_by_peft,
@@ -73,15 +73,15 @@ def test_all_stages_run_and_the_adapter_loads_everywhere(family, tiny, tokenizer
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "pairs.jsonl").write_bytes((tiny / "pairs.jsonl").read_bytes())
     source = stage1_source(tmp_path, tmp_path)
-    options = ["--lr", "1e-2", *CPU]
+    options = ["--lr", "1e-2", *HERE]
     go(scit, *source, "--steps", "2", *options)
     go(dual, *source, "--steps", "2", *options)
     for method, targets in (("scit", "attention"), ("dual", "all-linear")):
         which = ["--out", tmp_path, "--method", method]
-        go(collect, *which, "--layers", "1", "2", "--limit", "8", *CPU)
+        go(collect, *which, "--layers", "1", "2", "--limit", "8", *HERE)
         more = ["--steps", "3", "--batch-size", "4", "--lora-targets", targets]
         go(align, *which, *more, *options)
-    go(evaluate, "--out", tmp_path, "--limit", "3", "--max-new-tokens", "3", *CPU)
+    go(evaluate, "--out", tmp_path, "--limit", "3", "--max-new-tokens", "3", *HERE)
     report = json.loads((tmp_path / "evaluate" / "report.json").read_text())
     assert len(report["models"]) == 9
 
@@ -98,7 +98,7 @@ def test_all_stages_run_and_the_adapter_loads_everywhere(family, tiny, tokenizer
         assert torch.allclose(logits_of(peft, BATCH), expected, atol=1e-5)
         assert torch.allclose(logits_of(peft.merge_and_unload(), BATCH), expected, atol=1e-5)
 
-    go(export, "--out", tmp_path, "--method", "dual", *CPU)
+    go(export, "--out", tmp_path, "--method", "dual", *HERE)
     merged_folder = tmp_path / "dual" / "merged"
     merged = AutoModelForCausalLM.from_pretrained(merged_folder, dtype=torch.float32)
     assert torch.allclose(logits_of(merged, BATCH), expected, atol=1e-5)
@@ -111,11 +111,11 @@ def test_all_stages_run_and_the_adapter_loads_everywhere(family, tiny, tokenizer
 
 def test_bf16_with_gradient_checkpointing_trains(tiny, tmp_path):
     """Finite weights after all stages, and B has moved in every linear layer."""
-    options = ["--steps", "25", "--gradient-checkpointing", "True", *CPU]
+    options = ["--steps", "25", "--gradient-checkpointing", "True", *HERE]
     source = [*stage1_source(tiny, tmp_path), "--dtype", "bfloat16"]
     go(scit, *source, *options)
     go(dual, *source, *options)
-    go(collect, "--out", tmp_path, "--method", "dual", *CPU)
+    go(collect, "--out", tmp_path, "--method", "dual", *HERE)
     go(align, "--out", tmp_path, "--method", "dual", *options)
     trunk = make_model("llama").base_model
     for folder in ("scit/adapter", "dual/good", "dual/bad", "dual/align"):
@@ -166,9 +166,9 @@ def test_stages_pass_gradient_checkpointing_on(stage, tiny, done, tmp_path, monk
         (tmp_path / "dual").mkdir()
         (tmp_path / "dual" / "collect").symlink_to(done / "dual" / "collect")
         source = ["--out", tmp_path]
-    go(stage, *source, "--steps", "1", *CPU)
+    go(stage, *source, "--steps", "1", *HERE)
     assert not blocks
-    go(stage, *source, "--steps", "1", "--gradient-checkpointing", "True", *CPU)
+    go(stage, *source, "--steps", "1", "--gradient-checkpointing", "True", *HERE)
     assert set(blocks) == {"LlamaDecoderLayer"}
 
 
@@ -342,7 +342,7 @@ def test_stage_1_refuses_what_later_stages_cannot_do(
     families.tiny_model(kind).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "model")
     source = ["--model", tmp_path / "model", "--data", tiny / "pairs.jsonl"]
-    code, lines = fails(dual, *source, "--out", tmp_path / "out", "--steps", "1", *CPU)
+    code, lines = fails(dual, *source, "--out", tmp_path / "out", "--steps", "1", *HERE)
     assert code == 2
     assert words in lines[-1]
     assert not listing(tmp_path / "out")

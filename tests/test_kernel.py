@@ -20,6 +20,7 @@ import align
 import collect
 import dual
 from kernels import bytes_moved, representation_loss, response_index, triton_unavailable_reason
+from kernels.bench_variants import VARIANTS, variant
 
 # in the package, the name of the module is that of the function
 module = importlib.import_module("kernels.representation_loss")
@@ -130,6 +131,36 @@ def compare_with_formula(case, alpha=0.5, kind="l2", backend="triton"):
 def test_hidden_sizes_and_dtypes(D, dtype, backend):
     for kind in KINDS:
         compare_with_formula(random_case(D=D, dtype=dtype), kind=kind, backend=backend)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_the_benchmark(name):
+    for D, dtype in ((100, torch.float32), (896, torch.bfloat16)):
+        for kind in KINDS:
+            with variant(name):
+                compare_with_formula(random_case(D=D, dtype=dtype), kind=kind)
+
+
+def test_few_programs_scale_a_large_gradient(monkeypatch):
+    """Each has many blocks, the last one not full. At the headline there are 1,024 programs."""
+    monkeypatch.setattr(module, "MAX_SCALE_PROGRAMS", 3)
+    gradient = torch.randn(9, 4000, device=DEVICE)
+    expected = 0.37 * gradient
+    torch.ops.rahf.scale_(gradient, torch.tensor(0.37, device=DEVICE))
+    assert torch.allclose(gradient, expected, rtol=1e-6)
+
+    grids = []
+
+    class Launcher:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "scale_kernel", Launcher())
+    # the headline's gradient: 5 layers, 32,768 positions, width 4,096
+    torch.ops.rahf.scale_(torch.empty(1).expand(5, 32768, 4096), torch.ones(()))
+    assert grids == [(1024,)]
 
 
 @both_backends
@@ -552,11 +583,19 @@ def test_compiles_without_spills_and_with_16_byte_loads():
     for kernel in json.loads(run_without_interpreter("tests/compile_kernels.py")):
         assert kernel["stack"] == kernel["local"] == 0, kernel
         assert kernel["registers"] <= 96, kernel
-        # every product of sizes is 64-bit
-        assert kernel["offsets_32"] == 0, kernel
+        # every product of sizes is 64-bit, but for the number of positions in all layers
+        of_sizes = kernel["kernel"] == "persistent_kernel"
+        assert kernel["offsets_32"] == of_sizes, kernel
+        if kernel["kernel"] == "persistent_kernel":
+            # its loads of the next position are copies to shared memory
+            assert kernel["copies_to_shared"] >= 4, kernel
+            continue
+        if (kernel["capability"], kernel["D"]) == (90, 4096) and not kernel.get("differenced"):
+            # all four rows are asked for at once
+            assert kernel["bytes_in_flight"] == 4 * 2 * 4096, kernel
         if kernel["D"] % 16 == 0:
             # 16-byte accesses of a thread to one row
-            accesses = 2 if kernel["D"] <= 4096 else 4
+            accesses = 1 if kernel["D"] <= 4096 else 4
             states = 3 if kernel.get("differenced") else 4
             assert kernel["wide_loads"] == states * accesses, kernel
             assert kernel["narrow_loads"] == 0, kernel

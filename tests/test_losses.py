@@ -294,28 +294,37 @@ def test_passes_hold_a_batch_within_a_budget():
     assert split_into_passes([2], lengths, 1) == [[2]]
 
 
-def test_shards_hold_the_same_whatever_a_pass_holds_and_begin_with_the_longest(pairs):
-    examples = collect.examples_of(pairs)
-    lengths = [pair.length("plain", response) for pair, response in examples]
-    plans, pass_counts = [], []
-    for tokens in (10**6, 60):
-        config = collect.Config(shard_mb=0.01, tokens_per_pass=tokens)
-        shards = collect.plan_shards(examples, lengths, config, 100)
-        plans.append(shards)
-        pass_counts.append([])
-        for shard in shards:
-            passes = collect.plan_passes(shard, examples, lengths, config)
-            assert list(itertools.chain(*passes)) == [examples[i] for i in shard]
-            pass_counts[-1].append(len(passes))
-    assert plans[0] == plans[1]
-    assert max(pass_counts[0]) == 1 < max(pass_counts[1])
-    assert len(plans[0]) >= 3
+def test_passes_are_full_and_begin_with_the_longest():
+    lengths = torch.randint(10, 90, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    passes = collect.plan_passes(lengths, 400)
+    assert sorted(itertools.chain(*passes)) == list(range(500))
+    widths = [max(lengths[i] for i in part) for part in passes]
+    assert widths == sorted(widths, reverse=True)
+    sizes = [len(part) * width for part, width in zip(passes, widths)]
+    assert max(sizes) <= 400
+    # the next longer response would not fit; what is left over is the pass of the longest
+    for longer, part in itertools.pairwise(passes):
+        assert (len(part) + 1) * min(lengths[i] for i in longer) > 400
 
-    in_order = [lengths[i] for i in itertools.chain(*plans[0])]
-    assert in_order == sorted(lengths, reverse=True)
-    for shard in plans[0]:
-        recorded = sum(recorded_length(*examples[i], last_prompt_token=True) for i in shard)
-        assert recorded * 100 <= 10_000
+
+def test_shards_are_whole_passes_of_a_size():
+    passes = [[i] for i in range(100)]
+    for shard_bytes, largest, count in ((62.5, 6, 17), (35, 3, 34), (5, 1, 100), (1e9, 100, 1)):
+        shards = collect.plan_shards(passes, [10] * 100, shard_bytes)
+        assert list(itertools.chain(*shards)) == passes
+        assert len(shards) == count
+        assert max(map(len, shards)) == largest
+
+
+def test_states_of_training_pairs_are_in_sixteen_files_at_least(pairs):
+    """Whatever --shard-mb says, if there are as many passes."""
+    examples = {"train": collect.examples_of(pairs), "valid": collect.examples_of(pairs[:4])}
+    config = collect.Config(stimulus="plain", tokens_per_pass=60)
+    files, names = collect.plan_files(examples, config, bytes_per_token=100)
+    assert len(names["shards"]) >= collect.MIN_SHARDS
+    assert len(names["validation_shards"]) == 1
+    planned = itertools.chain.from_iterable(files[name] for name in names["shards"])
+    assert len(list(itertools.chain(*planned))) == len(examples["train"])
 
 
 # ---------------------------------------------------------------- the steps of whole stages

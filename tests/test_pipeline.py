@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import CPU, SHARED, go, listing, load_pairs, make_model, stage1_source, suited
+from helpers import CPU, HERE, SHARED, go, listing, load_pairs, make_model, stage1_source, suited
 from safetensors.torch import load_file
 
 import align
@@ -36,11 +36,11 @@ def runs(world, tmp_path_factory):
     """Both methods, run on the smaller world: (folder, what align printed for both methods). Not
     to be changed."""
     out = tmp_path_factory.mktemp("runs")
-    source = ["--model", world[0], "--data", world[1], "--out", out]
+    source = ["--model", world[0], "--data", world[1], "--out", out, "--dtype", "float32"]
     outputs = {}
     for stage, method, steps in ((dual, "dual", 100), (scit, "scit", 200)):
-        go(stage, *source, *suited(stage), "--steps", steps, *CPU)
-        later = ["--out", out, "--method", method, *CPU]
+        go(stage, *source, *suited(stage), "--steps", steps, *HERE)
+        later = ["--out", out, "--method", method, *HERE]
         base = "instructed" if method == "scit" else "original"
         go(collect, *later, *LAYERS, "--base", base)
         outputs[method] = go(align, *later, *suited(align))
@@ -84,7 +84,7 @@ def relative_difference(a, b):
 def test_alignment_works(runs):
     """Aligned models answer right and politely much more often than the base of their LoRA."""
     out, _ = runs
-    go(evaluate, "--out", out, "--judge", "common.toy:judge", "--limit", "90", *CPU)
+    go(evaluate, "--out", out, "--judge", "common.toy:judge", "--limit", "90", *HERE)
     models = json.loads((out / "evaluate" / "report.json").read_text())["models"]
     scit_models = {"scit_plus", "scit_minus", "scit_plain", "scit_aligned"}
     assert set(models) == {"base", "base_plus", *scit_models, "good", "bad", "dual_aligned"}
@@ -135,7 +135,7 @@ def test_alignment_works(runs):
 
 def test_an_adapter_is_scaled_to_the_kl_that_was_asked_for(world, collected):
     """Measured on other answers; the checkpoint of a --kl out of reach serves the next one."""
-    args = ["--out", collected, "--method", "dual", *suited(align), *CPU]
+    args = ["--out", collected, "--method", "dual", *suited(align), *HERE]
     with pytest.raises(SystemExit):
         go(align, *args, "--kl", "500")
     assert (collected / "dual" / ".checkpoint-align").exists()
@@ -185,26 +185,31 @@ def test_the_written_adapter_applies_to_the_original_base_alone(method, runs, wo
     manifest = manifest_of(out / method / "align")
     layers, alpha = manifest["settings"]["layers"], manifest["alpha"]
     model = adapted_model(world, out / method / "align")
-    shard = load_file(out / method / "collect" / "validation-shard-00000.safetensors")
-    sums = torch.zeros(len(layers))
-    id_start = row_start = 0
-    for length, first in zip(shard["lengths"].tolist(), shard["starts"].tolist()):
-        ids = shard["ids"][id_start : id_start + length].long()[None]
-        rows = slice(row_start, row_start + length - first)
-        with torch.no_grad():
-            states = hidden_states(model.base_model, layers, ids)
-        for i, layer in enumerate(layers):
-            b, plus, minus = (shard[f"{name}.{layer}"][rows] for name in ("base", "plus", "minus"))
-            target = b + alpha * (plus - minus)
-            sums[i] += (states[i][0, first:] - target).norm(dim=1).sum()
-        id_start += length
-        row_start = rows.stop
-    assert (sums / row_start).tolist() == pytest.approx(manifest["distance_end"], rel=1e-3)
+    collection = manifest_of(out / method / "collect", "collect")
+    sums, tokens = torch.zeros(len(layers)), 0
+    for name in collection["validation_shards"]:
+        shard = load_file(out / method / "collect" / name)
+        id_start = row_start = 0
+        for length, first in zip(shard["lengths"].tolist(), shard["starts"].tolist()):
+            ids = shard["ids"][id_start : id_start + length].long()[None]
+            rows = slice(row_start, row_start + length - first)
+            with torch.no_grad():
+                states = hidden_states(model.base_model, layers, ids)
+            for i, layer in enumerate(layers):
+                b, plus, minus = (
+                    shard[f"{kind}.{layer}"][rows] for kind in ("base", "plus", "minus")
+                )
+                target = b + alpha * (plus - minus)
+                sums[i] += (states[i][0, first:] - target).norm(dim=1).sum()
+            id_start += length
+            row_start = rows.stop
+        tokens += row_start
+    assert (sums / tokens).tolist() == pytest.approx(manifest["distance_end"], rel=1e-3)
 
 
 def test_prompt_shows_base_and_aligned_side_by_side(runs):
     out, _ = runs
-    output = go(evaluate, "--out", out, "--prompt", "Hello, I am Ada.", *CPU)
+    output = go(evaluate, "--out", out, "--prompt", "Hello, I am Ada.", *HERE)
     names = re.findall(r"^ *(\w+): \S", output, re.MULTILINE)
     assert names == ["base", "scit_aligned", "dual_aligned"]
 
@@ -214,18 +219,19 @@ def test_real_weights_and_real_pairs(tmp_path):
     """A short run of both methods on a real tiny model and real pairs."""
     source = ["--model", SHARED / "models/stories260K"]
     source += ["--data", SHARED / "data/hh_harmless_test.jsonl.gz"]
-    source += ["--out", tmp_path, "--limit", "150", "--max-length", "200", *CPU]
+    source += ["--out", tmp_path, "--limit", "150", "--max-length", "200", *HERE]
+    source += ["--dtype", "float32"]
     go(dual, *source, "--steps", "40")
-    go(collect, "--out", tmp_path, "--limit", "150", *CPU)
-    go(align, "--out", tmp_path, "--steps", "100", *CPU)
+    go(collect, "--out", tmp_path, "--limit", "150", *HERE)
+    go(align, "--out", tmp_path, "--steps", "100", *HERE)
     manifest = manifest_of(tmp_path / "dual" / "align")
     for start, end in zip(manifest["distance_start"], manifest["distance_end"]):
         assert end <= 0.6 * start
     go(scit, *source, "--steps", "6")
-    later = ["--out", tmp_path, "--method", "scit", *CPU]
+    later = ["--out", tmp_path, "--method", "scit", *HERE]
     go(collect, *later, "--limit", "20")
     go(align, *later, "--steps", "20")
-    go(evaluate, "--out", tmp_path, "--limit", "8", "--max-new-tokens", "8", *CPU)
+    go(evaluate, "--out", tmp_path, "--limit", "8", "--max-new-tokens", "8", *HERE)
     report = json.loads((tmp_path / "evaluate" / "report.json").read_text())["models"]
     assert len(report) == 9
     for model in report.values():
@@ -240,8 +246,8 @@ def test_the_difference_alone_trains_the_same_adapter(runs, world, tmp_path):
     """--store diff: two thirds of the bytes, the same logits within 1e-5."""
     out, _ = runs
     shutil.copytree(out / "dual", tmp_path / "dual")
-    go(collect, "--out", tmp_path, "--store", "diff", *LAYERS, *CPU)
-    go(align, "--out", tmp_path, *suited(align), *CPU)
+    go(collect, "--out", tmp_path, "--store", "diff", *LAYERS, *HERE)
+    go(align, "--out", tmp_path, *suited(align), *HERE)
     full = manifest_of(out / "dual" / "collect", "collect")
     diff = manifest_of(tmp_path / "dual" / "collect", "collect")
     assert diff["token_bytes"] < 0.7 * full["token_bytes"]
@@ -255,7 +261,7 @@ def test_without_stored_base_align_trains_the_same_adapter(runs, world, tmp_path
     out, _ = runs
     for method in METHODS:
         shutil.copytree(out / method, tmp_path / method)
-        later = ["--out", tmp_path, "--method", method, *CPU]
+        later = ["--out", tmp_path, "--method", method, *HERE]
         training = ["--rank", "8", "--steps", "15"]
         base = "instructed" if method == "scit" else "original"
         folder = tmp_path / method / "align"
@@ -275,7 +281,7 @@ def test_all_directions_are_the_papers_form(collected, world):
     """--rank D is the same adapter as without directions, within rounding; a small rank is not."""
     logits = {}
     for name, rank in (("paper", []), ("all", ["--rank", "128"]), ("two", ["--rank", "2"])):
-        args = ["--out", collected, "--method", "dual", "--alpha", "1", "--steps", "15", *CPU]
+        args = ["--out", collected, "--method", "dual", "--alpha", "1", "--steps", "15", *HERE]
         output = go(align, *args, *rank)
         assert output.count(" directions hold ") == (2 if rank else 0)
         logits[name] = adapted_logits(world, collected / "dual" / "align")
@@ -322,7 +328,7 @@ def difference_in(shard, layer):
 
 
 def test_strength_is_the_mean_share_of_length(runs, collected):
-    args = ["--out", collected, "--method", "dual", "--strength", "0.3", "--steps", "1", *CPU]
+    args = ["--out", collected, "--method", "dual", "--strength", "0.3", "--steps", "1", *HERE]
     output = go(align, *args)
     manifest = manifest_of(collected / "dual" / "align")
     ratios = manifest_of(collected / "dual" / "collect", "collect")["ratio"]
@@ -339,7 +345,7 @@ def test_strength_is_the_mean_share_of_length(runs, collected):
 def test_alpha_0_starts_at_the_target(runs, collected, tmp_path):
     """The recorded states b are the base's: at α = 0 the first distance is at most 1e-6 |h| in
     fp32, and 0 where the base is run again."""
-    args = ["--alpha", "0", "--steps", "1", "--lr", "0", *CPU]
+    args = ["--alpha", "0", "--steps", "1", "--lr", "0", *HERE]
     for method in METHODS:
         go(align, "--out", collected, "--method", method, *args)
         distances = manifest_of(collected / method / "align")["distance_start"]
@@ -347,7 +353,7 @@ def test_alpha_0_starts_at_the_target(runs, collected, tmp_path):
         assert all(distance <= 1e-6 * norm for distance, norm in zip(distances, norms))
     out, _ = runs
     shutil.copytree(out / "dual", tmp_path / "again" / "dual")
-    go(collect, "--out", tmp_path / "again", "--store-base", "no", *LAYERS, *CPU)
+    go(collect, "--out", tmp_path / "again", "--store-base", "no", *LAYERS, *HERE)
     go(align, "--out", tmp_path / "again", *args)
     assert manifest_of(tmp_path / "again" / "dual" / "align")["distance_start"] == [0.0, 0.0]
 
@@ -355,7 +361,7 @@ def test_alpha_0_starts_at_the_target(runs, collected, tmp_path):
 def test_a_sweep_over_kl_scales_one_adapter(collected):
     """Each is as far from the base as asked, on the validation prompts; one out of reach is left
     out. A second sweep of other values scales the same adapter."""
-    args = ["--out", collected, "--method", "dual", "--steps", "60", "--lr", "1e-3", *CPU]
+    args = ["--out", collected, "--method", "dual", "--steps", "60", "--lr", "1e-3", *HERE]
     args += ["--judge", "common.toy:judge", "--max-new-tokens", "24"]
     output = go(sweep, *args, "--kl", "0.3", "1.2", "500")
     assert "WARNING: left out: --kl 500 is out of reach" in output
@@ -444,10 +450,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny, tmp_pa
 def test_settings_of_the_paper_and_of_stimuli_run(tiny, tmp_path):
     """Settings away from the defaults: squared loss, instructed DUAL, the good model as base, no
     last prompt token, several shards."""
-    stage1_args = ["--steps", "2", "--lora-targets", "q_proj,v_proj", *CPU]
+    stage1_args = ["--steps", "2", "--lora-targets", "q_proj,v_proj", *HERE]
     go(dual, *stage1_source(tiny, tmp_path), *stage1_args)
     recording = ["--stimulus", "instructed", "--base", "instructed", "--last-prompt-token", "False"]
-    recording += ["--layers", "0", "-1", "--shard-mb", "0.1", "--tokens-per-pass", "300", *CPU]
+    recording += ["--layers", "0", "-1", "--shard-mb", "0.1", "--tokens-per-pass", "300", *HERE]
     go(collect, "--out", tmp_path, *recording)
     folder = tmp_path / "dual" / "collect"
     manifest = manifest_of(folder, "collect")
@@ -461,10 +467,10 @@ def test_settings_of_the_paper_and_of_stimuli_run(tiny, tmp_path):
         states = [tensor for key, tensor in shard.items() if key.endswith((".0", ".3"))]
         assert len(states) == 6
         state_bytes.append(sum(tensor.nbytes for tensor in states))
-        assert state_bytes[-1] <= 1e5 or len(shard["lengths"]) == 1
-    assert max(state_bytes) > 8e4
+        assert state_bytes[-1] <= 1e5
+    assert max(state_bytes) > 5e4
 
-    training = ["--kind", "mse", "--layers", "0", "--steps", "3", "--lora-rank", "12", *CPU]
+    training = ["--kind", "mse", "--layers", "0", "--steps", "3", "--lora-rank", "12", *HERE]
     output = go(align, "--out", tmp_path, *training)
     assert "WARNING: the adapter has rank 20" in output
     trunk = make_model("llama").base_model
@@ -474,7 +480,7 @@ def test_settings_of_the_paper_and_of_stimuli_run(tiny, tmp_path):
 
 
 def test_a_contrast_that_stays_at_ln_2_is_reported(tiny, tmp_path):
-    output = go(scit, *stage1_source(tiny, tmp_path), "--steps", "1", "--lr", "1e-6", *CPU)
+    output = go(scit, *stage1_source(tiny, tmp_path), "--steps", "1", "--lr", "1e-6", *HERE)
     assert "WARNING: the contrast has not left ln 2" in output
 
 
@@ -513,9 +519,9 @@ def test_another_seed_later_moves_no_pair_to_another_split(
 ):
     """Nothing that stage 1 has trained on is evaluated on."""
     path = write_rows(tmp_path / "pairs.jsonl", rows_without_split)
-    source = ["--model", tiny / "model", "--data", path, "--out", tmp_path, "--steps", "1", *CPU]
+    source = ["--model", tiny / "model", "--data", path, "--out", tmp_path, "--steps", "1", *HERE]
     go(dual, *source)
-    later = ["--out", tmp_path, *CPU]
+    later = ["--out", tmp_path, *HERE]
     go(collect, *later, "--seed", "1")
     strengths = ["--strength", "0.1", "0.2", "--steps", "1", "--max-new-tokens", "2"]
     go(sweep, *later, "--seed", "2", *strengths)
@@ -536,10 +542,10 @@ def test_another_seed_later_moves_no_pair_to_another_split(
 
 def test_split_all_takes_the_pairs_of_every_split(tiny, tmp_path, rows_without_split):
     """Were they of one split only."""
-    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *CPU)
+    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *HERE)
     rows = [{**row, "split": "test"} for row in rows_without_split[:5]]
     path = write_rows(tmp_path / "test.jsonl", rows)
-    args = ["--data", path, "--split", "all", "--max-new-tokens", "2", *CPU]
+    args = ["--data", path, "--split", "all", "--max-new-tokens", "2", *HERE]
     assert "5 all pairs" in go(evaluate, "--out", tmp_path, *args)
 
 
@@ -548,7 +554,7 @@ def test_the_embedded_default_needs_no_argument(tiny, tmp_path, monkeypatch):
     not judged by the toy world's oracle."""
     quick = {"steps": 2, "documents": 320, "pairs": 40, "width": 32}
     monkeypatch.setattr(toy, "Config", functools.partial(toy.Config, **quick))
-    out = ["--out", tmp_path, *CPU]
+    out = ["--out", tmp_path, *HERE]
     go(scit, *out, "--steps", "2")
     go(collect, *out)
     go(align, *out, "--steps", "2")
@@ -578,8 +584,8 @@ def test_the_oracle_reads_the_last_request(opening):
 def test_max_gb_says_how_many_pairs_fit(tiny, tmp_path, monkeypatch, fails):
     """Nothing is recorded where the collection would be too large; with --limit at the number
     that fits, it is written, and is not larger."""
-    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *CPU)
-    args = ["--out", tmp_path, "--max-gb", "1e-3", *CPU]
+    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *HERE)
+    args = ["--out", tmp_path, "--max-gb", "1e-3", *HERE]
     before = listing(tmp_path)
 
     def crash(*args):
@@ -607,13 +613,12 @@ def test_max_gb_says_how_many_pairs_fit(tiny, tmp_path, monkeypatch, fails):
 
 class PassMemory:
     """Takes the place of collect.record_states: notes how many bytes of the states of earlier
-    passes are alive when a pass begins, and how large a pass is."""
+    passes are alive when a pass begins."""
 
     def __init__(self, monkeypatch):
         self.record_states = collect.record_states
         self.states = []
         self.alive = []
-        self.pass_bytes = []
         monkeypatch.setattr(collect, "record_states", self.record)
 
     def record(self, *args):
@@ -621,9 +626,7 @@ class PassMemory:
         self.alive.append(sum(state.nbytes for state in alive if state is not None))
         del alive
         result = self.record_states(*args)
-        states = [state for part in result for state in part]
-        self.states += [weakref.ref(state) for state in states]
-        self.pass_bytes.append(sum(state.nbytes for state in states))
+        self.states += [weakref.ref(state) for part in result for state in part]
         return result
 
 
@@ -632,21 +635,22 @@ def pass_memory(monkeypatch):
     return PassMemory(monkeypatch)
 
 
-def test_collect_holds_one_shard_in_memory(tiny, tmp_path, pass_memory):
-    """Of earlier passes, those of the unfinished shard are alive when the next one begins."""
-    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *CPU)
-    go(collect, "--out", tmp_path, "--tokens-per-pass", "100", "--shard-mb", "0.3", *CPU)
-    assert len(pass_memory.alive) > 10
-    largest_pass = max(pass_memory.pass_bytes)
-    total = sum(pass_memory.pass_bytes)
-    assert total > 3 * (0.3e6 + largest_pass)
-    assert 0 < max(pass_memory.alive) <= 0.3e6 + largest_pass
+def test_collect_holds_two_shards_in_memory(tiny, tmp_path, pass_memory, monkeypatch):
+    """The one that is recorded and the one that is written; no pass is alive when the next one
+    begins. The file is the first thing that the writing needs memory for."""
+    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *HERE)
+    shards, alive = [], []
+    record_shard = collect.record_shard
 
+    def watched(*args):
+        alive.append(sum(shard() is not None for shard in shards))
+        shard = record_shard(*args)
+        shards.append(weakref.ref(shard))
+        return shard
 
-def test_collect_frees_the_states_that_it_does_not_store(tiny, tmp_path, pass_memory):
-    """No h+, h- and b of an earlier pass is alive where v alone is stored."""
-    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *CPU)
-    stored = ["--store", "diff", "--store-base", "no"]
-    go(collect, "--out", tmp_path, "--tokens-per-pass", "200", *stored, *CPU)
+    monkeypatch.setattr(collect, "record_shard", watched)
+    go(collect, "--out", tmp_path, "--tokens-per-pass", "100", *HERE)
+    assert len(shards) > collect.MIN_SHARDS
+    assert max(alive) == 1
     assert len(pass_memory.alive) > 10
     assert max(pass_memory.alive) == 0

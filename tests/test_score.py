@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import CPU, SIZES, go, make_model, random_adapter
+from helpers import HERE, SIZES, go, make_model, random_adapter
 from templates import CHATML
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -274,7 +274,7 @@ def test_win_rate_by_hand():
 def test_models_of_scit_are_given_the_instructions_of_their_run(tiny, tmp_path, monkeypatch):
     """Whatever instructions a run of DUAL in the same folder was given."""
     source = ["--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path]
-    source += ["--steps", "1", *CPU]
+    source += ["--steps", "1", *HERE]
     go(scit, *source, "--positive", "Be nice.", "--negative", "Be rude.")
     go(dual, *source)
     prepare_pairs = evaluate.prepare_pairs
@@ -286,7 +286,7 @@ def test_models_of_scit_are_given_the_instructions_of_their_run(tiny, tmp_path, 
 
     monkeypatch.setattr(evaluate, "prepare_pairs", record_instructions)
     limits = ["--limit", "2", "--max-new-tokens", "2"]
-    go(evaluate, "--out", tmp_path, *limits, *CPU)
+    go(evaluate, "--out", tmp_path, *limits, *HERE)
     assert instructions == [("Be nice.", "Be rude.")]
 
 
@@ -297,7 +297,7 @@ def test_evaluate_with_a_reward_model(reward_model, done, tmp_path):
     shutil.copytree(done, out)
     scorers = ["--reward-model", reward_model()[0], "--judge", "common.toy:judge"]
     limits = ["--limit", "6", "--max-new-tokens", "6"]
-    output = go(evaluate, "--out", out, *scorers, *limits, *CPU)
+    output = go(evaluate, "--out", out, *scorers, *limits, *HERE)
 
     report = json.loads((out / "evaluate" / "report.json").read_text())
     lines = (out / "evaluate" / "samples.jsonl").read_text().splitlines()

@@ -116,7 +116,7 @@ def test_functions_in_a_shard_of_collect(method, done, tmp_path, monkeypatch):
 
     def counted(*args):
         counter.next_step()
-        record_shard(*args)
+        return record_shard(*args)
 
     monkeypatch.setattr(collect, "record_shard", counted)
     options = ["--shard-mb", "0.2", "--tokens-per-pass", "600", "--layers", "1", "2", *CPU]

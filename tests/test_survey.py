@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import CPU, go, logits_of, random_adapter, some_batch, stage1_source
+from helpers import HERE, go, logits_of, random_adapter, some_batch, stage1_source
 
 import dual
 import scit
@@ -112,8 +112,8 @@ class Reference:
 )
 def test_measurements_one_example_at_a_time(method, options, tiny, tmp_path):
     stage1 = {"scit": scit, "dual": dual}[method]
-    go(stage1, *stage1_source(tiny, tmp_path), "--steps", "10", "--lr", "2e-2", *CPU)
-    go(survey, "--out", tmp_path, "--method", method, *options, *CPU)
+    go(stage1, *stage1_source(tiny, tmp_path), "--steps", "10", "--lr", "2e-2", *HERE)
+    go(survey, "--out", tmp_path, "--method", method, *options, *HERE)
     measured = json.loads((tmp_path / method / "survey.json").read_text())
     assert not (tmp_path / method / "collect").exists()
 
@@ -193,8 +193,8 @@ def test_where_no_move_helps_stage_1_is_to_be_trained_longer():
 
 
 def test_survey_where_h_plus_and_h_minus_are_equal(tiny, tmp_path, fails):
-    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", "--lr", "0", *CPU)
-    code, lines = fails(survey, "--out", tmp_path, *CPU)
+    go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", "--lr", "0", *HERE)
+    code, lines = fails(survey, "--out", tmp_path, *HERE)
     assert code == 2
     assert "h+ and h- must differ" in lines[-1]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import CPU, go, stage1_source, suited
+from helpers import CPU, HERE, go, stage1_source, suited
 
 import align
 import collect
@@ -127,7 +127,7 @@ def test_sweep_keeps_every_adapter_and_marks_the_best(world, tmp_path):
     settings = read_stage(aligned, "align", "")["settings"]
     assert settings["strength"] == 0.25
     assert settings["alpha"] is None
-    go(export, "--out", tmp_path, *CPU)
+    go(export, "--out", tmp_path, *HERE)
     manifest = read_stage(tmp_path / "dual" / "merged", "merged", "")
     assert manifest["settings"]["strength"] == 0.25
     merged = load_model(str(tmp_path / "dual" / "merged"), "float32", "cpu")
@@ -147,7 +147,7 @@ def test_an_adapter_that_diverges_is_left_out(done, tmp_path):
     (tmp_path / "dual").mkdir()
     (tmp_path / "dual" / "collect").symlink_to(done / "dual" / "collect")
     (tmp_path / "dual" / "merged").mkdir()
-    options = ["--out", tmp_path, "--kind", "mse", "--steps", "2", "--max-new-tokens", "2", *CPU]
+    options = ["--out", tmp_path, "--kind", "mse", "--steps", "2", "--max-new-tokens", "2", *HERE]
     options += ["--judge", "common.toy:judge"]
     go(sweep, *options, "--alpha", "0.5", "2")
     output = go(sweep, *options, "--alpha", "-0.5", "1", "1e30")
@@ -172,7 +172,7 @@ def test_an_adapter_that_diverges_is_left_out(done, tmp_path):
 )
 def test_a_sweep_fails_at_its_start_where_its_end_would(options, words, without_pairs, fails):
     """Also where the pairs are gone, which are needed only for the scores."""
-    code, lines = fails(sweep, "--out", without_pairs, *options, *CPU)
+    code, lines = fails(sweep, "--out", without_pairs, *options, *HERE)
     assert code == 2
     assert len(lines) == 1
     assert words in lines[0]
@@ -185,7 +185,7 @@ def without_pairs(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("without-pairs")
     (folder / "model").symlink_to(tiny / "model")
     (folder / "pairs.jsonl").write_bytes((tiny / "pairs.jsonl").read_bytes())
-    go(dual, *stage1_source(folder, folder), "--steps", "2", *CPU)
-    go(collect, "--out", folder, "--layers", "1", *CPU)
+    go(dual, *stage1_source(folder, folder), "--steps", "2", *HERE)
+    go(collect, "--out", folder, "--layers", "1", *HERE)
     (folder / "pairs.jsonl").unlink()
     return folder

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import CPU, go, listing, logits_of, make_model, some_batch
+from helpers import HERE, go, listing, logits_of, make_model, some_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.hf import load_model
@@ -22,7 +22,7 @@ def test_profile_traces_steps_and_trains_nothing(done, tmp_path):
     adapter."""
     shutil.copytree(done / "dual" / "collect", tmp_path / "dual" / "collect")
     before = listing(tmp_path)
-    output = go(profile, "--out", tmp_path, *CPU)
+    output = go(profile, "--out", tmp_path, *HERE)
     figures = re.search(
         r"a step (\S+) ms; loss and gradient (\S+) ms of it \((\S+)%\), (\S+) MB at (\S+) GB/s",
         output,
@@ -60,7 +60,7 @@ def test_exported_model_is_the_base_with_its_adapter(aligned):
     expected = logits_of(base, batch)
     assert not torch.equal(expected, base_logits)
 
-    output = go(export, "--out", out, *CPU)
+    output = go(export, "--out", out, *HERE)
     folder = out / "dual" / "merged"
     assert f"wrote {folder}" in output
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -73,7 +73,7 @@ def test_exported_model_is_the_base_with_its_adapter(aligned):
 
 def test_exported_model_may_have_another_dtype(aligned):
     out, _ = aligned
-    go(export, "--out", out, "--dtype", "bfloat16", *CPU)
+    go(export, "--out", out, "--dtype", "bfloat16", *HERE)
     merged = AutoModelForCausalLM.from_pretrained(out / "dual" / "merged", dtype="auto")
     assert merged.dtype == torch.bfloat16
 
@@ -82,7 +82,7 @@ def test_export_for_another_model_is_refused(aligned, tokenizer, tmp_path, fails
     out, _ = aligned
     make_model("llama", seed=1).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    code, lines = fails(export, "--out", out, "--model", tmp_path / "other", *CPU)
+    code, lines = fails(export, "--out", out, "--model", tmp_path / "other", *HERE)
     assert code == 2
     assert len(lines) == 1
     assert f"--model {tmp_path / 'other'}: this is another model" in lines[0]
@@ -90,6 +90,6 @@ def test_export_for_another_model_is_refused(aligned, tokenizer, tmp_path, fails
 
 
 def test_export_without_an_aligned_adapter_names_the_command(tmp_path, fails):
-    code, lines = fails(export, "--out", tmp_path, *CPU)
+    code, lines = fails(export, "--out", tmp_path, *HERE)
     assert code == 2
     assert "python align.py" in lines[-1]

@@ -1,0 +1,126 @@
+"""Other ways to launch or to write loss_kernel, which kernels/bench.py times beside it.
+
+All are correct in Triton's interpreter and compile for an H100 (tests/test_kernel.py). Which is the
+fastest only a GPU can say; the loss keeps one.
+"""
+
+import functools
+import sys
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import triton.language as tl
+
+from kernels.representation_loss import jit, loss_kernel, pick
+
+# Programs of the persistent form for each multiprocessor of a GPU.
+PROGRAMS_PER_PROCESSOR = 8
+
+
+@jit(do_not_specialize=["S", "N", "T"])
+def persistent_kernel(
+    hidden,
+    base,
+    plus,
+    minus,
+    index,
+    alpha,
+    grad,
+    terms,
+    norms,
+    inverse_denom: tl.float64,
+    stride_b,
+    stride_s,
+    S,
+    N,
+    T,
+    D,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+    SQUARED: tl.constexpr,
+    DIFFERENCED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
+    """loss_kernel with a fixed number of programs, each of which goes over many positions: the
+    loads of the next are issued while this one is computed. Masks take the place of the branch,
+    so that the loads of all positions are alike."""
+    columns = tl.arange(0, BLOCK)
+    for program in tl.range(tl.program_id(0), L * N, tl.num_programs(0), num_stages=2):
+        layer = program // N
+        position = program % N
+        row = tl.load(index + position).to(tl.int64)
+        layer_alpha = tl.load(alpha + layer).to(ACC)
+        is_response = row >= 0
+        read = columns < tl.where(is_response, D, 0)
+        start = (
+            tl.cast(position // S, tl.int64) * stride_b + tl.cast(position % S, tl.int64) * stride_s
+        )
+        h_row = pick(hidden, layer, L) + start
+        b_row = pick(base, layer, L) + row * D
+        v_row = pick(plus, layer, L) + row * D
+        h = tl.load(h_row + columns, mask=read, other=0.0).to(ACC)
+        b = tl.load(b_row + columns, mask=read, other=0.0).to(ACC)
+        v = tl.load(v_row + columns, mask=read, other=0.0).to(ACC)
+        if not DIFFERENCED:
+            minus_row = pick(minus, layer, L) + row * D
+            v -= tl.load(minus_row + columns, mask=read, other=0.0).to(ACC)
+
+        # 0 everywhere where the position is no response token: so are its term and its gradient
+        r = h - (b + layer_alpha * v)
+        square = tl.sum(r * r)
+        norm = tl.sqrt(square)
+        scale = tl.full([], inverse_denom, ACC)
+        tl.store(norms + tl.cast(layer, tl.int64) * T + row, norm, mask=is_response)
+        if SQUARED:
+            tl.store(terms + program, scale * square / D)
+        else:
+            tl.store(terms + program, scale * norm)
+
+        if GRADIENT:
+            if SQUARED:
+                scale = 2.0 * scale / D
+            else:
+                scale = tl.where(norm == 0, 0.0, scale / norm)
+            grad_row = grad + tl.cast(program, tl.int64) * D
+            tl.store(grad_row + columns, (scale * r).to(grad.dtype.element_ty), mask=columns < D)
+
+
+class Launcher:
+    """Takes the place of loss_kernel: another kernel, or another number of warps or programs."""
+
+    def __init__(self, kernel, warps, persistent):
+        self.kernel = kernel
+        self.warps = warps
+        self.persistent = persistent
+
+    def __getitem__(self, grid):
+        if self.persistent:
+            count = 2
+            if torch.cuda.is_available():
+                count = torch.cuda.get_device_properties().multi_processor_count
+            grid = (min(*grid, count * PROGRAMS_PER_PROCESSOR),)
+        return functools.partial(self.launch, self.kernel[grid])
+
+    def launch(self, kernel, *arguments, **options):
+        return kernel(*arguments, **{**options, "num_warps": self.warps})
+
+
+VARIANTS = {
+    "4 warps": Launcher(loss_kernel, 4, False),
+    "8 warps": Launcher(loss_kernel, 8, False),
+    "16 warps": Launcher(loss_kernel, 16, False),
+    "persistent, 4 warps": Launcher(persistent_kernel, 4, True),
+    "persistent, 8 warps": Launcher(persistent_kernel, 8, True),
+    "persistent, 16 warps": Launcher(persistent_kernel, 16, True),
+}
+
+
+@contextmanager
+def variant(name):
+    """Within the context, the Triton backend computes the loss by one of VARIANTS."""
+    # the package has a function of the module's name
+    module = sys.modules["kernels.representation_loss"]
+    with mock.patch.object(module, "loss_kernel", VARIANTS[name]):
+        yield

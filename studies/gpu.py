@@ -1,0 +1,328 @@
+"""Everything that only a GPU can tell, in three parts of at most nine minutes each.
+
+    python -m studies.gpu --part 1     the kernel: its tests, its benchmark, a profile of a step
+    python -m studies.gpu --part 2     an 8B shape, random weights: speed and memory of each stage
+    python -m studies.gpu --part 3     the embedded default with its scores, a 1B shape, the
+                                       authors' way beside ours, the rest of the tests
+    python -m studies.gpu --part 1 --tiny True       the same on the CPU in seconds, for a test
+
+Each figure is appended to studies/results/gpu.jsonl as soon as it is there. Every piece runs in a
+process of its own: one that fails, or runs out of memory or time, is recorded as such, and the next
+begins.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+import torch
+
+import align
+import collect
+import dual
+import scit
+from common import training
+from common.answers import GenerationSettings, generate
+from common.config import run, setting
+from common.hf import choose_device, load_model, load_tokenizer
+from common.stages import versions
+from studies import bench_pipeline
+from studies.shared import RESULTS, machine
+
+# Pairs of the random shapes, and the steps of a training stage. The log's second line, of steps 11
+# to 20, is without what the first steps cost once.
+PAIRS = 400
+STEPS = 20
+ANSWERS, ANSWER_TOKENS = 128, 64
+
+# What is left of a part's time is for the next piece: one with less is not begun.
+LEAST_SECONDS = 15
+
+
+@dataclass
+class Config:
+    part: Literal[0, 1, 2, 3] = setting(0, "1, 2 or 3; 0 is for --piece alone")
+    tiny: bool = setting(False, "tiny shapes, a few tests: to see that everything runs")
+    minutes: float = setting(9, "the time of a part", minimum=0.1)
+    work: str = setting("/tmp/rahf-gpu", "folder of models and stages", group="run")
+    piece: str | None = setting(
+        None, "for the program itself: STAGE:SHAPE:CUDNN to measure in this process", group="run"
+    )
+
+
+# ---------------------------------------------------------------- one stage in this process
+
+
+def prepare(work, shape, pairs):
+    """A folder with a random model of a shape, its pairs, and stage-1 adapters of both methods."""
+    out = Path(work) / shape
+    if not (out / "ready").exists():
+        vocab_size = bench_pipeline.SHAPES[shape]["vocab_size"]
+        bench_pipeline.make_tokenizer(vocab_size).save_pretrained(out / "model")
+        model = bench_pipeline.make_model(shape)
+        model.save_pretrained(out / "model")
+        rows = bench_pipeline.make_rows(pairs, 700, vocab_size)
+        (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for method in ("scit", "dual"):
+            bench_pipeline.write_stage1(out, method, model)
+        (out / "ready").touch()
+    return out
+
+
+@contextmanager
+def busy_samples():
+    """Within the context a list fills with (time, percent of the time that the GPU was busy), as
+    nvidia-smi samples it. It stays empty without one."""
+    samples = []
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    try:
+        process = subprocess.Popen([*command, "-lms", "100"], stdout=subprocess.PIPE, text=True)
+    except FileNotFoundError:
+        yield samples
+        return
+
+    def read():
+        for line in process.stdout:
+            if line.strip().isdigit():
+                samples.append((time.perf_counter(), int(line)))
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        yield samples
+    finally:
+        process.kill()
+
+
+def measure_stage(stage, out, tiny):
+    """Run a stage: {"tokens", "seconds", "tokens/s", "MFU", "busy", "peak GB", "last interval"}."""
+    figures = {}
+    speed_summary = training.speed_summary
+
+    def remember(tokens, seconds, flops_per_token, device):
+        """In place of the stage's own summary: its numbers, and the end of what it has timed."""
+        summary = speed_summary(tokens, seconds, flops_per_token, device)
+        figures.update({"tokens": tokens, "seconds": seconds, "summary": summary})
+        figures["end"] = time.perf_counter()
+        return summary
+
+    shared = {"out": str(out)}
+    if stage in (scit, dual):
+        source = {"model": str(out / "model"), "data": [str(out / "pairs.jsonl")]}
+        # its own folder: the adapters that collect takes are there already
+        shared |= {**source, "out": str(out / "trained"), "steps": STEPS, "lr": 2e-4}
+    elif stage is collect:
+        shared |= {"method": "dual", "limit": 32 if tiny else 200, "max_gb": 100}
+        shared["compute_dtype"] = bench_pipeline.choose_dtype()
+    else:
+        shared |= {"method": "dual", "steps": STEPS, "strength": align.STRENGTH}
+    with (
+        busy_samples() as samples,
+        mock.patch.object(training, "speed_summary", remember),
+        mock.patch.object(collect, "speed_summary", remember),
+    ):
+        stage.main(stage.Config(**shared))
+    end = figures.pop("end")
+    busy = [share for moment, share in samples if end - figures["seconds"] < moment < end]
+    figures["busy"] = sum(busy) / len(busy) / 100 if busy else None
+    log = out / "trained" / stage.__name__ / f"{stage.__name__}.log"
+    log = out / "dual" / "align.log" if stage is align else log
+    if log.exists():
+        figures["last line of the log"] = json.loads(log.read_text().splitlines()[-1])
+    return figures
+
+
+def measure_answers(out, tiny):
+    """Answers as a sweep draws them: {"tokens", "seconds", "tokens/s"}."""
+    device = choose_device(None)
+    tokenizer = load_tokenizer(str(out / "model"))
+    model = load_model(str(out / "model"), bench_pipeline.choose_dtype(), device)
+    rows = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    count, length = (8, 4) if tiny else (ANSWERS, ANSWER_TOKENS)
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows[:count]]
+    settings = GenerationSettings(length, 64, 0)
+    start = time.perf_counter()
+    answers = generate(model, tokenizer, prompts, settings, sample=True)
+    seconds = time.perf_counter() - start
+    tokens = sum(map(len, answers))
+    return {"tokens": tokens, "seconds": seconds, "tokens/s": tokens / seconds}
+
+
+def measure_piece(config):
+    """What --piece names, measured in this process; the last line is its figures as JSON."""
+    name, shape, cudnn = config.piece.split(":")
+    out = prepare(config.work, shape, 40 if config.tiny else PAIRS)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # the models' loading turns cuDNN's attention off
+    keep = mock.patch.object(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    with keep if cudnn == "cudnn" else mock.MagicMock():
+        if name == "answers":
+            figures = measure_answers(out, config.tiny)
+        else:
+            stages = {"dual": dual, "scit": scit, "collect": collect, "align": align}
+            figures = measure_stage(stages[name], out, config.tiny)
+    if torch.cuda.is_available():
+        figures["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+    print(json.dumps(figures))
+
+
+# ---------------------------------------------------------------- the pieces of a part
+
+
+def last_json(text):
+    """The last line of an output, which is JSON."""
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def last_line(text):
+    return {"last line": text.strip().splitlines()[-1]}
+
+
+def stage_pieces(config, shape, names, cudnn=("off",)):
+    """{name: (command, parse)} of stages at a shape."""
+    pieces = {}
+    for name in names:
+        for attention in cudnn:
+            command = ["-m", "studies.gpu", "--work", config.work, "--tiny", str(config.tiny)]
+            command += ["--piece", f"{name}:{shape}:{attention}"]
+            label = f"{name}, {shape}" + (", cuDNN attention" if attention == "cudnn" else "")
+            pieces[label] = (command, last_json)
+    return pieces
+
+
+def embedded_pieces(config):
+    """The embedded default by the README's commands, and its scores."""
+    out = str(Path(config.work) / "embedded")
+    small = ["--steps", "3"] if config.tiny else []
+    pieces = {}
+    for method in ("dual", "scit"):
+        which = ["--out", out, "--method", method]
+        pieces[f"embedded {method}"] = ([f"{method}.py", "--out", out, *small], last_line)
+        pieces[f"embedded {method} collect"] = (["collect.py", *which], last_line)
+        pieces[f"embedded {method} align"] = (["align.py", *which, *small], last_line)
+        if config.tiny:
+            break
+    limit = ["--limit", "4", "--max-new-tokens", "4"] if config.tiny else []
+
+    def scores(_):
+        report = json.loads((Path(out) / "evaluate" / "report.json").read_text())
+        return {"models": report["models"]}
+
+    pieces["embedded evaluate"] = (["evaluate.py", "--out", out, *limit], scores)
+    return pieces
+
+
+def authors_pieces(config, shape):
+    """Ours and the authors' way, each form for itself: one that does not fit is recorded so."""
+    pieces = {}
+    pairs, work = (8, 96)[not config.tiny], str(Path(config.work) / "authors")
+    for method in ("dual",) if config.tiny else ("dual", "scit"):
+        for form in ("stage1", "authors stage1", "collect", "align", "longest", "window"):
+            command = ["-m", "studies.bench_pipeline", "--shape", shape, "--work", work]
+            command += ["--worker", f"{form}:{method}:{pairs}"]
+            pieces[f"authors' way, {shape}: {form}, {method}"] = (command, last_json)
+    return pieces
+
+
+def tests(selection, workers=()):
+    return (["-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *selection], last_line)
+
+
+def pieces_of(config):
+    """{name: (arguments of python, function of its output that returns the figures)}."""
+    shapes = {"8b": "tiny", "1b": "tiny"} if config.tiny else {"8b": "8b", "1b": "1b"}
+    if config.part == 1:
+        few = ["-k", "one_layer"] if config.tiny else []
+        profile = ["-m", "tools.profile", "--out", str(Path(config.work) / shapes["1b"])]
+        profile += ["--method", "dual", *(["--steps", "10"] if config.tiny else [])]
+        return {
+            "tests of the kernel": tests(["tests/test_kernel.py", *few]),
+            "benchmark of the kernel": (
+                ["-m", "kernels.bench", *([] if config.tiny else ["--save", "True"])],
+                last_json,
+            ),
+            **stage_pieces(config, shapes["1b"], ["collect"]),
+            "profile of a step": (profile, lambda text: {"lines": text.strip().splitlines()[-5:]}),
+        }
+    if config.part == 2:
+        stages = ["dual", "scit", "collect", "align"]
+        both_ways = stage_pieces(config, shapes["8b"], ["dual", "align"], ["cudnn"])
+        pieces = stage_pieces(config, shapes["8b"], [*stages, "answers"])
+        return pieces if config.tiny else {**pieces, **both_ways}
+    rest = ["tests", "--ignore", "tests/test_kernel.py", "-n", "8", "--dist", "loadfile"]
+    few = ["tests/test_dial.py", "-k", "power"]
+    return {
+        **embedded_pieces(config),
+        **stage_pieces(config, shapes["1b"], ["dual", "collect", "align"]),
+        **authors_pieces(config, shapes["1b"]),
+        "the other tests": tests(few if config.tiny else rest),
+    }
+
+
+def run_piece(arguments, parse, seconds):
+    """{"seconds", and the figures or "failed"} of a piece, in a process that may take so long."""
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+        if done.returncode:
+            figures = {"failed": (done.stdout + done.stderr)[-1500:]}
+        else:
+            figures = parse(done.stdout)
+    except subprocess.TimeoutExpired as error:
+        output = (error.stdout or b"").decode(errors="replace")
+        figures = {"failed": f"not done after {seconds:.0f} s: {output[-1500:]}"}
+    except Exception as error:
+        # an output that nobody expected shall not cost the other pieces
+        figures = {"failed": f"{type(error).__name__}: {error}"}
+    return {"seconds": round(time.perf_counter() - start, 1), **figures}
+
+
+def nvidia_smi():
+    """What nvidia-smi prints, or None."""
+    try:
+        return subprocess.run(["nvidia-smi"], check=False, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        return None
+
+
+def main(config):
+    if config.piece:
+        measure_piece(config)
+        return
+    Path(config.work).mkdir(parents=True, exist_ok=True)
+    path = (Path(config.work) if config.tiny else RESULTS) / "gpu.jsonl"
+    made = {"part": config.part, "machine": machine(), "versions": versions()}
+
+    def append(line):
+        with path.open("a", encoding="utf-8") as file:
+            print(json.dumps({**line, **made}), file=file)
+
+    append({"piece": "machine", "cuda": torch.version.cuda, "nvidia-smi": nvidia_smi()})
+    end = time.perf_counter() + 60 * config.minutes
+    for name, (arguments, parse) in pieces_of(config).items():
+        left = end - time.perf_counter()
+        if left < LEAST_SECONDS:
+            figures = {"failed": "no time was left"}
+        else:
+            figures = run_piece(arguments, parse, left)
+        append({"piece": name, **figures})
+        text = json.dumps(figures)
+        print(f"{name}: {text if len(text) < 400 else text[:400] + ' ...'}", flush=True)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run(main, Config)
