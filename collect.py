@@ -12,6 +12,9 @@ For each response r, chosen and rejected, and each target layer l, at the same t
 A(π, x, l) is the output of decoder block l, counted from 0. The states are recorded at the
 response's tokens and at the last prompt token, whose state predicts the response's first token.
 Nothing above the highest target layer is loaded or run ("trunk": a model without its head).
+
+The responses run in passes, padded batches of three forward passes each. Whole passes fill a shard,
+which becomes one file: one thread records it, a second one writes it while the next is recorded.
 Writes OUT/METHOD/collect, which is all that align.py needs besides the base model.
 """
 
@@ -62,7 +65,7 @@ LIMIT = 500
 # at most this many validation pairs are recorded, for the distances that align.py reports
 VALIDATION_PAIRS = 64
 
-# files of the training pairs' states at least, where there are as many forward passes
+# the states of the training pairs go into so many files at least, if there are as many passes
 MIN_SHARDS = 16
 
 DEFAULT_STIMULUS = {"scit": "instructed", "dual": "plain"}
@@ -129,8 +132,8 @@ class RecordingSettings:
     )
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
-        "what the model computes in; bfloat16 halves the memory, but rounds by as much as a small "
-        "v is long",
+        "what the model computes in (on a GPU with products in TF32); bfloat16 halves the memory, "
+        "but rounds by as much as a small v is long",
         group="run",
     )
 
@@ -160,8 +163,8 @@ class Config(RecordingSettings):
 
 
 def record_states(trunk, adapters, config, examples, pad_id):
-    """b, h+ and h- of some examples, packed without padding, in the dtype that
-    the model computes in.
+    """b, h+ and h- of some examples, packed without padding, in the dtype that the model computes
+    in.
 
     examples: list of (EncodedPair, "chosen" | "rejected"). Returns (base, plus, minus): lists of
     L tensors [T, D], T the recorded positions of all examples, one example after the other.
@@ -171,6 +174,7 @@ def record_states(trunk, adapters, config, examples, pad_id):
         inputs = []
         for pair, response in examples:
             ids, prompt_length = pair.example(prompt, response)
+            # what is recorded counts as response: with the last prompt token (True is 1) or not
             inputs.append((ids, prompt_length - config.last_prompt_token))
         batch = collate(inputs, pad_id, trunk.device)
         with enable_only(adapters.values(), *enabled):
@@ -183,11 +187,9 @@ def record_states(trunk, adapters, config, examples, pad_id):
     else:
         plus_adapters, minus_adapters = [adapters["good"]], [adapters["bad"]]
     base_adapters = plus_adapters if config.base == "instructed" else []
-    plus_prompt, minus_prompt = "plain", "plain"
-    if config.stimulus == "instructed":
-        plus_prompt, minus_prompt = "positive", "negative"
+    base_prompt, plus_prompt, minus_prompt = prompts_run(config)
 
-    base = states("plain", base_adapters)  # b
+    base = states(base_prompt, base_adapters)  # b
     plus = states(plus_prompt, plus_adapters)  # h+
     minus = states(minus_prompt, minus_adapters)  # h-
     return base, plus, minus
@@ -208,10 +210,10 @@ class Shard:
     copied: torch.cuda.Event | None
 
 
-def record_shard(passes, record, config, width, device):
+def record_shard(passes, run_pass, config, width, device):
     """Record the examples of some passes: a Shard in memory.
 
-    passes: lists of (EncodedPair, response); record: a function of one pass that returns base,
+    passes: lists of (EncodedPair, response); run_pass: a function of one pass that returns base,
     plus and minus. On a GPU nothing here waits for it: the states go into pinned memory, from where
     write_shard takes them when they are there, and the next shard can begin.
     """
@@ -228,7 +230,7 @@ def record_shard(passes, record, config, width, device):
     norms = torch.empty(T, 2, len(config.layers), pin_memory=pinned)
     start = 0
     for part in passes:
-        base, plus, minus = record(part)
+        base, plus, minus = run_pass(part)
         v = [p - m for p, m in zip(plus, minus)]  # v = h+ - h-
         rows = slice(start, start + len(v[0]))
         start = rows.stop
@@ -236,17 +238,21 @@ def record_shard(passes, record, config, width, device):
         for name in stored:
             for layer, state in zip(config.layers, recorded[name]):
                 states[f"{name}.{layer}"][rows].copy_(state, non_blocking=True)
-        norm_v, norm_b = (
-            torch.stack([state.float().norm(dim=-1) for state in some], 1) for some in (v, base)
-        )  # [t, L]
-        norms[rows].copy_(torch.stack([norm_v, norm_b], 1), non_blocking=True)
+        # [t, 2, L], t the positions of this pass
+        part_norms = torch.stack([norms_of(v), norms_of(base)], 1)
+        norms[rows].copy_(part_norms, non_blocking=True)
         # free them before the next pass
-        del base, plus, minus, v, recorded, state, norm_v, norm_b
+        del base, plus, minus, v, recorded, state, part_norms
     copied = None
     if pinned:
         copied = torch.cuda.Event()
         copied.record()
     return Shard(examples, states, norms, copied)
+
+
+def norms_of(states):
+    """|state| at each position: L x [t, D] -> fp32 [t, L]."""
+    return torch.stack([state.float().norm(dim=-1) for state in states], 1)
 
 
 def write_shard(path, shard, config):
@@ -368,7 +374,10 @@ def plan_files(examples, config, bytes_per_token):
     """{file name: its passes, lists of (EncodedPair, response)} and the names by split, as they
     stand in the manifest."""
     files, names = {}, {}
-    for key, split in (("validation_shards", "valid"), ("shards", "train")):
+    for key, split, file_name in (
+        ("validation_shards", "valid", "validation-shard"),
+        ("shards", "train", "shard"),
+    ):
         names[key] = []
         lengths = [
             max(pair.length(prompt, response) for prompt in prompts_run(config))
@@ -384,7 +393,7 @@ def plan_files(examples, config, bytes_per_token):
             # so that little is lost when a run is interrupted
             shard_bytes = min(shard_bytes, sum(sizes) / MIN_SHARDS)
         for i, shard in enumerate(plan_shards(passes, sizes, shard_bytes)):
-            name = f"{key.removesuffix('s').replace('_', '-')}-{i:05d}.safetensors"
+            name = f"{file_name}-{i:05d}.safetensors"
             files[name] = shard
             names[key].append(name)
     return files, names
@@ -407,7 +416,7 @@ def main(config):
         device = choose_device(config.device)
         config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
         if device.type == "cuda":
-            # float32 products take TF32: three bits more than bfloat16's, at half the speed
+            # float32 products in TF32: 10 bits of mantissa, bfloat16 has 7, at half its speed
             torch.set_float32_matmul_precision("high")
         trunk = load_trunk(config.model, config.layers[-1] + 1, config.compute_dtype, device)
         check_same_model(config.model, tokenizer, stage1.manifest, f"{config.out}/{config.method}")
@@ -460,7 +469,7 @@ def main(config):
         ):
 
             @torch.no_grad()
-            def record(part):
+            def run_pass(part):
                 signals.check()
                 bar.update()
                 return record_states(trunk, adapters, config, part, tokenizer.pad_token_id)
@@ -469,9 +478,9 @@ def main(config):
             bar.update(n_passes - sum(map(len, missing.values())))
             writing = None
             for name, passes in missing.items():
-                shard = record_shard(passes, record, config, width, device)
+                shard = record_shard(passes, run_pass, config, width, device)
                 if writing:
-                    # it raises what the writing has raised
+                    # at most two shards are in memory; what the writer has raised is raised here
                     writing.result()
                 writing = writer.submit(write_shard, new / name, shard, config)
                 del shard
@@ -485,12 +494,10 @@ def main(config):
 
     # 5. report
     seconds = time.perf_counter() - start
-    run_examples = itertools.chain.from_iterable(itertools.chain(*missing.values()))
-    run_tokens = sum(
-        pair.length(prompt, response)
-        for pair, response in run_examples
-        for prompt in prompts_run(config)
-    )
+    run_passes = itertools.chain.from_iterable(missing.values())
+    run_tokens = 0
+    for pair, response in itertools.chain.from_iterable(run_passes):
+        run_tokens += sum(pair.length(prompt, response) for prompt in prompts_run(config))
     print(speed_summary(run_tokens, seconds, 2 * parameters_run(trunk), device))
     for i, layer in enumerate(config.layers):
         print(

@@ -30,7 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 from common import toy
 from common.checkpoint import Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
-from common.data import collate, sample, shuffled_batches, split_into_passes
+from common.data import RESPONSES, collate, sample, shuffled_batches, split_into_passes
 from common.hf import response_logprobs
 from common.stage1 import prepare_stage1
 from common.stages import claim, next_command, open_log, write_stage
@@ -45,8 +45,6 @@ from lora import LoRA, enable_only, save_adapter
 
 # at most this many validation pairs are measured
 VALIDATION_PAIRS = 64
-
-BOTH = ("chosen", "rejected")
 
 
 @dataclass
@@ -91,10 +89,10 @@ def dual_loss(model, name, pairs, other, pad_id, config):
     if other is None:
         logprobs = sum_logprobs(model, pairs, [own], pad_id)
         return -logprobs.sum(), logprobs.new_zeros(()), None
-    logprobs = sum_logprobs(model, pairs, BOTH, pad_id)
+    logprobs = sum_logprobs(model, pairs, RESPONSES, pad_id)
     good, bad = (logprobs, other) if name == "good" else (other, logprobs)
     contrast = contrast_loss(good, bad, config.beta)
-    return -logprobs[BOTH.index(own)].sum(), contrast, logprobs.detach()
+    return -logprobs[RESPONSES.index(own)].sum(), contrast, logprobs.detach()
 
 
 @torch.no_grad()
@@ -110,7 +108,7 @@ def validate(model, adapters, pairs, pad_id, tokens_per_pass):
         logprobs = {}
         for name, adapter in adapters.items():
             with enable_only(adapters.values(), adapter):
-                logprobs[name] = sum_logprobs(model, some, BOTH, pad_id)
+                logprobs[name] = sum_logprobs(model, some, RESPONSES, pad_id)
         good, bad = logprobs["good"], logprobs["bad"]
         nll["good"] -= good[0].sum().item()
         nll["bad"] -= bad[1].sum().item()
@@ -124,9 +122,9 @@ def validate(model, adapters, pairs, pad_id, tokens_per_pass):
 def train(adapters, inputs, config, log_file):
     """Train both adapters by DUAL's loss."""
     model, pairs, pad_id = inputs.model, inputs.pairs["train"], inputs.tokenizer.pad_token_id
-    lengths = [pair.length("plain", "chosen") for pair in pairs]
+    chosen_lengths = [pair.length("plain", "chosen") for pair in pairs]
     rejected_lengths = [pair.length("plain", "rejected") for pair in pairs]
-    max_lengths = list(map(max, lengths, rejected_lengths))
+    max_lengths = list(map(max, chosen_lengths, rejected_lengths))
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(config.steps))
     checkpoint = Checkpoint(
@@ -137,10 +135,10 @@ def train(adapters, inputs, config, log_file):
         optimizer=optimizer,
         schedule=schedule,
     )
-    batches = shuffled_batches(lengths, config.batch_size, config.seed, skip=checkpoint.step)
+    batches = shuffled_batches(chosen_lengths, config.batch_size, config.seed, skip=checkpoint.step)
     bar = progress_bar("dual", checkpoint.step, config.steps)
-    # both models forward and backward, and the bad one forward; without the contrast, where each
-    # has its own response only, one forward and backward a token
+    # A forward and backward pass (4) in the good and in the bad model, and one without gradient (2)
+    # in the bad one. Without contrast each response runs in its own model only.
     flops_per_token = (10 if config.contrast else 4) * parameters_run(model)
     log = TrainingLog(log_file, bar, flops_per_token)
     adapters.train()
@@ -156,11 +154,12 @@ def train(adapters, inputs, config, log_file):
             for part in split_into_passes(batch, max_lengths, config.tokens_per_pass // 2):
                 some = [pairs[i] for i in part]
                 # One model after the other, so that only one has activations in memory. For each
-                # the other's log π is a constant; that of the bad model is needed first.
+                # the other's log π is a constant: the bad model's for the good one, which comes
+                # first, then the good one's for the bad.
                 other = None
                 if config.contrast:
                     with torch.no_grad(), enable_only(adapters.values(), adapters["bad"]):
-                        other = sum_logprobs(model, some, BOTH, pad_id)
+                        other = sum_logprobs(model, some, RESPONSES, pad_id)
                 for name, adapter in adapters.items():
                     with enable_only(adapters.values(), adapter):
                         nll, part_contrast, other = dual_loss(
@@ -177,9 +176,9 @@ def train(adapters, inputs, config, log_file):
                 norms[f"grad_norm/{name}"] = clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            [lr] = set(schedule.get_last_lr())
+            lr = schedule.get_last_lr()[0]
             schedule.step()
-            input_tokens = sum(lengths[i] + rejected_lengths[i] for i in batch)
+            input_tokens = sum(chosen_lengths[i] + rejected_lengths[i] for i in batch)
             log.after_step(step, input_tokens, loss, contrast=contrast, lr=lr, **norms)
             checkpoint.after_step(step, loss)
     adapters.eval()

@@ -180,7 +180,7 @@ def train(adapter, inputs, config, log_file):
             norm = clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            [lr] = schedule.get_last_lr()
+            lr = schedule.get_last_lr()[0]
             schedule.step()
             input_tokens = sum(instructed_tokens[i] for i in batch)
             input_tokens += sum(plain_tokens[i] for i in anchored)

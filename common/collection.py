@@ -97,8 +97,8 @@ class Collection:
         first_recorded = torch.tensor([r.first_recorded for r in responses])
         lengths = torch.tensor([len(sequence) for sequence in ids])
         ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_id)  # [B, S]
-        positions = torch.arange(ids.shape[1])
-        recorded = (positions >= first_recorded[:, None]) & (positions < lengths[:, None])
+        column = torch.arange(ids.shape[1])
+        recorded = (column >= first_recorded[:, None]) & (column < lengths[:, None])
         states = {}
         for name in ("base", self.plus_name, "minus"):
             if f"{name}.{self.layers[0]}" not in responses[0].tensors:

@@ -7,11 +7,11 @@ import time
 import torch
 from tqdm import tqdm
 
-# Steps from one line of the log, and one look at the loss, to the next.
+# A line of the log is written, and the loss checked, every so many steps.
 LOG_INTERVAL = 10
 
-# FLOPs per second of dense bf16 matrix products, as the data sheets have them. The first name that
-# is part of the GPU's counts.
+# FLOPs per second of dense bf16 matrix products, by the data sheets. The first key that is part of
+# the GPU's name counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -19,6 +19,7 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
@@ -80,7 +81,8 @@ class TrainingLog:
 
     def after_step(self, step, tokens, loss, **values):
         """To be called after each step. tokens: of its inputs, without padding; loss, values:
-        numbers or scalar tensors, which are looked at for a line of the log only."""
+        numbers or scalar tensors, which are looked at for a line of the log only. In a run that
+        resumes num_tokens and seconds begin at 0 again."""
         self.tokens += tokens
         if step % LOG_INTERVAL and step != self.bar.total:
             return
@@ -101,7 +103,8 @@ class TrainingLog:
 
 def parameters_run(model):
     """The parameters that a token is multiplied with: all but the embedding table, which is only
-    looked up, unless it is the head as well."""
+    looked up, unless it is the head as well. (The head sees response tokens alone, and each token
+    few of the experts where there are some: there this is too many.)"""
     count = sum(p.numel() for p in model.parameters())
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
@@ -122,9 +125,16 @@ def speed_summary(tokens, seconds, flops_per_token, device):
     """
     rate = tokens / max(seconds, 1e-9)
     summary = f"{tokens:,} tokens in {seconds:.1f} s, {rate:,.0f} tokens/s"
+    if peak := peak_flops(device):
+        summary += f", MFU {rate * flops_per_token / peak:.2f}"
+    return summary
+
+
+def peak_flops(device):
+    """FLOPs per second of dense bf16 products on a GPU, or None where that is not known."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        peaks = [peak for part, peak in PEAK_FLOPS.items() if part in name]
-        if peaks:
-            summary += f", MFU {rate * flops_per_token / peaks[0]:.2f}"
-    return summary
+        for part, peak in PEAK_FLOPS.items():
+            if part in name:
+                return peak
+    return None

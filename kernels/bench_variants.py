@@ -1,7 +1,7 @@
 """Other ways to launch or to write loss_kernel, which kernels/bench.py times beside it.
 
-All are correct in Triton's interpreter and compile for an H100 (tests/test_kernel.py). Which is the
-fastest only a GPU can say; the loss keeps one.
+All are correct in Triton's interpreter and compile for an H100 (tests/test_kernel.py). Only a GPU
+can tell which is the fastest; that one then goes into representation_loss.py.
 """
 
 import functools
@@ -45,7 +45,8 @@ def persistent_kernel(
 ):
     """loss_kernel with a fixed number of programs, each of which goes over many positions: the
     loads of the next are issued while this one is computed. Masks take the place of the branch,
-    so that the loads of all positions are alike."""
+    so that the loads of all positions are alike. The arguments are those of loss_kernel. (tl.cast,
+    because in the interpreter the loop's variable is a Python int.)"""
     columns = tl.arange(0, BLOCK)
     for program in tl.range(tl.program_id(0), L * N, tl.num_programs(0), num_stages=2):
         layer = program // N
@@ -90,13 +91,13 @@ def persistent_kernel(
 class Launcher:
     """Takes the place of loss_kernel: another kernel, or another number of warps or programs."""
 
-    def __init__(self, kernel, warps, persistent):
+    def __init__(self, kernel, warps):
         self.kernel = kernel
         self.warps = warps
-        self.persistent = persistent
 
     def __getitem__(self, grid):
-        if self.persistent:
+        if self.kernel is persistent_kernel:
+            # in the interpreter
             count = 2
             if torch.cuda.is_available():
                 count = torch.cuda.get_device_properties().multi_processor_count
@@ -108,12 +109,12 @@ class Launcher:
 
 
 VARIANTS = {
-    "4 warps": Launcher(loss_kernel, 4, False),
-    "8 warps": Launcher(loss_kernel, 8, False),
-    "16 warps": Launcher(loss_kernel, 16, False),
-    "persistent, 4 warps": Launcher(persistent_kernel, 4, True),
-    "persistent, 8 warps": Launcher(persistent_kernel, 8, True),
-    "persistent, 16 warps": Launcher(persistent_kernel, 16, True),
+    "4 warps": Launcher(loss_kernel, 4),
+    "8 warps": Launcher(loss_kernel, 8),
+    "16 warps": Launcher(loss_kernel, 16),
+    "persistent, 4 warps": Launcher(persistent_kernel, 4),
+    "persistent, 8 warps": Launcher(persistent_kernel, 8),
+    "persistent, 16 warps": Launcher(persistent_kernel, 16),
 }
 
 

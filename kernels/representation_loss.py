@@ -203,11 +203,9 @@ def torch_loss(hidden, base, plus, minus, index, alpha, kind, denom):
     """The loss in plain PyTorch, differentiated by autograd: the backend without a GPU."""
     dtype = torch.promote_types(hidden[0].dtype, torch.float32)
     D = hidden[0].shape[-1]
-    N, T = len(index), len(base[0])
-    # [T]: for each packed row, its position in [B*S]. The others all go to a row T, which is cut
-    # off: a mask would have to be asked how many it marks, which waits for a GPU.
-    row = torch.where(index < 0, T, index).long()
-    positions = row.new_zeros(T + 1).scatter_(0, row, torch.arange(N, device=row.device))[:T]
+    # [T]: for each packed row, its position in [B*S]. Sorted, the -1 come first. (To ask a mask
+    # which positions it marks would wait for a GPU.)
+    positions = index.argsort()[len(index) - len(base[0]) :]
     total = 0.0
     norms = []
     for layer, h in enumerate(hidden):
@@ -329,8 +327,8 @@ def scale_kernel(
     n,  # elements of grad
     BLOCK: tl.constexpr,  # elements at a time
 ):
-    """grad *= scale. After a plain loss.backward() scale is 1, and grad is not even read: so there
-    are few programs, and each has many blocks where there is something to do."""
+    """grad *= scale. After a plain loss.backward() scale is 1 and nothing is read: so there are few
+    programs, which loop over their blocks where scale is another number."""
     value = tl.load(scale)
     if value != 1:
         start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -399,8 +397,8 @@ def loss_and_gradient(
             SQUARED=squared,
             DIFFERENCED=not minus,
             GRADIENT=gradient,
-            # a thread holds 8 elements of each state up to 4,096: one load of 16 bytes, so that
-            # all loads of a row are under way together
+            # up to width 4,096 a thread holds 8 elements of each state, in bf16 one load of 16
+            # bytes: all loads of a row are under way together
             num_warps=min(16, max(1, block // 256)),
         )
     return terms.sum(), norms, grad

@@ -41,6 +41,7 @@ from common.config import run, setting
 from common.data import collate, prepare_pairs
 from common.hf import find_blocks, load_tokenizer, load_trunk, model_digests
 from common.stages import read_stage, write_stage
+from common.training import peak_flops
 from lora import LoRA, save_adapter
 from studies import authors
 from studies.shared import write_result
@@ -117,7 +118,6 @@ COMPARED_WITH = {
     "align, nothing read": "the same, its targets at hand",
 }
 SCALING_PAIRS = (1000, 2000, 4000, 8000)
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass
@@ -344,6 +344,10 @@ def read_nothing(width, device):
 def work(config):
     """Measure one form in this process and print seconds and bytes as JSON."""
     form, method, pairs = config.worker.split(":")
+    if form == "inputs":
+        prepare(config, method, int(pairs))
+        print(json.dumps({}))
+        return
     # of an interrupted measurement
     partial = folder_of(config, method, pairs) / method / ".collect.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -415,7 +419,7 @@ def summarize(config, method, rounds):
     medians = {form: seconds["median"] for form, seconds in summary["seconds"].items()}
     timed = ("collect + align", "align", "longest", "window")
     summary["tokens a second"] = {form: round(tokens / medians[form]) for form in timed}
-    peak = gpu_peak_flops()
+    peak = peak_flops(choose_device())
     if peak:
         flops = 4 * block_parameters(config, method) * tokens
         summary["align, model FLOP utilisation"] = round(flops / medians["align"] / peak, 3)
@@ -432,15 +436,6 @@ def count_tokens(config, method):
     for pair in pairs:
         tokens += pair.length("plain", "chosen") + pair.length("plain", "rejected")
     return 2 * len(pairs), tokens
-
-
-def gpu_peak_flops():
-    """The GPU's peak in bf16, or None where it is unknown."""
-    if torch.cuda.is_available():
-        for name, flops in PEAK_FLOPS.items():
-            if name in torch.cuda.get_device_name():
-                return flops
-    return None
 
 
 def block_parameters(config, method):

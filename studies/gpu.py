@@ -11,12 +11,15 @@ process of its own: one that fails, or runs out of memory or time, is recorded a
 begins.
 """
 
+import contextlib
+import io
 import json
+import runpy
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,13 +39,13 @@ from common.stages import versions
 from studies import bench_pipeline
 from studies.shared import RESULTS, machine
 
-# Pairs of the random shapes, and the steps of a training stage. The log's second line, of steps 11
-# to 20, is without what the first steps cost once.
+# Pairs of the random shapes, and the steps of a training stage. The last line of its log, of steps
+# 11 to 20, is without what the first steps cost once.
 PAIRS = 400
 STEPS = 20
 ANSWERS, ANSWER_TOKENS = 128, 64
 
-# What is left of a part's time is for the next piece: one with less is not begun.
+# A piece may take all that is left of its part's time; with less than this it is not begun.
 LEAST_SECONDS = 15
 
 
@@ -101,8 +104,9 @@ def busy_samples():
 
 
 def measure_stage(stage, out, tiny):
-    """Run a stage: {"tokens", "seconds", "tokens/s", "MFU", "busy", "peak GB", "last interval"}."""
-    figures = {}
+    """Run a stage. Returns the tokens and seconds of what it times itself, its summary of them, the
+    share of these seconds in which the GPU was busy, and the last line of its log."""
+    figures, steps = {}, 2 if tiny else STEPS
     speed_summary = training.speed_summary
 
     def remember(tokens, seconds, flops_per_token, device):
@@ -116,12 +120,12 @@ def measure_stage(stage, out, tiny):
     if stage in (scit, dual):
         source = {"model": str(out / "model"), "data": [str(out / "pairs.jsonl")]}
         # its own folder: the adapters that collect takes are there already
-        shared |= {**source, "out": str(out / "trained"), "steps": STEPS, "lr": 2e-4}
+        shared |= {**source, "out": str(out / "trained"), "steps": steps, "lr": 2e-4}
     elif stage is collect:
         shared |= {"method": "dual", "limit": 32 if tiny else 200, "max_gb": 100}
         shared["compute_dtype"] = bench_pipeline.choose_dtype()
     else:
-        shared |= {"method": "dual", "steps": STEPS, "strength": align.STRENGTH}
+        shared |= {"method": "dual", "steps": steps, "strength": align.STRENGTH}
     with (
         busy_samples() as samples,
         mock.patch.object(training, "speed_summary", remember),
@@ -129,12 +133,12 @@ def measure_stage(stage, out, tiny):
     ):
         stage.main(stage.Config(**shared))
     end = figures.pop("end")
-    busy = [share for moment, share in samples if end - figures["seconds"] < moment < end]
-    figures["busy"] = sum(busy) / len(busy) / 100 if busy else None
-    log = out / "trained" / stage.__name__ / f"{stage.__name__}.log"
-    log = out / "dual" / "align.log" if stage is align else log
-    if log.exists():
-        figures["last line of the log"] = json.loads(log.read_text().splitlines()[-1])
+    percents = [percent for moment, percent in samples if end - figures["seconds"] < moment < end]
+    figures["busy"] = sum(percents) / len(percents) / 100 if percents else None
+    if stage is not collect:
+        folder = out / "dual" if stage is align else out / "trained" / stage.__name__
+        last_line = (folder / f"{stage.__name__}.log").read_text().splitlines()[-1]
+        figures["last line of the log"] = json.loads(last_line)
     return figures
 
 
@@ -155,14 +159,14 @@ def measure_answers(out, tiny):
 
 
 def measure_piece(config):
-    """What --piece names, measured in this process; the last line is its figures as JSON."""
-    name, shape, cudnn = config.piece.split(":")
+    """What --piece names, measured in this process and printed as a line of JSON."""
+    name, shape, attention = config.piece.split(":")
     out = prepare(config.work, shape, 40 if config.tiny else PAIRS)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     # the models' loading turns cuDNN's attention off
     keep = mock.patch.object(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
-    with keep if cudnn == "cudnn" else mock.MagicMock():
+    with keep if attention == "cudnn" else nullcontext():
         if name == "answers":
             figures = measure_answers(out, config.tiny)
         else:
@@ -177,43 +181,47 @@ def measure_piece(config):
 
 
 def last_json(text):
-    """The last line of an output, which is JSON."""
-    return json.loads(text.strip().splitlines()[-1])
+    """The last line of an output that is a JSON object."""
+    return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
 
 
-def last_line(text):
-    return {"last line": text.strip().splitlines()[-1]}
+def last_lines(text):
+    return {"last lines": text.strip().splitlines()[-6:]}
 
 
-def stage_pieces(config, shape, names, cudnn=("off",)):
-    """{name: (command, parse)} of stages at a shape."""
+def stage_pieces(config, shape, names, attention="default"):
+    """{name: (command, parse)} of stages at a shape. attention: "default" or "cudnn"."""
     pieces = {}
     for name in names:
-        for attention in cudnn:
-            command = ["-m", "studies.gpu", "--work", config.work, "--tiny", str(config.tiny)]
-            command += ["--piece", f"{name}:{shape}:{attention}"]
-            label = f"{name}, {shape}" + (", cuDNN attention" if attention == "cudnn" else "")
-            pieces[label] = (command, last_json)
+        command = ["-m", "studies.gpu", "--work", config.work, "--tiny", str(config.tiny)]
+        command += ["--piece", f"{name}:{shape}:{attention}"]
+        label = f"{name}, {shape}" + (", cuDNN attention" if attention == "cudnn" else "")
+        pieces[label] = (command, last_json)
     return pieces
 
 
 def embedded_pieces(config):
-    """The embedded default by the README's commands, and its scores."""
+    """The embedded default by the README's commands, and its scores. Tiny: a world and a base that
+    know next to nothing, and one method."""
     out = str(Path(config.work) / "embedded")
-    small = ["--steps", "3"] if config.tiny else []
-    pieces = {}
-    for method in ("dual", "scit"):
+    pieces, methods, source, few, limit = {}, ("dual", "scit"), [], [], []
+    if config.tiny:
+        methods, few = ("dual",), ["--steps", "3"]
+        limit = ["--limit", "4", "--max-new-tokens", "4"]
+        world = ["--steps", "2", "--documents", "256", "--pairs", "20", "--kinds", "tool"]
+        pieces["world"] = (["-m", "common.toy", "--out", out, *world], last_lines)
+        folder = Path(out) / "toy" / "seed0"
+        source = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl")]
+    for method in methods:
+        stage1 = [f"{method}.py", "--out", out, *source, *few]
         which = ["--out", out, "--method", method]
-        pieces[f"embedded {method}"] = ([f"{method}.py", "--out", out, *small], last_line)
-        pieces[f"embedded {method} collect"] = (["collect.py", *which], last_line)
-        pieces[f"embedded {method} align"] = (["align.py", *which, *small], last_line)
-        if config.tiny:
-            break
-    limit = ["--limit", "4", "--max-new-tokens", "4"] if config.tiny else []
+        pieces[f"embedded {method}"] = (stage1, last_lines)
+        pieces[f"embedded {method} collect"] = (["collect.py", *which], last_lines)
+        align_more = [*few, "--strength", "0.2"] if config.tiny else []
+        pieces[f"embedded {method} align"] = (["align.py", *which, *align_more], last_lines)
 
     def scores(_):
-        report = json.loads((Path(out) / "evaluate" / "report.json").read_text())
-        return {"models": report["models"]}
+        return json.loads((Path(out) / "evaluate" / "report.json").read_text())["models"]
 
     pieces["embedded evaluate"] = (["evaluate.py", "--out", out, *limit], scores)
     return pieces
@@ -222,17 +230,17 @@ def embedded_pieces(config):
 def authors_pieces(config, shape):
     """Ours and the authors' way, each form for itself: one that does not fit is recorded so."""
     pieces = {}
-    pairs, work = (8, 96)[not config.tiny], str(Path(config.work) / "authors")
+    pairs, work = 8 if config.tiny else 96, str(Path(config.work) / "authors")
     for method in ("dual",) if config.tiny else ("dual", "scit"):
-        for form in ("stage1", "authors stage1", "collect", "align", "longest", "window"):
+        for form in ("inputs", "stage1", "authors stage1", "collect", "align", "longest", "window"):
             command = ["-m", "studies.bench_pipeline", "--shape", shape, "--work", work]
             command += ["--worker", f"{form}:{method}:{pairs}"]
             pieces[f"authors' way, {shape}: {form}, {method}"] = (command, last_json)
     return pieces
 
 
-def tests(selection, workers=()):
-    return (["-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *selection], last_line)
+def tests(selection):
+    return (["-m", "pytest", "-q", "-p", "no:cacheprovider", *selection], last_lines)
 
 
 def pieces_of(config):
@@ -249,13 +257,12 @@ def pieces_of(config):
                 last_json,
             ),
             **stage_pieces(config, shapes["1b"], ["collect"]),
-            "profile of a step": (profile, lambda text: {"lines": text.strip().splitlines()[-5:]}),
+            "profile of a step": (profile, last_lines),
         }
     if config.part == 2:
         stages = ["dual", "scit", "collect", "align"]
-        both_ways = stage_pieces(config, shapes["8b"], ["dual", "align"], ["cudnn"])
         pieces = stage_pieces(config, shapes["8b"], [*stages, "answers"])
-        return pieces if config.tiny else {**pieces, **both_ways}
+        return pieces | stage_pieces(config, shapes["8b"], ["dual", "align"], "cudnn")
     rest = ["tests", "--ignore", "tests/test_kernel.py", "-n", "8", "--dist", "loadfile"]
     few = ["tests/test_dial.py", "-k", "power"]
     return {
@@ -266,28 +273,39 @@ def pieces_of(config):
     }
 
 
-def run_piece(arguments, parse, seconds):
-    """{"seconds", and the figures or "failed"} of a piece, in a process that may take so long."""
+def run_in_process(arguments, seconds):
+    """(exit code, output, errors) of Python with some arguments, in a process of its own."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=seconds)
+    return done.returncode, done.stdout, done.stderr
+
+
+def run_here(arguments, seconds):
+    """The same in this process, which saves the seconds that each new one takes to start."""
+    module = arguments[0] == "-m"
+    name, *rest = arguments[module:]
+    output = io.StringIO()
+    with mock.patch.object(sys, "argv", [name, *rest]), contextlib.redirect_stdout(output):
+        try:
+            (runpy.run_module if module else runpy.run_path)(name, run_name="__main__")
+        except SystemExit as stop:
+            return stop.code or 0, output.getvalue(), ""
+    return 0, output.getvalue(), ""
+
+
+def run_piece(arguments, parse, seconds, runner=run_in_process):
+    """The figures of a piece, or why it has "failed", and the seconds that it took as a whole."""
     start = time.perf_counter()
     try:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-        )
-        if done.returncode:
-            figures = {"failed": (done.stdout + done.stderr)[-1500:]}
-        else:
-            figures = parse(done.stdout)
+        code, output, errors = runner(arguments, seconds)
+        figures = {"failed": (output + errors)[-1500:]} if code else parse(output)
     except subprocess.TimeoutExpired as error:
         output = (error.stdout or b"").decode(errors="replace")
         figures = {"failed": f"not done after {seconds:.0f} s: {output[-1500:]}"}
     except Exception as error:
         # an output that nobody expected shall not cost the other pieces
         figures = {"failed": f"{type(error).__name__}: {error}"}
-    return {"seconds": round(time.perf_counter() - start, 1), **figures}
+    return {"process seconds": round(time.perf_counter() - start, 1), **figures}
 
 
 def nvidia_smi():
@@ -317,7 +335,8 @@ def main(config):
         if left < LEAST_SECONDS:
             figures = {"failed": "no time was left"}
         else:
-            figures = run_piece(arguments, parse, left)
+            alone = not config.tiny or "pytest" in arguments
+            figures = run_piece(arguments, parse, left, run_in_process if alone else run_here)
         append({"piece": name, **figures})
         text = json.dumps(figures)
         print(f"{name}: {text if len(text) < 400 else text[:400] + ' ...'}", flush=True)
