@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import subprocess
 import sys
 import time
@@ -47,6 +48,8 @@ DPO_LRS = (2e-4, 5e-4, 1e-3)
 SCALES = (0.35, 0.6, 1.0, 1.5)
 DPO_SCALES = (0.25, 0.5, 1.0)
 LAMBDAS = (0.25, 0.5, 1.0)
+BEST_OF = (2, 4, 8, 16)
+BEST_OF_N = "best of n by the scorer"
 
 
 @dataclass
@@ -128,6 +131,18 @@ class Experiment:
         other.stage1(dual, contrast=0.0)
         return other
 
+    def as_published(self):
+        """AdapterWeights of RAHF-DUAL with the authors' settings: no contrast, LoRA on q and v,
+        some blocks of the middle third, α 5."""
+        other = copy.copy(self)
+        other.out = self.out / "published"
+        targets = {"lora_targets": "q_proj,v_proj"}
+        if not (other.out / "dual" / "align" / "stage.json").exists():
+            other.stage1(dual, contrast=0.0, **targets)
+            other.run_stage(collect, method="dual", layers=["middle"])
+            other.run_stage(align, method="dual", alpha=5.0, **targets)
+        return other.load("dual/align")
+
     def aligned(self, method, layers="upper"):
         """AdapterWeights of RAHF as align.py trains it, not scaled."""
         folder = self.out / method / f"align-{layers}"
@@ -197,6 +212,7 @@ class Experiment:
                 SCALES[1:3],
             ),
             "SCIT": (lambda scale: of(self.aligned("scit"), scale), SCALES),
+            "RAHF as published": (lambda scale: of(self.as_published(), scale), (0.5, 1.0)),
         }
         policies = {}
         for method, (make_policy, strengths) in methods.items():
@@ -204,29 +220,49 @@ class Experiment:
                 policies[method, strength] = functools.partial(make_policy, strength)
         return policies
 
-    def measure(self, policy):
-        """The figures of one policy on the test prompts."""
-        start = time.perf_counter()
+    def draw(self, policy, prompts, count, noise):
+        """`count` Answers of a policy to each prompt."""
         positive, negative = tasks.TASKS[self.task].instructions
-        instructions = {"positive": positive, "negative": negative}
+        encoded = encode_prompts(self.tokenizer, prompts, positive=positive, negative=negative)
+        seed = noise + self.seed
+        return sample_answers(
+            self.model, self.tokenizer, encoded, policy, count, seed, tasks.ANSWER_TOKENS
+        )
 
-        def draw(prompts, count):
-            encoded = encode_prompts(self.tokenizer, prompts, **instructions)
-            noise = 10_000 + self.seed
-            return sample_answers(
-                self.model, self.tokenizer, encoded, policy, count, noise, tasks.ANSWER_TOKENS
-            )
-
-        drawn = draw(self.prompts["test"], ANSWERS)
-        rewards = [
+    def score_test(self, drawn):
+        """The rewards of some answers to each test prompt: a list of lists."""
+        return [
             [self.scorer(prompt, answer.text) for answer in group]
             for prompt, group in zip(self.prompts["test"], drawn)
         ]
+
+    def measure_best_of(self):
+        """{n: figures} of the best of n answers of the base by the scorer itself: what could be had
+        by a method that knew the reward. The KL is log n - (n - 1) / n, or less where answers tie.
+        """
+        start = time.perf_counter()
+        drawn = self.draw(Policy(), self.prompts["test"], BEST_OF[-1], 20_000)
+        rewards = np.sort(self.score_test(drawn))
+        figures = {}
+        for n in BEST_OF:
+            expected = rewards @ weights_of_best(n, BEST_OF[-1])
+            figures[n] = {
+                "reward": [round(float(value), 4) for value in expected],
+                "kl": [round(math.log(n) - (n - 1) / n, 4)] * len(expected),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+        return figures
+
+    def measure(self, policy):
+        """The figures of one policy on the test prompts."""
+        start = time.perf_counter()
+        drawn = self.draw(policy, self.prompts["test"], ANSWERS, 10_000)
+        rewards = self.score_test(drawn)
         answers = list(itertools.chain.from_iterable(drawn))
         bigrams = []
         for answer in answers:
             bigrams += itertools.pairwise(answer.text.split())
-        unrelated = [answers[0] for answers in draw(tasks.UNRELATED, 1)]
+        unrelated = [answers[0] for answers in self.draw(policy, tasks.UNRELATED, 1, 10_000)]
         return {
             "reward": [round(float(np.mean(row)), 4) for row in rewards],
             "kl": [round(float(np.mean([a.kl for a in group])), 4) for group in drawn],
@@ -238,6 +274,13 @@ class Experiment:
             "first answers": [answer.text for answer in answers[:12:4]],
             "seconds": round(time.perf_counter() - start, 1),
         }
+
+
+def weights_of_best(n, drawn):
+    """The weights [drawn] of ascending values whose weighted sum is the expected largest of n of
+    them: the k-th is the largest of C(k - 1, n - 1) of the C(drawn, n) choices."""
+    choices = [math.comb(k, n - 1) for k in range(drawn)]
+    return np.array(choices) / math.comb(drawn, n)
 
 
 # ---------------------------------------------------------------- lines
@@ -274,6 +317,12 @@ def measure_missing(config, seed):
         raise UserError(f"--dtype {config.dtype}: {LINES} has figures of this seed in another one")
     made = {"digest": experiment.digest, "dtype": config.dtype}
     made |= {"machine": machine(), "versions": versions()}
+    if not config.methods or BEST_OF_N in config.methods:
+        missing = [n for n in BEST_OF if (config.task, seed, BEST_OF_N, n) not in lines]
+        for n, figures in experiment.measure_best_of().items() if missing else ():
+            if n in missing:
+                line = {"task": config.task, "seed": seed, "method": BEST_OF_N, "strength": n}
+                append_line({**line, **figures, **made})
     for (method, strength), make_policy in experiment.policies().items():
         key = (config.task, seed, method, strength)
         if key in lines or (config.methods and method not in config.methods):

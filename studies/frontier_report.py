@@ -108,7 +108,9 @@ def summarize(figures):
             row |= {"reward": float(reward), "kl": float(kl), "efficiency": efficiency}
             row["error"] = float(per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)))
             for name in ("distinct2", "length", "ended", "kl off task"):
-                row[name] = float(np.mean([line[name] for line in lines]))
+                # the best of n has none of them
+                values = [line[name] for line in lines if name in line]
+                row[name] = float(np.mean(values)) if values else None
             rows.append(row)
     methods = [name for name, values in figures.strengths.items() if max(values) > 0]
     budgets = figures.at_budgets(methods)
@@ -136,10 +138,13 @@ def markdown(summary):
     """The table of one task's rows, and that of its rewards at the budgets."""
     lines = ["| | strength | reward | KL | gain / (σ √(2 KL)) | off task |", "|---|" + "---|" * 5]
     for row in summary["rows"]:
-        efficiency = "" if row["efficiency"] is None else f"{row['efficiency']:.2f}"
+        efficiency, off_task = (
+            "" if row[name] is None else f"{row[name]:.2f}"
+            for name in ("efficiency", "kl off task")
+        )
         lines.append(
             f"| {row['method']} | {row['strength']:g} | {row['reward']:.3f} ± {row['error']:.3f} "
-            f"| {row['kl']:.2f} | {efficiency} | {row['kl off task']:.2f} |"
+            f"| {row['kl']:.2f} | {efficiency} | {off_task} |"
         )
     head = "".join(f" KL {budget:g} |" for budget in BUDGETS)
     lines += ["", f"| |{head}", "|---|" + "---|" * len(BUDGETS)]

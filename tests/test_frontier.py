@@ -121,6 +121,13 @@ def test_reward_at_a_budget_is_linear_in_the_root_of_kl():
     assert frontier_report.at_budget(rewards, kls, 5.0) is None
 
 
+def test_the_best_of_n_by_hand():
+    """Of all pairs of 1, 2 and 4 the larger ones are 2, 4 and 4."""
+    assert frontier.weights_of_best(2, 3) @ [1, 2, 4] == pytest.approx(10 / 3)
+    assert frontier.weights_of_best(1, 3).tolist() == pytest.approx([1 / 3] * 3)
+    assert frontier.weights_of_best(3, 3).tolist() == [0, 0, 1]
+
+
 def test_the_report_of_made_up_lines(tmp_path):
     """A method that is 0.1 better than DPO at every prompt and strength is ahead by 0.1."""
     rng = np.random.default_rng(0)
@@ -174,12 +181,17 @@ def small_study(tiny, tmp_path, monkeypatch):
 def test_a_frontier_measures_what_is_missing(small_study):
     """Every row that needs no other library, once; the second call finds all of them."""
     methods = ["base", "base told p+", "preferred-SFT", "DUAL", "weights", "logits", "SCIT"]
-    small_study.methods = [*methods, "DUAL, γ = 0"]
+    methods += ["DUAL, γ = 0", "RAHF as published", frontier.BEST_OF_N]
+    small_study.methods = methods
     frontier.measure_missing(small_study, 0)
     lines = frontier.read_lines()
-    assert len(lines) == 3 + 4 + 3 + 3 + 4 + 2
+    assert len(lines) == 3 + 4 + 3 + 3 + 4 + 2 + 2 + 4
     kl = {key[2:]: np.mean(line["kl"]) for key, line in lines.items()}
     assert kl["base", 0.0] == 0
+    best = [np.mean(lines["plain", 0, frontier.BEST_OF_N, n]["reward"]) for n in frontier.BEST_OF]
+    assert best == sorted(best) and best[0] < best[-1]
+    published = lines["plain", 0, "RAHF as published", 1.0]["settings"]["published/dual/align"]
+    assert published["alpha"] == 5
     for method, strengths in (("DUAL", frontier.SCALES), ("weights", frontier.LAMBDAS)):
         values = [kl[method, strength] for strength in strengths]
         assert 0 < values[0] < values[-1]
