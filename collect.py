@@ -22,6 +22,7 @@ import itertools
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -158,7 +159,10 @@ class Config(RecordingSettings):
     )
     max_gb: float = setting(20, "most gigabytes to write", minimum=0, group="run")
     shard_mb: float = setting(
-        512, "most megabytes of a shard; two are held in memory", minimum=0, group="run"
+        512,
+        "most megabytes of a shard; two are held in memory, with a GPU three",
+        minimum=0,
+        group="run",
     )
 
 
@@ -348,10 +352,10 @@ def plan_passes(lengths, tokens_per_pass):
     return split_into_passes(range(len(lengths)), lengths, tokens_per_pass)[::-1]
 
 
-def plan_shards(passes, sizes, shard_bytes):
+def plan_shards(passes, sizes, shard_bytes, least):
     """The passes in shards of at most `shard_bytes`, or of one pass: lists of passes.
 
-    sizes: the bytes of each pass.
+    sizes: the bytes of each pass. There are at least `least` shards, if there are as many passes.
     """
     shards, filled = [[]], 0
     for part, size in zip(passes, sizes):
@@ -360,6 +364,8 @@ def plan_shards(passes, sizes, shard_bytes):
             filled = 0
         shards[-1].append(part)
         filled += size
+    if len(shards) < min(least, len(passes)):
+        return plan_shards(passes, sizes, 0.9 * min(shard_bytes, sum(sizes)), least)
     return shards
 
 
@@ -388,11 +394,9 @@ def plan_files(examples, config, bytes_per_token):
             for part in plan_passes(lengths, config.tokens_per_pass)
         ]
         sizes = [count_recorded(part, config) * bytes_per_token for part in passes]
-        shard_bytes = config.shard_mb * 1e6
-        if split == "train":
-            # so that little is lost when a run is interrupted
-            shard_bytes = min(shard_bytes, sum(sizes) / MIN_SHARDS)
-        for i, shard in enumerate(plan_shards(passes, sizes, shard_bytes)):
+        # many, so that little is lost when a run is interrupted
+        least = MIN_SHARDS if split == "train" else 1
+        for i, shard in enumerate(plan_shards(passes, sizes, config.shard_mb * 1e6, least)):
             name = f"{file_name}-{i:05d}.safetensors"
             files[name] = shard
             names[key].append(name)
@@ -415,9 +419,6 @@ def main(config):
         # 2. the model up to the highest target layer, and its adapters
         device = choose_device(config.device)
         config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
-        if device.type == "cuda":
-            # float32 products in TF32: 10 bits of mantissa, bfloat16 has 7, at half its speed
-            torch.set_float32_matmul_precision("high")
         trunk = load_trunk(config.model, config.layers[-1] + 1, config.compute_dtype, device)
         check_same_model(config.model, tokenizer, stage1.manifest, f"{config.out}/{config.method}")
         adapters = stage1.load_adapters(trunk)
@@ -465,6 +466,7 @@ def main(config):
             Signals() as signals,
             tqdm(total=n_passes, desc="collect", unit="pass") as bar,
             write_stage(folder / "collect", "collect", manifest, depends_on) as new,
+            fast_float32(),
             ThreadPoolExecutor(1) as writer,
         ):
 
@@ -486,6 +488,7 @@ def main(config):
                 del shard
             if writing:
                 writing.result()
+            seconds = time.perf_counter() - start
             if config.base == "instructed":
                 # align then needs no folder of stage 1
                 copy_adapter(next(iter(stage1.folders.values())), new / "base_adapter")
@@ -493,7 +496,6 @@ def main(config):
             manifest |= read_statistics([new / name for name in files], manifest["tokens"])
 
     # 5. report
-    seconds = time.perf_counter() - start
     run_passes = itertools.chain.from_iterable(missing.values())
     run_tokens = 0
     for pair, response in itertools.chain.from_iterable(run_passes):
@@ -560,6 +562,18 @@ def count_recorded(examples, config):
     return sum(
         recorded_length(pair, response, config.last_prompt_token) for pair, response in examples
     )
+
+
+@contextmanager
+def fast_float32():
+    """Within the context a GPU multiplies float32 matrices in TF32: 10 bits of mantissa, of which
+    bfloat16 has 7, at half its speed."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def copy_adapter(source, target):

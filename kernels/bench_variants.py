@@ -14,8 +14,9 @@ import triton.language as tl
 
 from kernels.representation_loss import jit, loss_kernel, pick
 
-# Programs of the persistent form for each multiprocessor of a GPU.
-PROGRAMS_PER_PROCESSOR = 8
+# Programs of the persistent form for each multiprocessor of a GPU, by warps: as many as an H100
+# holds at width 4,096, by the registers and the shared memory of the compiled code.
+PROGRAMS_PER_PROCESSOR = {4: 6, 8: 5, 16: 2}
 
 
 @jit(do_not_specialize=["S", "N", "T"])
@@ -101,7 +102,7 @@ class Launcher:
             count = 2
             if torch.cuda.is_available():
                 count = torch.cuda.get_device_properties().multi_processor_count
-            grid = (min(*grid, count * PROGRAMS_PER_PROCESSOR),)
+            grid = (min(*grid, count * PROGRAMS_PER_PROCESSOR[self.warps]),)
         return functools.partial(self.launch, self.kernel[grid])
 
     def launch(self, kernel, *arguments, **options):

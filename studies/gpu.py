@@ -39,14 +39,14 @@ from common.stages import versions
 from studies import bench_pipeline
 from studies.shared import RESULTS, machine
 
-# Pairs of the random shapes, and the steps of a training stage. The last line of its log, of steps
-# 11 to 20, is without what the first steps cost once.
+# Pairs of the random shapes, and the steps of a training stage: the speed is that of the last ten,
+# without what the first ones cost once.
 PAIRS = 400
-STEPS = 20
+STEPS = {"dual": 20, "scit": 20, "align": 60}
 ANSWERS, ANSWER_TOKENS = 128, 64
 
-# A piece may take all that is left of its part's time; with less than this it is not begun.
-LEAST_SECONDS = 15
+# The most seconds of a piece. With less than LEAST_SECONDS left of its part it is not begun.
+MOST_SECONDS, LEAST_SECONDS = 240, 15
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Config:
     tiny: bool = setting(False, "tiny shapes, a few tests: to see that everything runs")
     minutes: float = setting(9, "the time of a part", minimum=0.1)
     work: str = setting("/tmp/rahf-gpu", "folder of models and stages", group="run")
+    to: str = setting(str(RESULTS), "folder of gpu.jsonl", group="run")
     piece: str | None = setting(
         None, "for the program itself: STAGE:SHAPE:CUDNN to measure in this process", group="run"
     )
@@ -104,19 +105,22 @@ def busy_samples():
 
 
 def measure_stage(stage, out, tiny):
-    """Run a stage. Returns the tokens and seconds of what it times itself, its summary of them, the
-    share of these seconds in which the GPU was busy, and the last line of its log."""
-    figures, steps = {}, 2 if tiny else STEPS
+    """Run a stage. Returns the tokens and seconds of all that it times itself, and its summary of
+    them; of the last steps (of collect: of the second half) the MFU and the share of the time in
+    which the GPU was busy; and the last line of its log."""
+    name, figures = stage.__name__, {}
+    steps = 2 if tiny else STEPS.get(name)
     speed_summary = training.speed_summary
 
     def remember(tokens, seconds, flops_per_token, device):
         """In place of the stage's own summary: its numbers, and the end of what it has timed."""
         summary = speed_summary(tokens, seconds, flops_per_token, device)
         figures.update({"tokens": tokens, "seconds": seconds, "summary": summary})
-        figures["end"] = time.perf_counter()
+        timed.update({"end": time.perf_counter(), "flops": flops_per_token})
+        timed["peak"] = training.peak_flops(device)
         return summary
 
-    shared = {"out": str(out)}
+    timed, shared = {}, {"out": str(out)}
     if stage in (scit, dual):
         source = {"model": str(out / "model"), "data": [str(out / "pairs.jsonl")]}
         # its own folder: the adapters that collect takes are there already
@@ -132,13 +136,18 @@ def measure_stage(stage, out, tiny):
         mock.patch.object(collect, "speed_summary", remember),
     ):
         stage.main(stage.Config(**shared))
-    end = figures.pop("end")
-    percents = [percent for moment, percent in samples if end - figures["seconds"] < moment < end]
-    figures["busy"] = sum(percents) / len(percents) / 100 if percents else None
+    rate, last_seconds = figures["tokens"] / figures["seconds"], figures["seconds"] / 2
     if stage is not collect:
-        folder = out / "dual" if stage is align else out / "trained" / stage.__name__
-        last_line = (folder / f"{stage.__name__}.log").read_text().splitlines()[-1]
-        figures["last line of the log"] = json.loads(last_line)
+        folder = out / "dual" if stage is align else out / "trained" / name
+        lines = [json.loads(line) for line in (folder / f"{name}.log").read_text().splitlines()]
+        figures["last line of the log"] = lines[-1]
+        rate = lines[-1]["tokens_per_second"]
+        last_seconds = lines[-1]["seconds"] - lines[-2].get("seconds", 0)
+    if timed["peak"]:
+        figures["MFU"] = rate * timed["flops"] / timed["peak"]
+    start = timed["end"] - last_seconds
+    percents = [percent for moment, percent in samples if start < moment < timed["end"]]
+    figures["busy"] = sum(percents) / len(percents) / 100 if percents else None
     return figures
 
 
@@ -183,6 +192,11 @@ def measure_piece(config):
 def last_json(text):
     """The last line of an output that is a JSON object."""
     return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
+
+
+def all_json(text):
+    """The rows of a benchmark, each a line of JSON: those of one that is cut off, too."""
+    return {"rows": [json.loads(line) for line in text.splitlines() if line.startswith("{")]}
 
 
 def last_lines(text):
@@ -252,18 +266,23 @@ def pieces_of(config):
         profile += ["--method", "dual", *(["--steps", "10"] if config.tiny else [])]
         return {
             "tests of the kernel": tests(["tests/test_kernel.py", *few]),
-            "benchmark of the kernel": (
-                ["-m", "kernels.bench", *([] if config.tiny else ["--save", "True"])],
-                last_json,
+            "benchmark of the kernel, headline and smallest": (
+                ["-m", "kernels.bench", "--shapes", "headline", "dual"],
+                all_json,
             ),
             **stage_pieces(config, shapes["1b"], ["collect"]),
             "profile of a step": (profile, last_lines),
+            "benchmark of the kernel, other shapes": (
+                ["-m", "kernels.bench", "--shapes", "dual" if config.tiny else "width", "scit"],
+                all_json,
+            ),
         }
     if config.part == 2:
         stages = ["dual", "scit", "collect", "align"]
         pieces = stage_pieces(config, shapes["8b"], [*stages, "answers"])
         return pieces | stage_pieces(config, shapes["8b"], ["dual", "align"], "cudnn")
-    rest = ["tests", "--ignore", "tests/test_kernel.py", "-n", "8", "--dist", "loadfile"]
+    rest = ["tests", "--ignore", "tests/test_kernel.py", "--ignore", "tests/test_gpu.py"]
+    rest += ["-n", "8", "--dist", "loadfile"]
     few = ["tests/test_dial.py", "-k", "power"]
     return {
         **embedded_pieces(config),
@@ -285,7 +304,11 @@ def run_here(arguments, seconds):
     module = arguments[0] == "-m"
     name, *rest = arguments[module:]
     output = io.StringIO()
-    with mock.patch.object(sys, "argv", [name, *rest]), contextlib.redirect_stdout(output):
+    with (
+        mock.patch.object(sys, "argv", [name, *rest]),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
         try:
             (runpy.run_module if module else runpy.run_path)(name, run_name="__main__")
         except SystemExit as stop:
@@ -302,6 +325,8 @@ def run_piece(arguments, parse, seconds, runner=run_in_process):
     except subprocess.TimeoutExpired as error:
         output = (error.stdout or b"").decode(errors="replace")
         figures = {"failed": f"not done after {seconds:.0f} s: {output[-1500:]}"}
+        # nothing of what it has printed so far is lost
+        figures |= all_json(output[: output.rfind("\n") + 1])
     except Exception as error:
         # an output that nobody expected shall not cost the other pieces
         figures = {"failed": f"{type(error).__name__}: {error}"}
@@ -321,7 +346,7 @@ def main(config):
         measure_piece(config)
         return
     Path(config.work).mkdir(parents=True, exist_ok=True)
-    path = (Path(config.work) if config.tiny else RESULTS) / "gpu.jsonl"
+    path = Path(config.to) / "gpu.jsonl"
     made = {"part": config.part, "machine": machine(), "versions": versions()}
 
     def append(line):
@@ -336,7 +361,8 @@ def main(config):
             figures = {"failed": "no time was left"}
         else:
             alone = not config.tiny or "pytest" in arguments
-            figures = run_piece(arguments, parse, left, run_in_process if alone else run_here)
+            seconds = min(left, MOST_SECONDS)
+            figures = run_piece(arguments, parse, seconds, run_in_process if alone else run_here)
         append({"piece": name, **figures})
         text = json.dumps(figures)
         print(f"{name}: {text if len(text) < 400 else text[:400] + ' ...'}", flush=True)

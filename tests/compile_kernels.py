@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.bench_variants import persistent_kernel
-from kernels.representation_loss import loss_kernel
+from kernels.representation_loss import loss_kernel, scale_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 L = 5
@@ -90,6 +90,15 @@ def alignment(names, D):
     return attributes
 
 
+def compile_scaling(capability):
+    """scale_kernel for a bf16 gradient."""
+    types = {"grad": "*bf16", "scale": "*fp32", "n": "i32", "BLOCK": "constexpr"}
+    attributes = {(0,): [["tt.divisibility", 16]], (2,): [["tt.divisibility", 16]]}
+    source = ASTSource(scale_kernel, types, {"BLOCK": 4096}, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": 8})
+
+
 def bytes_in_flight(code, threads):
     """The most bytes that a program of so many threads has loaded and not yet used, at any point
     of its machine code: what it asks of the memory at a time."""
@@ -143,6 +152,8 @@ def main():
             found = inspect(compile_kernel(capability, D, **options))
             name = options.get("kernel", loss_kernel).__name__
             results.append({"capability": capability, "D": D, **options, "kernel": name, **found})
+        found = inspect(compile_scaling(capability))
+        results.append({"capability": capability, "D": 0, "kernel": "scale_kernel", **found})
     print(json.dumps(results))
 
 

@@ -310,10 +310,21 @@ def test_passes_are_full_and_begin_with_the_longest():
 def test_shards_are_whole_passes_of_a_size():
     passes = [[i] for i in range(100)]
     for shard_bytes, largest, count in ((62.5, 6, 17), (35, 3, 34), (5, 1, 100), (1e9, 100, 1)):
-        shards = collect.plan_shards(passes, [10] * 100, shard_bytes)
+        shards = collect.plan_shards(passes, [10] * 100, shard_bytes, 1)
         assert list(itertools.chain(*shards)) == passes
         assert len(shards) == count
         assert max(map(len, shards)) == largest
+
+
+def test_there_are_as_many_shards_as_asked_for_where_there_are_passes():
+    rng = random.Random(0)
+    for case in range(300):
+        sizes = [rng.uniform(0.3, 1.2) for _ in range(rng.randrange(1, 60))]
+        sizes = [5] * 4 + [1] * 16 if case == 0 else sizes
+        passes = [[i] for i in range(len(sizes))]
+        shards = collect.plan_shards(passes, sizes, 1e9, 16)
+        assert list(itertools.chain(*shards)) == passes
+        assert len(shards) >= min(16, len(passes))
 
 
 def test_states_of_training_pairs_are_in_sixteen_files_at_least(pairs):

@@ -7,10 +7,11 @@ A function counts once, however often it is called. Lambdas and comprehensions d
 import json
 import os
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import CPU, ROOT, go, stage1_source
+from helpers import CPU, ROOT, go, make_model, stage1_source
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +19,10 @@ import align
 import collect
 import dual
 import scit
+from common import training
 from common.collection import Collection
+from common.data import collate, encode_pairs
+from common.pairs import Pair
 
 PROJECT, TESTS = f"{ROOT}/", f"{ROOT}/tests/"
 
@@ -123,7 +127,7 @@ def test_functions_in_a_shard_of_collect(method, done, tmp_path, monkeypatch):
     with counter:
         go(collect, "--out", tmp_path, "--method", method, *options)
     assert len(counter.steps) > 5
-    counter.check(15)
+    counter.check(17)
 
 
 # ---------------------------------------------------------------- waiting for a GPU
@@ -202,34 +206,156 @@ def test_no_step_waits_for_the_gpu(case, tiny, done, tmp_path, monkeypatch):
     assert waits[11] == 0
 
 
-def test_states_are_read_into_pinned_memory_and_copied_without_waiting(done, monkeypatch):
-    """Every copy of a batch starts from pinned memory; the states are put there directly."""
+CUDA = torch.device("cuda")
+
+
+class PinnedMemory:
+    """Stands in for a GPU: what would be pinned memory is noted, and every copy to the GPU or from
+    it is noted as (from or to pinned memory, without waiting)."""
+
+    def __init__(self, monkeypatch):
+        self.pinned, self.copies = set(), []
+        empty, to, copy = torch.empty, torch.Tensor.to, torch.Tensor.copy_
+
+        def empty_pinned(*args, pin_memory=False, **kwargs):
+            return self.pin(empty(*args, **kwargs)) if pin_memory else empty(*args, **kwargs)
+
+        def to_device(tensor, *args, non_blocking=False, **kwargs):
+            if args and args[0] is CUDA:
+                self.copies.append((self.is_pinned(tensor), non_blocking))
+                return tensor
+            return to(tensor, *args, **kwargs)
+
+        def copy_from_device(tensor, source, non_blocking=False):
+            self.copies.append((self.is_pinned(tensor), non_blocking))
+            return copy(tensor, source)
+
+        def pin_memory(tensor):
+            return self.pin(tensor)
+
+        monkeypatch.setattr(torch, "empty", empty_pinned)
+        monkeypatch.setattr(torch.Tensor, "to", to_device)
+        monkeypatch.setattr(torch.Tensor, "copy_", copy_from_device)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+
+    def pin(self, tensor):
+        self.pinned.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def is_pinned(self, tensor):
+        return tensor.untyped_storage().data_ptr() in self.pinned
+
+
+@pytest.fixture
+def pinned_memory(monkeypatch):
+    return PinnedMemory(monkeypatch)
+
+
+def test_states_are_read_into_pinned_memory_and_copied_without_waiting(done, pinned_memory):
+    """align: the states of a batch are put into pinned memory directly."""
     manifest = json.loads((done / "dual" / "collect" / "stage.json").read_text())
     paths = [done / "dual" / "collect" / name for name in manifest["shards"]]
     collection = Collection(paths, manifest["settings"]["layers"], "full", 1)
-    pinned, copies = [], []
-    empty, to = torch.empty, torch.Tensor.to
-
-    def empty_pinned(*args, pin_memory=False, **kwargs):
-        tensor = empty(*args, **kwargs)
-        if pin_memory:
-            pinned.append(tensor.data_ptr())
-        return tensor
-
-    def pin(tensor):
-        pinned.append(tensor.data_ptr())
-        return tensor
-
-    def copy(tensor, *args, **kwargs):
-        if args and isinstance(args[0], torch.device):
-            copies.append((tensor.data_ptr() in pinned, kwargs.get("non_blocking")))
-            return tensor
-        return to(tensor, *args, **kwargs)
-
-    monkeypatch.setattr(torch, "empty", empty_pinned)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    monkeypatch.setattr(torch.Tensor, "to", copy)
-    batch = collection.read([0, 1, 2], torch.device("cuda"))
+    batch = collection.read([0, 1, 2], CUDA)
     # b, h+ and h- of each layer; ids, recorded and positions
-    assert copies == [(True, True)] * (3 * len(collection.layers) + 3)
+    assert pinned_memory.copies == [(True, True)] * (3 * len(collection.layers) + 3)
     assert len(batch.plus) == len(collection.layers)
+
+
+def test_a_batch_is_copied_from_pinned_memory_without_waiting(pinned_memory):
+    collate([([3, 4, 5], 1), ([6, 7], 1)], 0, CUDA)
+    # ids, attention, response and positions
+    assert pinned_memory.copies == [(True, True)] * 4
+
+
+def test_states_are_recorded_into_pinned_memory_without_waiting(
+    done, tiny, tokenizer, pinned_memory, monkeypatch
+):
+    """collect: nothing waits until a shard is written, which begins when all copies have ended."""
+    pairs = encode_pairs(tokenizer, [Pair((("user", "Hi"),), "yes, I do", "no", "train")] * 3)
+    examples = collect.examples_of(pairs)
+    config = collect.Config(layers=[1, 2], states_dtype="bfloat16")
+    counter, events = WaitCounter(), []
+
+    class Event:
+        def record(self):
+            events.append(("recorded", len(pinned_memory.copies)))
+
+        def synchronize(self):
+            events.append("waited for")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def run_pass(part):
+        tokens = collect.count_recorded(part, config)
+        return [[torch.ones(tokens, 8) * k for _ in range(2)] for k in (3, 2, 1)]
+
+    with counter:
+        shard = collect.record_shard([examples[:2], examples[2:]], run_pass, config, 8, CUDA)
+    assert counter.waits == []
+    # of two passes b, h+ and h- of two layers, and the norms
+    assert pinned_memory.copies == [(True, True)] * 2 * (3 * 2 + 1)
+    assert events == [("recorded", 14)]
+    written = {}
+    monkeypatch.setattr(collect, "save_file", lambda tensors, path: written.update(tensors))
+    monkeypatch.setattr(collect, "atomic_write", nullcontext)
+    collect.write_shard("shard", shard, config)
+    assert events[1:] == ["waited for"]
+    assert written["base.1"].dtype == torch.bfloat16 and (written["base.2"] == 3).all()
+    tokens = collect.count_recorded(examples, config)
+    # |v|, |b| and their ratio, where v is 1 and b is 3 in all 8 dimensions
+    expected = torch.tensor([8**0.5, 3 * 8**0.5, 1 / 3], dtype=torch.float64)[:, None] * tokens
+    assert torch.allclose(written["statistics"], expected.expand(3, 2))
+
+
+# ---------------------------------------------------------------- speed
+
+
+def test_attention_and_optimizer_are_those_that_suit_a_gpu(tiny, tmp_path):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    fused = []
+    hook = register_optimizer_step_post_hook(
+        lambda optimizer, *_: fused.append(optimizer.param_groups[0]["fused"])
+    )
+    try:
+        go(dual, *stage1_source(tiny, tmp_path), "--steps", "1", *CPU)
+        go(collect, "--out", tmp_path, "--layers", "1", *CPU)
+        go(align, "--out", tmp_path, "--steps", "1", "--strength", "0.1", *CPU)
+    finally:
+        hook.remove()
+    assert fused == [True, True]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    # collect leaves it as it was
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_log_tells_rate_and_norms_and_the_run_its_speed(tiny, tmp_path, capfd):
+    """Each line of the log counts the tokens of all inputs, without padding."""
+    output = go(dual, *stage1_source(tiny, tmp_path), "--steps", "12", "--batch-size", "60", *CPU)
+    header, *lines = map(json.loads, (tmp_path / "dual" / "dual.log").read_text().splitlines())
+    assert "torch" in header
+    assert [line["step"] for line in lines] == [10, 12]
+    names = {"loss", "contrast", "lr", "grad_norm/good", "grad_norm/bad", "num_tokens", "seconds"}
+    assert names | {"step", "tokens_per_second"} == set(lines[0])
+    # each batch is all 60 pairs
+    assert lines[0]["num_tokens"] / 10 == lines[1]["num_tokens"] / 12
+    rate = (lines[1]["num_tokens"] - lines[0]["num_tokens"]) / (
+        lines[1]["seconds"] - lines[0]["seconds"]
+    )
+    assert lines[1]["tokens_per_second"] == pytest.approx(rate, rel=0.05)
+    assert f"{lines[1]['num_tokens']:,} tokens in " in output
+
+
+def test_model_flop_utilisation_by_hand(monkeypatch):
+    """1,000 tokens a second, 4 FLOPs for each of 8e9 parameters, of 989e12: 0.032."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    summary = training.speed_summary(5000, 5.0, 4 * 8e9, CUDA)
+    assert summary == "5,000 tokens in 5.0 s, 1,000 tokens/s, MFU 0.03"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
+    assert "MFU" not in training.speed_summary(5000, 5.0, 4 * 8e9, CUDA)
+    model = make_model("llama")
+    total = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
+    assert training.parameters_run(model) == total - embedding
+    head = model.get_output_embeddings().weight.numel()
+    assert training.parameters_run(model.base_model) == total - embedding - head
