@@ -46,6 +46,7 @@ from common.hf import (
     load_tokenizer,
     load_trunk,
 )
+from common.log import TrainingLog, open_log
 from common.stage1 import check_adapters
 from common.stages import (
     choose_method,
@@ -53,12 +54,11 @@ from common.stages import (
     fill,
     inherit,
     next_command,
-    open_log,
     read_stage,
     verified_path,
     write_stage,
 )
-from common.training import TrainingLog, memory_summary, parameters_run, progress_bar
+from common.training import memory_summary, parameters_run, progress_bar
 from kernels import representation_loss, response_index, triton_unavailable_reason
 from lora import LoRA, enable_only, load_adapter, save_adapter, stack
 
@@ -186,7 +186,7 @@ def validation_distances(trunk, adapter, validation, alpha, tokens_per_pass):
     return torch.cat(norms, 1).mean(1).tolist()
 
 
-def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, log_file):
+def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, write_line):
     """Train the adapter to move the hidden states to their targets."""
     layers, lengths = collection.layers, collection.lengths
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
@@ -197,7 +197,7 @@ def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on
     bar = progress_bar("align", checkpoint.step, config.steps)
     # where b was not stored, the base model runs too
     flops_per_token = (4 if collection.has_base else 6) * parameters_run(trunk)
-    log = TrainingLog(log_file, bar, flops_per_token)
+    log = TrainingLog(write_line, bar, flops_per_token)
     adapter.train()
     with checkpoint:
         for step in bar:
@@ -297,8 +297,10 @@ def main(config, target=None):
         # what the model's rounding alone makes: α 0, and the adapter changes nothing yet
         distance_floor = measure(0.0)
         distance_start = measure(alpha)
-        with open_log(target.parent, target.name) as log_file:
-            train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, log_file)
+        with open_log(target.parent, target.name, config) as write_line:
+            train(
+                trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, write_line
+            )
         distance_end = measure(alpha)
 
         # 4. stage 1's adapter is stacked in, so that the original base model is all it needs

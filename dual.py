@@ -32,10 +32,11 @@ from common.checkpoint import Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
 from common.data import RESPONSES, collate, sample, shuffled_batches, split_into_passes
 from common.hf import response_logprobs
+from common.log import TrainingLog, open_log
+from common.score import reward_metrics
 from common.stage1 import prepare_stage1
-from common.stages import claim, next_command, open_log, write_stage
+from common.stages import claim, next_command, write_stage
 from common.training import (
-    TrainingLog,
     cosine_with_warmup,
     memory_summary,
     parameters_run,
@@ -119,7 +120,7 @@ def validate(model, adapters, pairs, pad_id, tokens_per_pass):
     return nll, right / len(pairs)
 
 
-def train(adapters, inputs, config, log_file):
+def train(adapters, inputs, config, write_line):
     """Train both adapters by DUAL's loss."""
     model, pairs, pad_id = inputs.model, inputs.pairs["train"], inputs.tokenizer.pad_token_id
     chosen_lengths = [pair.length("plain", "chosen") for pair in pairs]
@@ -140,7 +141,7 @@ def train(adapters, inputs, config, log_file):
     # A forward and backward pass (4) in the good and in the bad model, and one without gradient (2)
     # in the bad one. Without contrast each response runs in its own model only.
     flops_per_token = (10 if config.contrast else 4) * parameters_run(model)
-    log = TrainingLog(log_file, bar, flops_per_token)
+    log = TrainingLog(write_line, bar, flops_per_token)
     adapters.train()
     with checkpoint:
         for step in bar:
@@ -213,8 +214,19 @@ def main(config):
         valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
         measured = (model, adapters, valid, tokenizer.pad_token_id, config.tokens_per_pass)
         nll_start, _ = validate(*measured)
-        with open_log(folder, "dual") as log_file:
-            train(adapters, inputs, config, log_file)
+        with open_log(folder, "dual", config) as write_line:
+            train(adapters, inputs, config, write_line)
+            rewards = reward_metrics(
+                model,
+                adapters.values(),
+                adapters["good"],
+                valid,
+                "plain",
+                config.beta,
+                tokenizer.pad_token_id,
+                config.tokens_per_pass,
+            )
+            write_line({"step": config.steps, **rewards})
         nll_end, accuracy = validate(*measured)
 
         # 3. save

@@ -32,10 +32,11 @@ from common.checkpoint import Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
 from common.data import RESPONSES, collate, sample, shuffled_batches, split_into_passes
 from common.hf import response_logprobs, token_mean
+from common.log import TrainingLog, open_log
+from common.score import reward_metrics
 from common.stage1 import prepare_stage1
-from common.stages import claim, next_command, open_log, write_stage
+from common.stages import claim, next_command, write_stage
 from common.training import (
-    TrainingLog,
     cosine_with_warmup,
     memory_summary,
     parameters_run,
@@ -138,7 +139,7 @@ def validate(model, pairs, pad_id, config):
     }
 
 
-def train(adapter, inputs, config, log_file):
+def train(adapter, inputs, config, write_line):
     """Train the adapter by SCIT's loss."""
     model, pairs, pad_id = inputs.model, inputs.pairs["train"], inputs.tokenizer.pad_token_id
     lengths = [pair.length("positive", "chosen") for pair in pairs]
@@ -158,7 +159,7 @@ def train(adapter, inputs, config, log_file):
     )
     batches = shuffled_batches(lengths, config.batch_size, config.seed, skip=checkpoint.step)
     bar = progress_bar("scit", checkpoint.step, config.steps)
-    log = TrainingLog(log_file, bar, 4 * parameters_run(model))
+    log = TrainingLog(write_line, bar, 4 * parameters_run(model))
     adapter.train()
     with checkpoint:
         for step in bar:
@@ -214,9 +215,20 @@ def main(config):
         )
 
         # 2. train
-        with open_log(folder, "scit") as log_file:
-            train(adapter, inputs, config, log_file)
-        valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
+        with open_log(folder, "scit", config) as write_line:
+            train(adapter, inputs, config, write_line)
+            valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
+            rewards = reward_metrics(
+                model,
+                [adapter],
+                adapter,
+                valid,
+                "positive",
+                config.beta,
+                tokenizer.pad_token_id,
+                config.tokens_per_pass,
+            )
+            write_line({"step": config.steps, **rewards})
         validation = validate(model, valid, tokenizer.pad_token_id, config)
 
         # 3. save

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from common.config import Interrupted, TrainingDiverged, UserError, first_line
+from common.log import LOG_INTERVAL
 from common.stages import atomic_write, relevant_settings
-from common.training import LOG_INTERVAL
 
 # What a run depends on besides its settings, in words.
 INPUT_LABELS = {

@@ -165,6 +165,9 @@ class TrainingSettings:
         10, "minutes between checkpoints, from which an interrupted run resumes", 0, group="run"
     )
     restart: bool = setting(False, "ignore the checkpoint of an interrupted run", group="run")
+    report_to: Literal["trackio", "wandb"] | None = setting(
+        None, "report the log to this tracker, too, which must be installed", group="run"
+    )
 
 
 # ---------------------------------------------------------------- the command line

@@ -35,7 +35,7 @@ from common.answers import (
 )
 from common.chat import chat_form, render_chat, render_transcript
 from common.config import UserError, first_line
-from common.data import collate, split_into_passes, tokenize
+from common.data import RESPONSES, collate, split_into_passes, tokenize
 from common.hf import (
     choose_tokens_per_pass,
     context_length,
@@ -276,6 +276,34 @@ def implicit_rewards(adapters):
     if {"good", "bad"} <= set(adapters):
         rewards["implicit_dual"] = ImplicitReward(adapters["good"], adapters["bad"])
     return rewards
+
+
+@torch.no_grad()
+def reward_metrics(model, adapters, adapter, pairs, prompt, beta, pad_id, tokens_per_pass):
+    """What trainers of DPO report, under their names, of some held-out pairs.
+
+    adapters: all LoRA on the model; adapter: the one of them that is measured, given its prompt
+    ("plain" or "positive"). The reward of a response r is β (log π(r | p, q) - log π_base(r | q)).
+    Returns {"rewards/margins": mean of chosen minus rejected, "rewards/accuracies": how often that
+    is above 0, "logps/chosen", "logps/rejected": means of log π, summed over a response}.
+    """
+    answers = [pair.responses[name].tolist() for name in RESPONSES for pair in pairs]
+
+    def logps(enabled, prompt):
+        prompts = prompts_of(pairs, prompt) * len(RESPONSES)
+        with enable_only(adapters, *enabled):
+            sums = answer_logprobs(model, prompts, answers, pad_id, tokens_per_pass)
+        return torch.tensor(sums).view(len(RESPONSES), len(pairs))
+
+    policy, base = logps([adapter], prompt), logps([], "plain")
+    rewards = beta * (policy - base)  # [chosen | rejected, n]
+    margins = rewards[0] - rewards[1]
+    return {
+        "rewards/margins": margins.mean().item(),
+        "rewards/accuracies": (margins > 0).float().mean().item(),
+        "logps/chosen": policy[0].mean().item(),
+        "logps/rejected": policy[1].mean().item(),
+    }
 
 
 @dataclass

@@ -45,6 +45,7 @@ IRRELEVANT = (
     "reward_model",
     "max_new_tokens",
     "max_gb",
+    "report_to",
     "tokens_per_pass",
     "gradient_checkpointing",
     "backend",
@@ -223,20 +224,6 @@ def find_folder(folder):
         with contextlib.suppress(UserError), claim(folder):
             recover_folder(folder)
     return folder
-
-
-@contextmanager
-def open_log(folder, name):
-    """Yield FOLDER/NAME.log, open for JSON lines, its first line the versions.
-
-    A run that resumes from a checkpoint appends to its log.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    resumes = any(folder.glob(f".checkpoint-{name}*"))
-    mode = "a" if resumes else "w"
-    with open(folder / f"{name}.log", mode, buffering=1, encoding="utf-8") as log:
-        print(json.dumps(versions()), file=log)
-        yield log
 
 
 # ---------------------------------------------------------------- reading

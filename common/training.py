@@ -1,14 +1,9 @@
-"""What the stages share: learning rate, progress bar, log, speed and memory in words."""
+"""What the stages share: learning rate, progress bar, speed and memory in words."""
 
-import json
 import math
-import time
 
 import torch
 from tqdm import tqdm
-
-# A line of the log is written, and the loss checked, every so many steps.
-LOG_INTERVAL = 10
 
 # FLOPs per second of dense bf16 matrix products, by the data sheets. The first key that is part of
 # the GPU's name counts.
@@ -63,42 +58,6 @@ def memory_summary(model, *adapters):
             f"{4 * trained / 1e9:.3g} GB on disk)"
         )
     return summary
-
-
-class TrainingLog:
-    """The log of a training run: a line of JSON every LOG_INTERVAL steps, and how fast the run is.
-
-    file: where the lines go. bar: see progress_bar; it shows the loss. flops_per_token: see
-    speed_summary.
-    """
-
-    def __init__(self, file, bar, flops_per_token):
-        self.file = file
-        self.bar = bar
-        self.flops_per_token = flops_per_token
-        self.tokens = self.logged_tokens = 0
-        self.start = self.logged_at = time.perf_counter()
-
-    def after_step(self, step, tokens, loss, **values):
-        """To be called after each step. tokens: of its inputs, without padding; loss, values:
-        numbers or scalar tensors, which are looked at for a line of the log only. In a run that
-        resumes num_tokens and seconds begin at 0 again."""
-        self.tokens += tokens
-        if step % LOG_INTERVAL and step != self.bar.total:
-            return
-        # on a GPU this waits for the step to end
-        line = {name: float(value) for name, value in {"loss": loss, **values}.items()}
-        now = time.perf_counter()
-        rate = (self.tokens - self.logged_tokens) / (now - self.logged_at)
-        self.bar.set_postfix(loss=f"{line['loss']:.3f}")
-        line = {"step": step, **line, "num_tokens": self.tokens}
-        line |= {"tokens_per_second": round(rate, 1), "seconds": round(now - self.start, 2)}
-        print(json.dumps(line), file=self.file)
-        self.logged_tokens, self.logged_at = self.tokens, now
-
-    def summary(self, device):
-        """How fast the run was, in words."""
-        return speed_summary(self.tokens, self.logged_at - self.start, self.flops_per_token, device)
 
 
 def parameters_run(model):

@@ -140,9 +140,11 @@ def measure_stage(stage, out, tiny):
     if stage is not collect:
         folder = out / "dual" if stage is align else out / "trained" / name
         lines = [json.loads(line) for line in (folder / f"{name}.log").read_text().splitlines()]
+        # without the versions, and the rewards at the end
+        lines = [line for line in lines if "tokens_per_second" in line]
         figures["last line of the log"] = lines[-1]
         rate = lines[-1]["tokens_per_second"]
-        last_seconds = lines[-1]["seconds"] - lines[-2].get("seconds", 0)
+        last_seconds = lines[-1]["seconds"] - (lines[-2]["seconds"] if lines[1:] else 0)
     if timed["peak"]:
         figures["MFU"] = rate * timed["flops"] / timed["peak"]
     start = timed["end"] - last_seconds

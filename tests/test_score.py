@@ -46,10 +46,10 @@ CHATML_TEXTS = [
 def reward_model(tokenizer, tmp_path):
     """A function that writes a random classifier and returns its folder and the model."""
 
-    def make(name="reward", labels=1, pad=True, template=None):
+    def make(name="reward", labels=1, pad=True, template=None, family="llama"):
         torch.manual_seed(0)
         options = {"vocab_size": 810, "num_labels": labels, "pad_token_id": 1 if pad else None}
-        config = AutoConfig.for_model("llama", **{**SIZES, **options})
+        config = AutoConfig.for_model(family, **{**SIZES, **options})
         model = AutoModelForSequenceClassification.from_config(config).eval()
         for p in model.parameters():
             p.data.add_(0.05 * torch.randn_like(p))
@@ -70,10 +70,12 @@ def reward_of(model, ids):
         return model(input_ids=torch.tensor([ids])).logits.item()
 
 
-@pytest.mark.parametrize("template", [None, CHATML])
+@pytest.mark.parametrize(
+    "family, template", [("llama", None), ("llama", CHATML), ("qwen3", CHATML)]
+)
 @pytest.mark.parametrize("pad", [True, False])
-def test_rewards_are_those_of_the_classifier_on_single_texts(reward_model, pad, template):
-    folder, model = reward_model(pad=pad, template=template)
+def test_rewards_are_those_of_the_classifier_on_single_texts(reward_model, pad, family, template):
+    folder, model = reward_model(pad=pad, template=template, family=family)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     scorer = score.load_reward_model(folder, "float32", "cpu", 3)
     rewards = scorer([TURNS, TURNS[:2], TURNS], ["Good.", "A longer reply to it.", "Bad."])

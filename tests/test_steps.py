@@ -84,7 +84,7 @@ def count_training_steps(stage, *args):
 STEPS = ["--steps", "12", "--batch-size", "8"]
 
 
-@pytest.mark.parametrize("stage, maximum", [(dual, 15), (scit, 14)])
+@pytest.mark.parametrize("stage, maximum", [(dual, 16), (scit, 15)])
 def test_functions_in_a_step_of_stage_1(stage, maximum, tiny, tmp_path):
     source = stage1_source(tiny, tmp_path)
     counter = count_training_steps(stage, *source, *STEPS, "--tokens-per-pass", "600", *CPU)
@@ -106,7 +106,7 @@ def test_functions_in_a_step_of_align(method, backend, done, tmp_path):
     assert len(counter.steps) == 11
     loss = {"torch": "torch_loss", "triton": "FusedLoss.backward"}[backend]
     assert f"kernels/representation_loss.py: {loss}" in counter.steps[0]
-    counter.check(18)
+    counter.check(19)
 
 
 @pytest.mark.parametrize("method", ["scit", "dual"])
@@ -332,8 +332,11 @@ def test_attention_and_optimizer_are_those_that_suit_a_gpu(tiny, tmp_path):
 def test_a_log_tells_rate_and_norms_and_the_run_its_speed(tiny, tmp_path, capfd):
     """Each line of the log counts the tokens of all inputs, without padding."""
     output = go(dual, *stage1_source(tiny, tmp_path), "--steps", "12", "--batch-size", "60", *CPU)
-    header, *lines = map(json.loads, (tmp_path / "dual" / "dual.log").read_text().splitlines())
+    lines = map(json.loads, (tmp_path / "dual" / "dual.log").read_text().splitlines())
+    header, *lines, rewards = lines
     assert "torch" in header
+    names = ["rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"]
+    assert list(rewards) == ["step", *names]
     assert [line["step"] for line in lines] == [10, 12]
     names = {"loss", "contrast", "lr", "grad_norm/good", "grad_norm/bad", "num_tokens", "seconds"}
     assert names | {"step", "tokens_per_second"} == set(lines[0])
