@@ -55,7 +55,7 @@ from common.stages import (
     write_json,
     write_stage,
 )
-from lora import load_adapter
+from lora import ADAPTER_WEIGHTS, load_adapter
 
 
 class Model(NamedTuple):
@@ -353,6 +353,8 @@ def main(config):
             "win_rate_over_base": wins,
             "disagreement": disagreements,
             "versions": versions(),
+            # by which the card that tools.export writes knows its adapter
+            "adapters": {name: manifests[name]["digests"][ADAPTER_WEIGHTS] for name in adapters},
             "settings": {**vars(config), "split_seed": settings["split_seed"], "pairs": len(pairs)},
         }
         with write_stage(target, "evaluate", {"settings": vars(config)}) as new:

@@ -7,8 +7,11 @@ import shutil
 import pytest
 import torch
 from helpers import HERE, go, listing, logits_of, make_model, some_batch
+from huggingface_hub import ModelCard
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import evaluate
 from common.hf import load_model
 from common.stages import read_stage
 from lora import LoRA, load_adapter
@@ -76,6 +79,52 @@ def test_exported_model_may_have_another_dtype(aligned):
     go(export, "--out", out, "--dtype", "bfloat16", *HERE)
     merged = AutoModelForCausalLM.from_pretrained(out / "dual" / "merged", dtype="auto")
     assert merged.dtype == torch.bfloat16
+
+
+def test_exported_adapter_has_its_files_and_a_card(aligned):
+    """PEFT loads it; the card tells what it is, and of evaluate's figures those of this adapter."""
+    out, model_folder = aligned
+    output = go(export, "--out", out, "--form", "adapter", *HERE)
+    folder = out / "dual" / "export"
+    assert f"wrote {folder}" in output
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "stage.json",
+    }
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, folder).eval()
+    ours = load_model(model_folder, "float32", "cpu")
+    LoRA(ours.base_model, weights=load_adapter(out / "dual" / "align", ours.base_model)).eval()
+    batch = some_batch()
+    assert torch.allclose(logits_of(loaded, batch), logits_of(ours, batch), atol=1e-5)
+
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model is None and card.data.license is None
+    settings = read_stage(out / "dual" / "align", "align", "")["settings"]
+    # of a local folder its name alone
+    assert model_folder not in card.text and "`model`" in card.text
+    for name in export.SETTINGS:
+        assert f"| {name} | {settings[name]} |" in card.text
+    assert "has not been run on this adapter" in card.text
+
+    go(evaluate, "--out", out, "--limit", "4", "--max-new-tokens", "4", *HERE)
+    go(export, "--out", out, "--form", "adapter", *HERE)
+    text = (folder / "README.md").read_text()
+    report = json.loads((out / "evaluate" / "report.json").read_text())
+    accuracy = report["models"]["dual_aligned"]["preference_accuracy"]
+    [row] = [line for line in text.splitlines() if "dual_aligned" in line]
+    assert float(row.split("|")[2]) == pytest.approx(accuracy, abs=1e-3)
+
+    # another adapter since then
+    report["adapters"]["dual_aligned"] = "another"
+    (out / "evaluate" / "report.json").write_text(json.dumps(report))
+    go(export, "--out", out, *HERE)
+    card = ModelCard.load(out / "dual" / "merged" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "has not been run on this adapter" in card.text
 
 
 def test_export_for_another_model_is_refused(aligned, tokenizer, tmp_path, fails):

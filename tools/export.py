@@ -1,24 +1,82 @@
-"""Write a whole model with an aligned adapter in its weights, for plain from_pretrained.
+"""Write an aligned adapter as others load it: a whole model, or the adapter with its card.
 
-    python -m tools.export                               after align.py
+    python -m tools.export                               after align.py: OUT/METHOD/merged
+    python -m tools.export --form adapter                OUT/METHOD/export
 
-The adapter in OUT/METHOD/align is merged into the base model: W + s B A. Writes OUT/METHOD/merged.
+merged: the adapter in OUT/METHOD/align is merged into the base model, W + s B A, for plain
+from_pretrained. adapter: its two files, for PEFT. Both come with a model card (README.md) of what
+align.py and evaluate.py have recorded.
 """
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoTokenizer
 
 from common.config import run, setting
 from common.hf import check_same_model, choose_device, load_model, load_tokenizer
+from common.score import markdown_table
 from common.stages import choose_method, claim, inherit, read_stage, verified_path, write_stage
-from lora import LoRA, load_adapter
+from lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoRA, load_adapter
+
+# What a card tells of align's settings, which hold those of the earlier stages' too.
+SETTINGS = ("layers", "steps", "batch_size", "lr", "strength", "kl", "lora_rank", "seed")
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ base }}, aligned by RAHF-{{ method }}
+
+{{ what }} It was trained by Representation Alignment from Human Feedback ({{ method }}; Liu et al.,
+ACL 2024, [arXiv:2312.15997](https://arxiv.org/abs/2312.15997)): a LoRA that moves the hidden states
+of the base model to b + α (h⁺ − h⁻), α = {{ alpha }}.
+
+## How to load it
+
+```python
+{{ loading }}
+```
+
+## What it was trained on and how
+
+Preference pairs: {{ data }}.
+
+| setting of the last stage | |
+|---|---|
+{{ settings }}
+
+## Held-out figures
+
+{{ figures }}
+
+## Licence
+
+None is given here. Those of the base model and of the data apply: name yours in the header of this
+file.
+"""
+
+LOADING = {
+    "adapter": """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, "THIS FOLDER")""",
+    "merged": """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")""",
+}
 
 
 @dataclass
 class Config:
+    form: Literal["merged", "adapter"] = setting(
+        "merged", "merged: a whole model; adapter: for PEFT"
+    )
     method: Literal["scit", "dual"] | None = setting(
         None, "whose adapter to export; empty takes the one that is there"
     )
@@ -30,7 +88,59 @@ class Config:
         None, "cpu, cuda or cuda:1; empty takes the GPU where there is one", group="run"
     )
     dtype: Literal["float32", "bfloat16"] | None = setting(
-        None, "dtype of the written model; empty takes align's", group="run"
+        None, "dtype of a merged model; empty takes align's", group="run"
+    )
+
+
+def public_name(source):
+    """How a card names a model or a data set: hub names as they are, of a path its last part."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def read_report(out, method, manifest):
+    """The report of evaluate.py, where it is about this adapter, else None."""
+    path = Path(out) / "evaluate" / "report.json"
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    measured = report.get("adapters", {}).get(f"{method}_aligned")
+    return report if measured == manifest["digests"][ADAPTER_WEIGHTS] else None
+
+
+def model_card(form, method, manifest, report):
+    """The ModelCard of an aligned adapter. manifest: align's; report: that of evaluate.py, or
+    None."""
+    settings = manifest["settings"]
+    base = public_name(settings["model"])
+    hub_data = [name.split(":")[1] for name in settings["data"] if name.startswith("hub:")]
+    if report:
+        models = {name: report["models"][name] for name in ("base", f"{method}_aligned")}
+        figures = (
+            f"On {report['settings']['pairs']} pairs of the split "
+            f"`{report['settings']['split']}`, which no stage was trained on (kl_to_base: nats an "
+            f"answer at temperature 1):\n\n{markdown_table(models)}"
+        )
+    else:
+        figures = "None: `python evaluate.py` has not been run on this adapter."
+    what = {"adapter": "This is a PEFT adapter for", "merged": "This is a whole model, made from"}
+    return ModelCard.from_template(
+        ModelCardData(
+            # the hub knows no local folder
+            base_model=None if Path(settings["model"]).exists() else base,
+            datasets=hub_data or None,
+            library_name={"adapter": "peft", "merged": "transformers"}[form],
+            pipeline_tag="text-generation",
+            tags=["rahf", "preference-alignment"],
+        ),
+        template_str=CARD,
+        base=base,
+        method=method.upper(),
+        what=f"{what[form]} `{base}`.",
+        alpha=f"{manifest['alpha']:.3g}",
+        loading=LOADING[form].format(base=base),
+        data=", ".join(f"`{public_name(name)}`" for name in settings["data"]),
+        settings="\n".join(f"| {name} | {settings.get(name)} |" for name in SETTINGS),
+        figures=figures,
     )
 
 
@@ -40,19 +150,32 @@ def main(config):
     folder = Path(config.out) / method / "align"
     manifest = read_stage(folder, "align", "python align.py")
     inherit(config, manifest["settings"], ("model", "dtype"), folder)
-    target = folder.with_name("merged")
+    target = folder.with_name({"merged": "merged", "adapter": "export"}[config.form])
+    card = model_card(config.form, method, manifest, read_report(config.out, method, manifest))
     with claim(target):
-        tokenizer = load_tokenizer(config.model)
-        model = load_model(config.model, config.dtype, choose_device(config.device))
-        check_same_model(config.model, tokenizer, manifest, folder)
-        weights = load_adapter(verified_path(folder, manifest), model.base_model)
-        LoRA(model.base_model, weights=weights).merge()
-        with write_stage(target, "merged", {"settings": manifest["settings"]}) as new:
-            model.save_pretrained(new)
-            # the model's own, without our padding token
-            own_tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
-            own_tokenizer.save_pretrained(new)
-    print(f"wrote {target}: the whole model with {folder} in its weights")
+        verified_path(folder, manifest)
+        with write_stage(target, target.name, {"settings": manifest["settings"]}) as new:
+            if config.form == "adapter":
+                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                    shutil.copy(folder / name, new / name)
+            else:
+                write_merged(new, folder, manifest, config)
+            card.save(new / "README.md")
+    contents = {"merged": "the whole model with", "adapter": "the adapter of"}[config.form]
+    print(f"wrote {target}: {contents} {folder}, and its card")
+
+
+def write_merged(new, folder, manifest, config):
+    """Write the base model with the adapter of a folder in its weights to the folder new."""
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, config.dtype, choose_device(config.device))
+    check_same_model(config.model, tokenizer, manifest, folder)
+    weights = load_adapter(folder, model.base_model)
+    LoRA(model.base_model, weights=weights).merge()
+    model.save_pretrained(new)
+    # the model's own, without our padding token
+    own_tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+    own_tokenizer.save_pretrained(new)
 
 
 if __name__ == "__main__":
