@@ -115,10 +115,11 @@ def model_card(form, method, manifest, report):
     hub_data = [name.split(":")[1] for name in settings["data"] if name.startswith("hub:")]
     if report:
         models = {name: report["models"][name] for name in ("base", f"{method}_aligned")}
+        measured = report["settings"]
+        data = ", ".join(f"`{public_name(name)}`" for name in measured["data"])
         figures = (
-            f"On {report['settings']['pairs']} pairs of the split "
-            f"`{report['settings']['split']}`, which no stage was trained on (kl_to_base: nats an "
-            f"answer at temperature 1):\n\n{markdown_table(models)}"
+            f"On {measured['pairs']} pairs of {data}, split `{measured['split']}` (kl_to_base: nats "
+            f"an answer at temperature 1):\n\n{markdown_table(models)}"
         )
     else:
         figures = "None: `python evaluate.py` has not been run on this adapter."
