@@ -118,8 +118,8 @@ def model_card(form, method, manifest, report):
         measured = report["settings"]
         data = ", ".join(f"`{public_name(name)}`" for name in measured["data"])
         figures = (
-            f"On {measured['pairs']} pairs of {data}, split `{measured['split']}` (kl_to_base: nats "
-            f"an answer at temperature 1):\n\n{markdown_table(models)}"
+            f"On {measured['pairs']} pairs of {data}, split `{measured['split']}` (kl_to_base: "
+            f"nats an answer at temperature 1):\n\n{markdown_table(models)}"
         )
     else:
         figures = "None: `python evaluate.py` has not been run on this adapter."
