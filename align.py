@@ -272,7 +272,12 @@ def main(config, target=None):
 
         # 2. the model up to the highest target layer, with stage 1's adapter if b is of that model
         trunk = load_trunk(
-            config.model, layers[-1] + 1, collected["dtype"], device, config.gradient_checkpointing
+            config.model,
+            layers[-1] + 1,
+            collected["dtype"],
+            device,
+            config.gradient_checkpointing,
+            collected["quantize"],
         )
         check_same_model(config.model, tokenizer, manifest, folder / "collect")
         stage1_weights = None
@@ -309,7 +314,8 @@ def main(config, target=None):
             weights = stack(stage1_weights, weights)
 
         # 5. scale it to the KL that was asked for; of the trunk only the structure is still needed
-        trunk.to("meta")
+        if not collected["quantize"]:
+            trunk.to("meta")
         scale, measured = 1.0, []
         if config.kl:
             prompts = validation.prompts(collected["last_prompt_token"])
@@ -351,8 +357,9 @@ def open_collection(folder, manifest, key, layers, pad_id):
 def find_scale(weights, prompts, tokenizer, config, manifest, device):
     """The scale at which the adapter is config.kl nats from the base on some prompts, and
     [(scale, KL)] of all that were measured."""
+    collected = manifest["settings"]
     return dial(
-        load_model(config.model, manifest["settings"]["dtype"], device),
+        load_model(config.model, collected["dtype"], device, quantize=collected["quantize"]),
         tokenizer,
         weights,
         prompts,

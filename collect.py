@@ -419,7 +419,8 @@ def main(config):
         # 2. the model up to the highest target layer, and its adapters
         device = choose_device(config.device)
         config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
-        trunk = load_trunk(config.model, config.layers[-1] + 1, config.compute_dtype, device)
+        n_blocks, quantize = config.layers[-1] + 1, settings["quantize"]
+        trunk = load_trunk(config.model, n_blocks, config.compute_dtype, device, quantize=quantize)
         check_same_model(config.model, tokenizer, stage1.manifest, f"{config.out}/{config.method}")
         adapters = stage1.load_adapters(trunk)
 

@@ -306,7 +306,7 @@ def main(config):
         device = choose_device(config.device)
         scorers = load_scorers(config, device)
         tokenizer = load_tokenizer(config.model)
-        model = load_model(config.model, config.dtype, device)
+        model = load_model(config.model, config.dtype, device, quantize=settings["quantize"])
         adapters = load_adapters(out, manifests, model, config.model, tokenizer)
         if config.prompt is not None:
             print_answers(model, tokenizer, adapters, config, settings["template"])

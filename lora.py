@@ -53,7 +53,7 @@ class LoRA(nn.Module):
         linears = find_linears(trunk, targets)
         if weights:
             linears = {name: m for name, m in linears.items() if name in weights.tensors}
-        elif rank > (largest := max(min(m.weight.shape) for m in linears.values())):
+        elif rank > (largest := max(min(features(m)) for m in linears.values())):
             raise UserError(f"--lora-rank {rank}: the weights have rank {largest} at most")
         self.names = list(linears)
         # a plain list, so that the base model's layers are not submodules of the adapter
@@ -70,9 +70,7 @@ class LoRA(nn.Module):
 
     def initial_weights(self, linear):
         """A [rank, in_features], random as in nn.Linear, and B [out_features, rank] = 0."""
-        out_features, in_features = linear.weight.shape
-        if isinstance(linear, Conv1D):
-            out_features, in_features = in_features, out_features
+        in_features, out_features = features(linear)
         A = torch.empty(self.rank, in_features)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         return A, torch.zeros(out_features, self.rank)
@@ -110,6 +108,13 @@ class LoRA(nn.Module):
             for name, A, B in zip(self.names, self.A, self.B)
         }
         return AdapterWeights(tensors, self.rank, self.alpha)
+
+
+def features(linear):
+    """(in_features, out_features) of a linear layer. (A quantized weight has another shape.)"""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
 
 
 @contextlib.contextmanager

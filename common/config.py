@@ -135,6 +135,12 @@ class SourceSettings:
         "dtype of the base model; empty takes bfloat16 on a GPU that has it, else float32",
         group="run",
     )
+    quantize: Literal["4bit", "8bit"] | None = setting(
+        None,
+        "load the base model's linear layers in 4 bits (NF4) or 8 bits, in all stages, by "
+        "bitsandbytes",
+        group="run",
+    )
 
 
 @dataclass

@@ -10,6 +10,7 @@ import hashlib
 import json
 import struct
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     masking_utils,
 )
 from transformers.pytorch_utils import Conv1D
@@ -159,21 +161,22 @@ def check_ids(name, max_id):
         )
 
 
-def load_model(name, dtype, device, gradient_checkpointing=False):
-    """A frozen causal language model in evaluation mode. dtype: "float32" or "bfloat16".
+def load_model(name, dtype, device, gradient_checkpointing=False, quantize=None):
+    """A frozen causal language model in evaluation mode. dtype: "float32" or "bfloat16"; quantize:
+    "4bit", "8bit" or None.
 
     UserError if it cannot be read, or is not a decoder-only model with one stack of blocks.
     """
-    model = load_weights(AutoModelForCausalLM, name, dtype).eval().to(device)
+    model = load_weights(AutoModelForCausalLM, name, dtype, device, quantize)
     check_decoder_only(name, model)
     return prepare_model(model, model.base_model, gradient_checkpointing)
 
 
-def load_trunk(name, n_blocks, dtype, device, gradient_checkpointing=False):
+def load_trunk(name, n_blocks, dtype, device, gradient_checkpointing=False, quantize=None):
     """The frozen trunk of a model, without the blocks after its first n_blocks.
 
     The weights of later blocks and of the head are not read. dtype: "float32", "bfloat16", or
-    "auto" for that of the files.
+    "auto" for that of the files; quantize: "4bit", "8bit" or None.
     """
     config = load_whole_config(name)
 
@@ -184,8 +187,8 @@ def load_trunk(name, n_blocks, dtype, device, gradient_checkpointing=False):
     trunk_class = try_or_refuse("read its blocks", name, class_of_trunk)
     # transformers would report the weights of the dropped blocks as unexpected
     with quiet_transformers():
-        trunk = load_weights(cut_class(trunk_class, n_blocks), name, dtype)
-    trunk = prepare_model(trunk.to(device), trunk, gradient_checkpointing)
+        trunk = load_weights(cut_class(trunk_class, n_blocks), name, dtype, device, quantize)
+    trunk = prepare_model(trunk, trunk, gradient_checkpointing)
     ids = torch.tensor([[2, 3]], device=trunk.device)
     # hybrids such as Kimi Linear may need an attention block that stands above
     try_or_refuse(
@@ -226,27 +229,45 @@ def loading_options(name):
     }
 
 
-def load_weights(model_class, name, dtype):
-    """from_pretrained of a transformers class. UserError where the files lack weights."""
+def load_weights(model_class, name, dtype, device, quantize):
+    """from_pretrained of a transformers class, onto a device. UserError where the files lack
+    weights."""
     # On an H100 and newer PyTorch prefers cuDNN's attention, which plans for about a second each
     # time it meets a new [B, S]. Here nearly every forward pass has one of its own.
     torch.backends.cuda.enable_cudnn_sdp(False)
     options = loading_options(name)
+    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    if quantize:
+        options |= quantizing_options(quantize, options["dtype"], device)
 
     def load():
-        return model_class.from_pretrained(
-            name,
-            config=load_whole_config(name),
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            **options,
-        )
+        return model_class.from_pretrained(name, config=load_whole_config(name), **options)
 
     model, info = try_or_refuse("read its weights", name, load)
     if info["missing_keys"]:
         # they would be random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"--model {name} lacks {missing}: not a complete causal language model")
-    return model
+    # a quantized model is where it was loaded
+    return model if quantize else model.to(device)
+
+
+def quantizing_options(quantize, dtype, device):
+    """How from_pretrained is to quantize the linear layers: "4bit" or "8bit". What they compute
+    in is the dtype."""
+    missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"--quantize {quantize} needs `pip install {' '.join(missing)}`")
+    if quantize == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 @contextmanager
@@ -296,15 +317,20 @@ def check_decoder_only(name, model):
 
 
 @torch.no_grad()
-def check_trunk(name, model):
+def check_trunk(name, model, quantize=None):
     """UserError unless the first half of a model has the hidden states that it has in the whole:
     collect.py and align.py run no more than such a part, whose adapter is then for the whole."""
     kind = type(model).__name__
     layer = len(find_blocks(model.base_model)[1]) // 2
-    # in the files' dtype their weights are only mapped; the model's own tensors take their place
-    trunk = load_trunk(name, layer + 1, "auto", "cpu")
-    trunk.load_state_dict(model.base_model.state_dict(), strict=False, assign=True)
-    trunk.to(model.device)
+    if quantize:
+        dtype = str(model.dtype).removeprefix("torch.")
+        trunk = load_trunk(name, layer + 1, dtype, model.device, quantize=quantize)
+    else:
+        # in the files' dtype their weights are only mapped; the model's own tensors take their
+        # place
+        trunk = load_trunk(name, layer + 1, "auto", torch.device("cpu"))
+        trunk.load_state_dict(model.base_model.state_dict(), strict=False, assign=True)
+        trunk.to(model.device)
     ids = torch.tensor([[2, 3, 4, 5, 6], [7, 6, 5, 4, 3]], device=model.device)
     [whole] = hidden_states(model.base_model, [layer], ids)
     width = model.config.get_text_config().hidden_size

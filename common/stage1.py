@@ -81,8 +81,10 @@ def prepare_stage1(config):
         columns=config.columns,
     )
     check_ids(source["model"], pairs.max_id)
-    model = load_model(source["model"], config.dtype, device, config.gradient_checkpointing)
-    check_trunk(source["model"], model)
+    model = load_model(
+        source["model"], config.dtype, device, config.gradient_checkpointing, config.quantize
+    )
+    check_trunk(source["model"], model, config.quantize)
     # later stages may take another seed, but never another split
     settings = {**vars(config), **source, "split_seed": config.seed}
     digests = {**model_digests(source["model"], tokenizer), "pairs": pairs.source_digest}

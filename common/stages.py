@@ -26,7 +26,7 @@ from pathlib import Path
 from common.config import UserError
 
 # The version of the files: a stage refuses any other.
-VERSION = 8
+VERSION = 9
 MANIFEST = "stage.json"
 RESUME_KEY = "resume_key"
 

@@ -48,7 +48,8 @@ def memory_summary(model, *adapters):
 
     A trained weight in fp32 has a gradient and Adam's two moments beside it: 16 bytes.
     """
-    parameters = sum(p.numel() for p in model.parameters())
+    # not p.numel(): of a 4-bit weight two are in one byte
+    parameters = model.num_parameters()
     model_bytes = sum(p.nbytes for p in model.parameters())
     summary = f"{parameters:,} parameters ({model_bytes / 1e9:.3g} GB)"
     if adapters:
@@ -64,7 +65,7 @@ def parameters_run(model):
     """The parameters that a token is multiplied with: all but the embedding table, which is only
     looked up, unless it is the head as well. (The head sees response tokens alone, and each token
     few of the experts where there are some: there this is too many.)"""
-    count = sum(p.numel() for p in model.parameters())
+    count = model.num_parameters()
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     if head is None or head.weight is not embedding:

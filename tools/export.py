@@ -17,7 +17,7 @@ from typing import Literal
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoTokenizer
 
-from common.config import run, setting
+from common.config import UserError, run, setting
 from common.hf import check_same_model, choose_device, load_model, load_tokenizer
 from common.score import markdown_table
 from common.stages import choose_method, claim, inherit, read_stage, verified_path, write_stage
@@ -151,6 +151,11 @@ def main(config):
     folder = Path(config.out) / method / "align"
     manifest = read_stage(folder, "align", "python align.py")
     inherit(config, manifest["settings"], ("model", "dtype"), folder)
+    if config.form == "merged" and manifest["settings"]["quantize"]:
+        raise UserError(
+            f"{folder} was trained on a base model in {manifest['settings']['quantize']}, into "
+            "which nothing can be merged: take --form adapter"
+        )
     target = folder.with_name({"merged": "merged", "adapter": "export"}[config.form])
     card = model_card(config.form, method, manifest, read_report(config.out, method, manifest))
     with claim(target):

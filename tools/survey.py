@@ -227,7 +227,8 @@ def main(config):
     stage1, tokenizer, pairs = collect.open_inputs(config)
     device = choose_device(config.device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
-    model = load_model(config.model, config.compute_dtype, device)
+    quantize = stage1.manifest["settings"]["quantize"]
+    model = load_model(config.model, config.compute_dtype, device, quantize=quantize)
     check_same_model(config.model, tokenizer, stage1.manifest, f"{config.out}/{config.method}")
     adapters = stage1.load_adapters(model.base_model)
     config.layers = list(range(len(find_blocks(model.base_model)[1])))

@@ -205,11 +205,11 @@ def main(config):
             trained = {"kl": None, "strength": first.strength, "alpha": first.alpha}
             trained = dataclasses.replace(next(iter(runs.values())), **trained)
             train_missing({"trained": trained}, new)
-            model = load_model(config.model, dtype, device)
+            model = load_model(config.model, dtype, device, quantize=collected["quantize"])
             names = scale_missing(config, list(runs), new / "trained", new, model, tokenizer, pairs)
         else:
             names = train_missing(runs, new)
-            model = load_model(config.model, dtype, device)
+            model = load_model(config.model, dtype, device, quantize=collected["quantize"])
 
         # 3. score
         if config.reward_model:

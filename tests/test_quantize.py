@@ -1,0 +1,110 @@
+"""A base model in 4 or 8 bits, through all stages (bitsandbytes, which runs on a CPU, too)."""
+
+import pytest
+import torch
+from helpers import HERE, go, logits_of, some_batch, stage1_source
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import align
+import collect
+import dual
+import evaluate
+import scit
+from common import hf
+from common.stages import read_stage
+from tools import export, survey, sweep
+
+pytest.importorskip("bitsandbytes")
+
+CONFIGS = {
+    "4bit": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
+    "8bit": {"load_in_8bit": True},
+}
+
+
+def quantized(folder, kind):
+    """The model of a folder as transformers itself quantizes it."""
+    config = BitsAndBytesConfig(**CONFIGS[kind])
+    device_map = {"": HERE[1]}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=config, device_map=device_map
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_all_stages_on_a_quantized_base(kind, tiny, tmp_path, fails):
+    """What is recorded are the states of the quantized model; the adapter applies to it in PEFT;
+    the later stages inherit the setting; there is nothing to merge into."""
+    quick = ["--steps", "2", *HERE]
+    go(dual, *stage1_source(tiny, tmp_path), "--quantize", kind, *quick)
+    go(survey, "--out", tmp_path, "--limit", "4", *HERE)
+    go(collect, "--out", tmp_path, "--layers", "1", "--limit", "8", *HERE)
+    go(align, "--out", tmp_path, "--strength", "0.3", "--kl", "0.01", "--lr", "1e-2", *quick)
+    manifest = read_stage(tmp_path / "dual" / "align", "align", "")
+    assert manifest["settings"]["quantize"] == kind
+
+    model = quantized(tiny / "model", kind)
+    collected = read_stage(tmp_path / "dual" / "collect", "collect", "")
+    shard = load_file(tmp_path / "dual" / "collect" / collected["shards"][0])
+    length, start = int(shard["lengths"][0]), int(shard["starts"][0])
+    ids = shard["ids"][None, :length].long().to(model.device)
+    with torch.no_grad():
+        [states] = hf.hidden_states(model.model, [1], ids)
+    recorded = shard["base.1"][: length - start].float()
+    expected = states[0, start:].float().cpu()
+    assert (recorded - expected).norm() < 1e-2 * expected.norm()
+    plain = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    with torch.no_grad():
+        [other] = hf.hidden_states(plain.model, [1], ids.cpu())
+    assert (other[0, start:] - expected).norm() > 2e-3 * expected.norm()
+
+    output = go(evaluate, "--out", tmp_path, "--limit", "2", "--max-new-tokens", "2", *HERE)
+    assert "dual_aligned" in output
+    ours = hf.load_model(str(tiny / "model"), "float32", model.device, quantize=kind)
+    batch = some_batch()
+    base_logits = logits_of(ours, batch)
+    assert torch.allclose(base_logits, logits_of(model, batch), atol=1e-4)
+    aligned = logits_of(PeftModel.from_pretrained(model, tmp_path / "dual" / "align"), batch)
+    assert (aligned - base_logits).abs().max() > 1e-3
+
+    code, lines = fails(export, "--out", tmp_path, *HERE)
+    assert code == 2 and len(lines) == 1
+    assert kind in lines[0] and "--form adapter" in lines[0]
+    go(export, "--out", tmp_path, "--form", "adapter", *HERE)
+
+
+def test_scit_and_a_sweep_on_a_quantized_base(tiny, tmp_path):
+    quick = ["--steps", "2", *HERE]
+    go(scit, *stage1_source(tiny, tmp_path), "--quantize", "4bit", *quick)
+    go(collect, "--out", tmp_path, "--layers", "1", "--limit", "8", *HERE)
+    go(sweep, "--out", tmp_path, "--strength", "0.1", "0.2", "--max-new-tokens", "2", *quick)
+    assert (tmp_path / "scit" / "align" / "adapter_model.safetensors").exists()
+
+
+def test_four_bits_take_an_eighth_of_the_memory(tiny):
+    sizes = {}
+    for kind in (None, "8bit", "4bit"):
+        model = hf.load_model(str(tiny / "model"), "float32", torch.device("cpu"), quantize=kind)
+        linears = hf.find_linears(model.base_model).values()
+        sizes[kind] = sum(linear.weight.nbytes for linear in linears)
+        # parameters are counted as such, not as bytes
+        assert model.num_parameters() == sum(
+            p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny / "model").parameters()
+        )
+    assert sizes["8bit"] == sizes[None] / 4
+    assert sizes["4bit"] == sizes[None] / 8
+
+
+def test_a_missing_package_is_named(tiny, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(hf, "find_spec", lambda name: None)
+    code, lines = fails(dual, *stage1_source(tiny, tmp_path), "--quantize", "4bit", *HERE)
+    assert code == 2 and len(lines) == 1
+    assert "--quantize 4bit" in lines[0] and "pip install bitsandbytes accelerate" in lines[0]
