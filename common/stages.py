@@ -46,6 +46,7 @@ IRRELEVANT = (
     "max_new_tokens",
     "max_gb",
     "report_to",
+    "plot",
     "tokens_per_pass",
     "gradient_checkpointing",
     "backend",

@@ -37,6 +37,7 @@ from common.hf import (
 )
 from common.stages import next_command, versions, write_json
 from lora import enable_only
+from tools.plots import check_plot, plot_survey
 
 # ρ: states moved by this share of their length
 STRENGTHS = (0.1, 0.15, 0.25, 0.4, 0.6)
@@ -51,6 +52,9 @@ class Config(collect.RecordingSettings):
 
     train_pairs: int = setting(256, "training pairs to measure v on, at most", minimum=1)
     valid_pairs: int = setting(128, "validation pairs to score moved states on, at most", minimum=1)
+    plot: str | None = setting(
+        None, "also draw NLL and |v|/|b| over the blocks: a .png", group="run"
+    )
 
 
 def both_responses(pairs, tokens_per_pass):
@@ -224,6 +228,7 @@ def print_next_commands(config, layers, strengths, rank):
 @torch.no_grad()
 def main(config):
     # 1. stage 1's adapters on the whole model, and the pairs
+    check_plot(config.plot)
     stage1, tokenizer, pairs = collect.open_inputs(config)
     device = choose_device(config.device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
@@ -260,6 +265,8 @@ def main(config):
     measured = {"blocks": blocks, "strengths": STRENGTHS, "base_nll": base_nll}
     measured |= {"versions": versions(), "settings": vars(config)}
     write_json(path, measured)
+    if config.plot:
+        plot_survey(config.plot, blocks, STRENGTHS, base_nll)
     layers, strengths, rank, directions = recommend(blocks, base_nll)
     recommended = {"layers": layers, "strengths": strengths, "rank": rank}
     write_json(path, {**measured, "recommended": recommended})

@@ -48,6 +48,7 @@ from common.stages import (
     write_stage,
 )
 from lora import load_adapter, save_adapter
+from tools.plots import check_plot, plot_sweep
 
 # the adapters are scored on at most this many validation pairs
 SCORED_PAIRS = 200
@@ -69,6 +70,7 @@ class Config(align.Config):
     max_kl: float = setting(
         5, "without judge and reward model: the KL of the best, in nats, at most", minimum=0
     )
+    plot: str | None = setting(None, "also draw the scores over the KL: a .png", group="run")
     reward_model: str | None = setting(
         None, "sequence classifier of one label that scores the answers: folder or hub name"
     )
@@ -169,6 +171,7 @@ def scale_missing(config, names, trained, sweep_folder, model, tokenizer, pairs)
 
 def main(config):
     # 1. the values, the collection, and everything that scoring will need: fail early
+    check_plot(config.plot)
     runs = plan_runs(config)
     first = dataclasses.replace(next(iter(runs.values())))
     manifest = align.complete_settings(first)
@@ -230,6 +233,8 @@ def main(config):
         summary = {"best": best, "why": why, "pairs": len(pairs), "models": reports}
         write_json(new / "sweep.json", {**summary, "settings": settings})
         (new / "sweep.md").write_text(text, encoding="utf-8")
+        if config.plot:
+            plot_sweep(config.plot, reports, [*scorers, *implicit], best)
 
         # 4. the best becomes the aligned adapter, before the sweep counts as complete
         best_manifest = read_stage(new / best, "align", "python -m tools.sweep")
