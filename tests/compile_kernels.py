@@ -46,6 +46,7 @@ VARIANTS = (
     (100, {}),
     (896, {}),
     (4096, {}),
+    (4096, {"warps": 8}),
     (4096, {"squared": True}),
     (4096, {"differenced": True}),
     (16384, {}),
@@ -54,8 +55,9 @@ VARIANTS = (
 )
 
 
-def compile_kernel(capability, D, squared=False, differenced=False, kernel=loss_kernel):
-    """A kernel for bf16 states of hidden size D, compiled for a compute capability."""
+def compile_kernel(capability, D, squared=False, differenced=False, kernel=loss_kernel, warps=None):
+    """A kernel for bf16 states of hidden size D, compiled for a compute capability; warps: by
+    default as many as the loss takes."""
     block = triton.next_power_of_2(D)
     constants = {
         "L": L,
@@ -67,7 +69,7 @@ def compile_kernel(capability, D, squared=False, differenced=False, kernel=loss_
     }
     types = {**ARGUMENT_TYPES, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(kernel, types, constants, alignment(list(types), D))
-    options = {"num_warps": min(16, max(1, block // 256))}
+    options = {"num_warps": warps or min(16, max(1, block // 256))}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -588,6 +588,10 @@ def test_compiles_without_spills_and_with_16_byte_loads():
         if kernel["kernel"] == "scale_kernel":
             assert kernel["wide_loads"] == kernel["wide_stores"] == 2, kernel
             continue
+        if kernel.get("warps"):
+            # what 16 warps are compared with
+            assert kernel["bytes_in_flight"] < 20 * 1024, kernel
+            continue
         assert kernel["offsets_32"] == of_sizes, kernel
         if kernel["kernel"] == "persistent_kernel":
             # its loads of the next position are copies to shared memory
