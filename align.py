@@ -46,7 +46,7 @@ from common.hf import (
     load_tokenizer,
     load_trunk,
 )
-from common.log import TrainingLog, open_log
+from common.log import TrainingLog, check_tracker, open_log
 from common.stage1 import check_adapters
 from common.stages import (
     choose_method,
@@ -314,8 +314,7 @@ def main(config, target=None):
             weights = stack(stage1_weights, weights)
 
         # 5. scale it to the KL that was asked for; of the trunk only the structure is still needed
-        if not collected["quantize"]:
-            trunk.to("meta")
+        forget_weights(trunk)
         scale, measured = 1.0, []
         if config.kl:
             prompts = validation.prompts(collected["last_prompt_token"])
@@ -354,6 +353,17 @@ def open_collection(folder, manifest, key, layers, pad_id):
     return Collection(paths, layers, manifest["settings"]["store"], pad_id)
 
 
+def forget_weights(trunk):
+    """Free the memory of a trunk's weights; its modules stay. (A quantized one cannot be moved to
+    the device meta.)"""
+    for module in trunk.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+        if hasattr(module, "state"):
+            # a layer in 8 bits keeps its weight there, too
+            module.state = None
+
+
 def find_scale(weights, prompts, tokenizer, config, manifest, device):
     """The scale at which the adapter is config.kl nats from the base on some prompts, and
     [(scale, KL)] of all that were measured."""
@@ -377,6 +387,7 @@ def complete_settings(config):
     """
     if config.alpha is not None and config.strength is not None:
         raise UserError("--alpha and --strength exclude each other: give one of them")
+    check_tracker(config.report_to)
     required = {"scit": "collect", "dual": "collect"}
     config.method = choose_method(config.out, config.method, required, ["python collect.py"])
     folder = Path(config.out) / config.method / "collect"
@@ -467,8 +478,9 @@ def print_warnings(folder, weights):
     """Print what a user of the new adapter in OUT/METHOD/align should know."""
     if weights.rank > 16:
         print(f"WARNING: the adapter has rank {weights.rank}; some servers take at most 16")
-    if (folder / "merged").exists():
-        print(f"{folder / 'merged'} holds an earlier adapter: run `python -m tools.export` again")
+    for name in ("merged", "export"):
+        if (folder / name).exists():
+            print(f"{folder / name} holds an earlier adapter: run `python -m tools.export` again")
 
 
 if __name__ == "__main__":

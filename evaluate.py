@@ -151,11 +151,11 @@ def read_manifests(out):
         if name.endswith("aligned"):
             check_adapters(out, manifest["method"], manifest["adapters"])
     settings = [manifest["settings"] for manifest in manifests.values()]
-    if len({(s["split_seed"], s["template"]) for s in settings}) > 1:
+    if len({(s["split_seed"], s["template"], s["quantize"]) for s in settings}) > 1:
         folders = " and ".join(str(out / MODELS[name].folder) for name in manifests)
         raise UserError(
-            f"{folders} have splits of different seeds or different templates: "
-            "use another --out for each"
+            f"{folders} have splits of different seeds, different templates or different "
+            "--quantize: use another --out for each"
         )
     return manifests
 
@@ -355,7 +355,13 @@ def main(config):
             "versions": versions(),
             # by which the card that tools.export writes knows its adapter
             "adapters": {name: manifests[name]["digests"][ADAPTER_WEIGHTS] for name in adapters},
-            "settings": {**vars(config), "split_seed": settings["split_seed"], "pairs": len(pairs)},
+            "settings": {
+                **vars(config),
+                "split_seed": settings["split_seed"],
+                "quantize": settings["quantize"],
+                "pairs": len(pairs),
+                "own_data": own_data,
+            },
         }
         with write_stage(target, "evaluate", {"settings": vars(config)}) as new:
             write_json(new / "report.json", report)

@@ -8,6 +8,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging as logging_of_python
 import struct
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -41,6 +42,9 @@ MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 # Where there are experts, PEFT takes these names for their weights.
 NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+# What families call the layer that makes logits.
+NAMES_OF_HEADS = ("lm_head", "embed_out", "output", "score")
 
 # The stages have progress bars of their own.
 logging.disable_progress_bar()
@@ -248,8 +252,11 @@ def load_weights(model_class, name, dtype, device, quantize):
         # they would be random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"--model {name} lacks {missing}: not a complete causal language model")
-    # a quantized model is where it was loaded
-    return model if quantize else model.to(device)
+    if quantize:
+        # it is where it was loaded
+        check_quantized(name, quantize, model)
+        return model
+    return model.to(device)
 
 
 def quantizing_options(quantize, dtype, device):
@@ -258,16 +265,44 @@ def quantizing_options(quantize, dtype, device):
     missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing:
         raise UserError(f"--quantize {quantize} needs `pip install {' '.join(missing)}`")
+    # It says at each call of a layer in 8 bits that it casts.
+    logging_of_python.getLogger("bitsandbytes.autograd._functions").setLevel("ERROR")
+    # The head stays as it is. (By itself transformers leaves out what comes last, which in a trunk
+    # is a part of a block.)
+    skipped = {"llm_int8_skip_modules": list(NAMES_OF_HEADS)}
     if quantize == "8bit":
-        config = BitsAndBytesConfig(load_in_8bit=True)
+        # With a threshold the columns that count as outliers, and so the state of a token, depend
+        # on all tokens of the batch, later ones and padding included.
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, **skipped)
     else:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            **skipped,
         )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def check_quantized(name, quantize, model):
+    """UserError unless all linear layers of a model's blocks are quantized. Also keeps them from a
+    form for inference on some CPUs, which has no gradient: to bitsandbytes a frozen model in
+    evaluation mode looks as if it were not trained."""
+    linears = find_linears(model.base_model).items()
+    whole = [
+        path
+        for path, linear in linears
+        if not hasattr(linear.weight, "quant_type") and not hasattr(linear.weight, "SCB")
+    ]
+    if whole:
+        raise UserError(
+            f"--quantize {quantize}: bitsandbytes leaves {whole[0]} of --model {name} as it is: "
+            "train it without --quantize"
+        )
+    for _, linear in linears:
+        if hasattr(linear, "support_avx512bf16_for_cpu"):
+            linear.support_avx512bf16_for_cpu = False
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What a training run reports while it runs: a file of JSON lines, and a tracker on request."""
 
-import contextlib
 import importlib
 import json
 import time
@@ -37,6 +36,15 @@ def open_log(folder, name, config):
         yield write_line
 
 
+def check_tracker(package):
+    """UserError where the package that --report-to names is not installed; None is fine."""
+    try:
+        if package:
+            importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"--report-to {package}: run `pip install {package}` first") from None
+
+
 @contextmanager
 def tracker(package, run_name, settings):
     """Yield a function that reports a line of the log to trackio or wandb, which answer to the same
@@ -48,10 +56,8 @@ def tracker(package, run_name, settings):
     if package is None:
         yield lambda line: None
         return
-    try:
-        module = importlib.import_module(package)
-    except ImportError:
-        raise UserError(f"--report-to {package}: run `pip install {package}` first") from None
+    check_tracker(package)
+    module = importlib.import_module(package)
     try:
         module.init(project="rahf", name=run_name, config=settings)
     except Exception as error:
@@ -71,9 +77,11 @@ def tracker(package, run_name, settings):
     try:
         yield report
     finally:
-        # the run has ended, and its log is written
-        with contextlib.suppress(Exception):
+        # the run has ended, and its log is written: whatever happens here must not cost its result
+        try:
             module.finish()
+        except (Exception, KeyboardInterrupt) as error:
+            print(f"WARNING: {package} has not finished: {first_line(error)}")
 
 
 class TrainingLog:

@@ -296,10 +296,10 @@ def reward_metrics(model, adapters, adapter, pairs, prompt, beta, pad_id, tokens
         return torch.tensor(sums).view(len(RESPONSES), len(pairs))
 
     policy, base = logps([adapter], prompt), logps([], "plain")
-    rewards = beta * (policy - base)  # [chosen | rejected, n]
-    margins = rewards[0] - rewards[1]
+    ratios = policy - base  # [chosen | rejected, n]
+    margins = ratios[0] - ratios[1]
     return {
-        "rewards/margins": margins.mean().item(),
+        "rewards/margins": beta * margins.mean().item(),
         "rewards/accuracies": (margins > 0).float().mean().item(),
         "logps/chosen": policy[0].mean().item(),
         "logps/rejected": policy[1].mean().item(),

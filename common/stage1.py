@@ -21,6 +21,7 @@ from common.hf import (
     load_tokenizer,
     model_digests,
 )
+from common.log import check_tracker
 from common.stages import MANIFEST, choose_method, read_stage, verified_path
 from lora import ADAPTER_WEIGHTS, LoRA, load_adapter
 
@@ -59,6 +60,7 @@ def prepare_stage1(config):
 
     Where neither --model nor --data is given, the embedded default is used (and made first).
     """
+    check_tracker(config.report_to)
     device = choose_device(config.device)
     config.dtype = choose_dtype(config.dtype, device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)

@@ -2,18 +2,21 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
 
 import pytest
 import torch
-from helpers import HERE, go
+from helpers import HERE, go, stage1_source
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+import dual
 from common import hf
 from common.answers import attached
+from common.config import UserError
 from common.data import prepare_pairs
 from common.stages import read_stage
 from lora import load_adapter
@@ -103,7 +106,8 @@ def test_rewards_moves_and_answers_are_those_of_the_models(method, out, tokenize
         with attached(model, base_weights), torch.no_grad():
             [b] = hf.hidden_states(model.base_model, [1], torch.tensor([ids], device=model.device))
         v = (states[0] - states[1]).norm(dim=-1) / b[0, start:].norm(dim=-1)
-        expected = (abs(manifest["alpha"] * manifest["scale"]) * v).tolist()
+        scale = manifest["scale"] if settings["base"] == "original" else 1
+        expected = (abs(manifest["alpha"] * scale) * v).tolist()
         assert shown[response]["moves"][0] == pytest.approx(expected, abs=2e-3)
         assert "".join(shown[response]["tokens"]) == tokenizer.decode(pair.responses[response])
     assert {"base", "aligned"} <= set(shown)
@@ -177,6 +181,18 @@ def test_a_page_of_fifty_long_pairs_is_small(tmp_path):
     data = {"layers": [15, 19, 23, 27, 31], "alpha": 1.0, "reward": ""}
     look.write_page(path, "t", {**data, "pairs": [pair] * 50})
     assert path.stat().st_size < 2e6
+
+
+def test_what_is_not_a_number_is_refused(tmp_path):
+    with pytest.raises(UserError, match="NaN or infinite"):
+        look.write_page(tmp_path / "look.html", "t", {"pairs": [math.nan]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_look_after_a_new_stage_1_or_with_other_pairs_is_refused(out, tiny, fails):
+    go(dual, *stage1_source(tiny, out), "--steps", "1", *HERE)
+    code, lines = fails(look, "--out", out, "--method", "dual", *HERE)
+    assert code == 2 and "python collect.py" in lines[0]
 
 
 def test_look_without_an_aligned_adapter_names_the_command(tmp_path, fails):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import HERE, go, logits_of, some_batch, stage1_source
+from helpers import HERE, go, logits_of, make_model, some_batch, stage1_source
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -79,6 +79,48 @@ def test_all_stages_on_a_quantized_base(kind, tiny, tmp_path, fails):
     assert code == 2 and len(lines) == 1
     assert kind in lines[0] and "--form adapter" in lines[0]
     go(export, "--out", tmp_path, "--form", "adapter", *HERE)
+
+
+@torch.no_grad()
+def test_a_state_does_not_depend_on_other_rows_or_later_tokens_in_8_bits(tmp_path, tokenizer):
+    """Of a model whose states have columns that stand out, as those of large models do."""
+    model = make_model("llama")
+    model.get_input_embeddings().weight[:, :3] *= 60
+    model.save_pretrained(tmp_path)
+    model = hf.load_model(str(tmp_path), "float32", torch.device(HERE[1]), quantize="8bit")
+    ids = torch.randint(2, 700, (2, 12), device=model.device)
+    [alone] = hf.hidden_states(model.base_model, [2], ids[:1, :6])
+    [among_others] = hf.hidden_states(model.base_model, [2], ids)
+    assert torch.allclose(among_others[0, :6], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_on_no_cpu_a_layer_in_4_bits_takes_the_form_without_gradient(tiny, monkeypatch):
+    """bitsandbytes packs weights for inference where the CPU has bfloat16."""
+    import bitsandbytes
+
+    monkeypatch.setattr(
+        bitsandbytes.nn.Linear4bit, "support_avx512bf16_for_cpu", True, raising=False
+    )
+    model = hf.load_model(str(tiny / "model"), "float32", torch.device("cpu"), quantize="4bit")
+    linears = hf.find_linears(model.base_model).values()
+    assert not any(linear.support_avx512bf16_for_cpu for linear in linears)
+
+
+def test_what_bitsandbytes_leaves_as_it_is_is_refused(tmp_path, tiny, tokenizer, fails):
+    """Falcon's linear layers are of a class of their own."""
+    make_model("falcon").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_bytes((tiny / "pairs.jsonl").read_bytes())
+    code, lines = fails(dual, *stage1_source(tmp_path, tmp_path), "--quantize", "4bit", *HERE)
+    assert code == 2 and len(lines) == 1
+    assert "bitsandbytes leaves" in lines[0] and "without --quantize" in lines[0]
+
+
+def test_evaluate_refuses_two_methods_on_different_bases(tiny, tmp_path, fails):
+    go(dual, *stage1_source(tiny, tmp_path), "--quantize", "4bit", "--steps", "1", *HERE)
+    go(scit, *stage1_source(tiny, tmp_path), "--steps", "1", *HERE)
+    code, lines = fails(evaluate, "--out", tmp_path, *HERE)
+    assert code == 2 and "different --quantize" in lines[0]
 
 
 def test_scit_and_a_sweep_on_a_quantized_base(tiny, tmp_path):

@@ -9,6 +9,7 @@ align.py and evaluate.py have recorded.
 """
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,34 @@ from transformers import AutoTokenizer
 from common.config import UserError, run, setting
 from common.hf import check_same_model, choose_device, load_model, load_tokenizer
 from common.score import markdown_table
-from common.stages import choose_method, claim, inherit, read_stage, verified_path, write_stage
+from common.stages import (
+    choose_method,
+    claim,
+    inherit,
+    read_stage,
+    verified_path,
+    write_json,
+    write_stage,
+)
 from lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoRA, load_adapter
 
 # What a card tells of align's settings, which hold those of the earlier stages' too.
-SETTINGS = ("layers", "steps", "batch_size", "lr", "strength", "kl", "lora_rank", "seed")
+SETTINGS = (
+    "base",
+    "stimulus",
+    "layers",
+    "limit",
+    "steps",
+    "batch_size",
+    "lr",
+    "lora_rank",
+    "rank",
+    "strength",
+    "kl",
+    "dtype",
+    "quantize",
+    "seed",
+)
 
 CARD = """---
 {{ card_data }}
@@ -33,8 +57,8 @@ CARD = """---
 # {{ base }}, aligned by RAHF-{{ method }}
 
 {{ what }} It was trained by Representation Alignment from Human Feedback ({{ method }}; Liu et al.,
-ACL 2024, [arXiv:2312.15997](https://arxiv.org/abs/2312.15997)): a LoRA that moves the hidden states
-of the base model to b + α (h⁺ − h⁻), α = {{ alpha }}.
+ACL 2024, [arXiv:2312.15997](https://arxiv.org/abs/2312.15997)): a LoRA that moves hidden states to
+b + α (h⁺ − h⁻), α = {{ alpha }}. {{ scaled }}
 
 ## How to load it
 
@@ -50,7 +74,7 @@ Preference pairs: {{ data }}.
 |---|---|
 {{ settings }}
 
-## Held-out figures
+## Figures
 
 {{ figures }}
 
@@ -62,9 +86,9 @@ file.
 
 LOADING = {
     "adapter": """from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM{import_quantize}
 
-model = AutoModelForCausalLM.from_pretrained({base!r})
+model = AutoModelForCausalLM.from_pretrained({base!r}{quantize})
 model = PeftModel.from_pretrained(model, "THIS FOLDER")""",
     "merged": """from transformers import AutoModelForCausalLM
 
@@ -92,9 +116,16 @@ class Config:
     )
 
 
+def is_hub_name(source):
+    """Whether a model or data set is named as on the hub, and is not a local file or folder."""
+    name = re.fullmatch(r"(hub:)?[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source)
+    return bool(name) and not Path(source).exists()
+
+
 def public_name(source):
-    """How a card names a model or a data set: hub names as they are, of a path its last part."""
-    return Path(source).name if Path(source).exists() else source
+    """How a card names a model or a data set: hub names as they are, of a path, whether or not it
+    still exists, the last part alone."""
+    return source if is_hub_name(source) else Path(source).name
 
 
 def read_report(out, method, manifest):
@@ -112,14 +143,25 @@ def model_card(form, method, manifest, report):
     None."""
     settings = manifest["settings"]
     base = public_name(settings["model"])
+    quantize = settings["quantize"]
+    scaled = ""
+    if manifest["kl_at_scale"]:
+        kl = dict(manifest["kl_at_scale"])[manifest["scale"]]
+        scaled = (
+            f"It was then scaled to {manifest['scale']:.3g} of its strength, at which its answers "
+            f"are {kl:.2g} nats from those of the base model (validation prompts)."
+        )
     hub_data = [name.split(":")[1] for name in settings["data"] if name.startswith("hub:")]
     if report:
         models = {name: report["models"][name] for name in ("base", f"{method}_aligned")}
         measured = report["settings"]
         data = ", ".join(f"`{public_name(name)}`" for name in measured["data"])
+        seen = "held out from all training"
+        if measured["own_data"] or measured["split"] in ("train", "all"):
+            seen = "which training may have seen"
         figures = (
-            f"On {measured['pairs']} pairs of {data}, split `{measured['split']}` (kl_to_base: "
-            f"nats an answer at temperature 1):\n\n{markdown_table(models)}"
+            f"On {measured['pairs']} pairs of {data}, split `{measured['split']}`, {seen} "
+            f"(kl_to_base: nats an answer at temperature 1):\n\n{markdown_table(models)}"
         )
     else:
         figures = "None: `python evaluate.py` has not been run on this adapter."
@@ -127,7 +169,7 @@ def model_card(form, method, manifest, report):
     return ModelCard.from_template(
         ModelCardData(
             # the hub knows no local folder
-            base_model=None if Path(settings["model"]).exists() else base,
+            base_model=base if is_hub_name(settings["model"]) else None,
             datasets=hub_data or None,
             library_name={"adapter": "peft", "merged": "transformers"}[form],
             pipeline_tag="text-generation",
@@ -138,7 +180,14 @@ def model_card(form, method, manifest, report):
         method=method.upper(),
         what=f"{what[form]} `{base}`.",
         alpha=f"{manifest['alpha']:.3g}",
-        loading=LOADING[form].format(base=base),
+        scaled=scaled,
+        loading=LOADING[form].format(
+            base=base,
+            import_quantize=", BitsAndBytesConfig" if quantize else "",
+            quantize=f", quantization_config=BitsAndBytesConfig(load_in_{quantize}=True)"
+            if quantize
+            else "",
+        ),
         data=", ".join(f"`{public_name(name)}`" for name in settings["data"]),
         settings="\n".join(f"| {name} | {settings.get(name)} |" for name in SETTINGS),
         figures=figures,
@@ -160,10 +209,14 @@ def main(config):
     card = model_card(config.form, method, manifest, read_report(config.out, method, manifest))
     with claim(target):
         verified_path(folder, manifest)
-        with write_stage(target, target.name, {"settings": manifest["settings"]}) as new:
+        # this folder is to be published: no path of this machine in it
+        public = {name: manifest["settings"].get(name) for name in SETTINGS}
+        with write_stage(target, target.name, {"settings": public}) as new:
             if config.form == "adapter":
-                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                    shutil.copy(folder / name, new / name)
+                shutil.copy(folder / ADAPTER_WEIGHTS, new / ADAPTER_WEIGHTS)
+                adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+                adapter["base_model_name_or_path"] = public_name(manifest["settings"]["model"])
+                write_json(new / ADAPTER_CONFIG, adapter)
             else:
                 write_merged(new, folder, manifest, config)
             card.save(new / "README.md")

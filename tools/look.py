@@ -18,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 import collect
-from common.answers import GenerationSettings, attached, generate
-from common.config import run, setting
+from common.answers import GenerationSettings, attached, generate, stop_tokens, text_of
+from common.config import UserError, run, setting
 from common.data import collate, prepare_pairs, sample, split_into_passes
 from common.hf import (
+    check_ids,
     check_same_model,
     choose_device,
     choose_tokens_per_pass,
@@ -29,7 +30,7 @@ from common.hf import (
     load_tokenizer,
     response_logprobs,
 )
-from common.stage1 import open_stage1
+from common.stage1 import check_adapters, open_stage1
 from common.stages import atomic_write, choose_method, inherit, read_stage, verified_path
 from lora import enable_only, load_adapter
 
@@ -146,9 +147,13 @@ def describe_pairs(model, tokenizer, adapters, pairs, settings, alpha, tokens_pe
 
 def write_page(path, title, data):
     """Write the page with its data. Texts are data, never markup: "<" is escaped in the JSON, and
-    the page's script puts texts into text nodes."""
+    the page's script puts texts into text nodes. UserError where a number is NaN or infinite."""
     page = PAGE.read_text(encoding="utf-8")
-    text = json.dumps({"title": title, **data}, ensure_ascii=False).replace("<", "\\u003c")
+    try:
+        text = json.dumps({"title": title, **data}, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise UserError("NaN or infinite rewards or moves: train stage 1 at a lower --lr") from None
+    text = text.replace("<", "\\u003c")
     with atomic_write(path) as tmp_path:
         tmp_path.write_text(page.replace("PAGE_DATA", text), encoding="utf-8")
 
@@ -162,6 +167,7 @@ def main(config):
     inherit(config, manifest["settings"], ("model", "seed"), folder)
     settings = manifest["settings"]
     stage1 = open_stage1(config.out, method)
+    check_adapters(config.out, method, manifest["adapters"])
     device = choose_device(config.device)
     tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
     tokenizer = load_tokenizer(config.model)
@@ -176,10 +182,18 @@ def main(config):
         template=settings["template"],
         columns=settings["columns"],
     )
+    if prepared.source_digest != manifest["inputs"]["pairs"]:
+        raise UserError(
+            f"{', '.join(settings['data'])}: these are other pairs than {folder} was trained on: "
+            "bring those back"
+        )
+    check_ids(config.model, prepared.max_id)
     pairs = sample(prepared[config.split], config.pairs, config.seed)
 
     # 2. the rewards and moves of every token, by the models of stage 1
-    model = load_model(config.model, settings["dtype"], device, quantize=settings["quantize"])
+    # in what collect computed in: bfloat16 rounds by as much as a small v is long
+    dtype, quantize = settings["compute_dtype"], settings["quantize"]
+    model = load_model(config.model, dtype, device, quantize=quantize)
     check_same_model(config.model, tokenizer, manifest, folder)
     adapters = stage1.load_adapters(model.base_model)
     recording = collect.Config(
@@ -190,8 +204,11 @@ def main(config):
         # the state of a token, not the one before it
         last_prompt_token=False,
     )
-    # what the scaled adapter moves states by
-    alpha = manifest["alpha"] * manifest["scale"]
+    # With the original base it is what the scaled adapter moves states by; with another one the
+    # scale is that of stage 1's adapter, too.
+    alpha = manifest["alpha"]
+    if settings["base"] == "original":
+        alpha *= manifest["scale"]
     described = describe_pairs(model, tokenizer, adapters, pairs, recording, alpha, tokens_per_pass)
 
     # 3. the answers of base and aligned model
@@ -200,16 +217,19 @@ def main(config):
     prompts = [pair.prompts["plain"].tolist() for pair in pairs]
     generation = GenerationSettings(config.max_new_tokens, BATCH, config.seed)
     weights = load_adapter(verified_path(folder, manifest), model.base_model)
+    stops = stop_tokens(model, tokenizer, pairs[0].end_token)
     for name, adapter in (("base", None), ("aligned", weights)):
         with attached(model, adapter):
             answers = generate(model, tokenizer, prompts, generation, end_token=pairs[0].end_token)
         for shown, answer in zip(described, answers):
-            shown[name] = tokenizer.decode(answer, skip_special_tokens=True).strip()
+            shown[name] = text_of(tokenizer, answer, stops)
 
     # 4. the page
     path = folder.parent / "look.html"
     against = {"scit": "log π(p+) − log π(p−)", "dual": "log π_good − log π_bad"}[method]
     data = {"layers": settings["layers"], "alpha": alpha, "reward": against, "pairs": described}
+    # align then projects v on some directions, which are not kept
+    data["of"] = f"of all v, before --rank {settings['rank']}" if settings["rank"] else ""
     write_page(path, f"RAHF-{method.upper()}: {len(pairs)} {config.split} pairs", data)
     print(f"wrote {path}, {path.stat().st_size / 1e6:.2g} MB: open it in a browser")
 

@@ -3,7 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from common.config import UserError
+from common.config import UserError, first_line
+from common.stages import atomic_write
 
 
 def check_plot(path):
@@ -19,17 +20,23 @@ def check_plot(path):
 
 
 def draw(path, n_panels, draw_panels):
-    """Write a figure of some panels side by side. draw_panels: a function of their axes."""
-    import matplotlib
+    """Write a figure of some panels side by side. draw_panels: a function of their axes. What it
+    shows is written already: where it cannot be drawn there is a warning."""
+    try:
+        import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, n_panels, figsize=(5.5 * n_panels, 4), squeeze=False)
-    draw_panels(axes[0])
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+        figure, axes = pyplot.subplots(1, n_panels, figsize=(5.5 * n_panels, 4), squeeze=False)
+        draw_panels(axes[0])
+        figure.tight_layout()
+        with atomic_write(path) as tmp_path:
+            figure.savefig(tmp_path, dpi=120, format=Path(path).suffix[1:])
+        pyplot.close(figure)
+    except Exception as error:
+        print(f"WARNING: --plot {path}: not drawn: {first_line(error)}")
+        return
     print(f"wrote {path}")
 
 

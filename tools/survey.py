@@ -265,8 +265,6 @@ def main(config):
     measured = {"blocks": blocks, "strengths": STRENGTHS, "base_nll": base_nll}
     measured |= {"versions": versions(), "settings": vars(config)}
     write_json(path, measured)
-    if config.plot:
-        plot_survey(config.plot, blocks, STRENGTHS, base_nll)
     layers, strengths, rank, directions = recommend(blocks, base_nll)
     recommended = {"layers": layers, "strengths": strengths, "rank": rank}
     write_json(path, {**measured, "recommended": recommended})
@@ -277,6 +275,8 @@ def main(config):
         f"rank {rank or 'not limited'}: {directions} of {len(shares[0])} directions hold 90% of "
         f"|v|² in these layers\nwrote {path}"
     )
+    if config.plot:
+        plot_survey(config.plot, blocks, STRENGTHS, base_nll)
     print_next_commands(config, layers, strengths, rank)
 
 

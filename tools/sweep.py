@@ -233,8 +233,6 @@ def main(config):
         summary = {"best": best, "why": why, "pairs": len(pairs), "models": reports}
         write_json(new / "sweep.json", {**summary, "settings": settings})
         (new / "sweep.md").write_text(text, encoding="utf-8")
-        if config.plot:
-            plot_sweep(config.plot, reports, [*scorers, *implicit], best)
 
         # 4. the best becomes the aligned adapter, before the sweep counts as complete
         best_manifest = read_stage(new / best, "align", "python -m tools.sweep")
@@ -243,6 +241,8 @@ def main(config):
             for path in verified_path(new / best, best_manifest).glob("adapter*"):
                 shutil.copy(path, aligned)
 
+    if config.plot:
+        plot_sweep(config.plot, reports, [*scorers, *implicit], best)
     print(f"wrote {folder / 'align'}: {best}; all adapters and their table: {folder / 'sweep'}")
     align.print_warnings(folder, adapters[best][0])
     print(next_command("evaluate.py", config.out))
