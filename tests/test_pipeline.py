@@ -442,7 +442,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny, tmp_pa
     first = safetensors_of_a_run(tiny, tmp_path / "first", seed=0)
     again = safetensors_of_a_run(tiny, tmp_path / "again", seed=0)
     other = safetensors_of_a_run(tiny, tmp_path / "other", seed=1)
-    assert len(first) == 9
+    # five adapters, and the shards of both methods
+    assert len(first) >= 9
     assert again == first
     assert all(other[name] != first[name] for name in first)
 
