@@ -165,6 +165,9 @@ def plot(figures_by_task):
     from matplotlib import pyplot
 
     count = len(figures_by_task)
+    # a method has its colour in all panels
+    methods = dict.fromkeys(m for figures in figures_by_task.values() for m in figures.strengths)
+    colours = {method: f"C{i}" for i, method in enumerate(methods)}
     figure, axes = pyplot.subplots(1, count, figsize=(6 * count, 4.5), squeeze=False)
     for axis, (task, figures) in zip(axes[0], figures_by_task.items()):
         everything = np.arange(figures.n_prompts)
@@ -175,7 +178,7 @@ def plot(figures_by_task):
             curves = [figures.curve(method, seed, everything) for seed in seeds]
             rewards, kls = (np.mean(values, 0) for values in zip(*curves))
             order = np.argsort(kls)
-            axis.plot(kls[order], rewards[order], marker="o", label=method)
+            axis.plot(kls[order], rewards[order], marker="o", label=method, color=colours[method])
         axis.set(title=task, xlabel="KL to the base, nats an answer", ylabel="reward")
         axis.set_xlim(0, 15)
         axis.legend(fontsize=8)
