@@ -31,7 +31,7 @@ import align
 import collect
 import dual
 import scit
-from common import training
+from common import log, training
 from common.answers import GenerationSettings, generate
 from common.config import run, setting
 from common.hf import choose_device, load_model, load_tokenizer
@@ -132,7 +132,7 @@ def measure_stage(stage, out, tiny):
         shared |= {"method": "dual", "steps": steps, "strength": align.STRENGTH}
     with (
         busy_samples() as samples,
-        mock.patch.object(training, "speed_summary", remember),
+        mock.patch.object(log, "speed_summary", remember),
         mock.patch.object(collect, "speed_summary", remember),
     ):
         stage.main(stage.Config(**shared))
@@ -312,7 +312,10 @@ def run_here(arguments, seconds):
         contextlib.redirect_stderr(output),
     ):
         try:
-            (runpy.run_module if module else runpy.run_path)(name, run_name="__main__")
+            if module:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(name, run_name="__main__")
         except SystemExit as stop:
             return stop.code or 0, output.getvalue(), ""
     return 0, output.getvalue(), ""

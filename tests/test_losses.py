@@ -19,6 +19,7 @@ import scit
 from common import toy
 from common.collection import recorded_length
 from common.data import (
+    RESPONSES,
     collate,
     encode_pairs,
     prepare_pairs,
@@ -147,7 +148,7 @@ def dual_sums(model, adapters, pairs, config):
     other = None
     if config.contrast:
         with enable_only(adapters.values(), adapters["bad"]):
-            other = dual.sum_logprobs(model, pairs, dual.BOTH, 1)
+            other = dual.sum_logprobs(model, pairs, RESPONSES, 1)
     nlls, contrasts = [], []
     for name, adapter in adapters.items():
         with enable_only(adapters.values(), adapter):
@@ -330,7 +331,7 @@ def test_there_are_as_many_shards_as_asked_for_where_there_are_passes():
 def test_states_of_training_pairs_are_in_sixteen_files_at_least(pairs):
     """Whatever --shard-mb says, if there are as many passes."""
     examples = {"train": collect.examples_of(pairs), "valid": collect.examples_of(pairs[:4])}
-    config = collect.Config(stimulus="plain", tokens_per_pass=60)
+    config = collect.Config(stimulus="plain", tokens_per_pass=40)
     files, names = collect.plan_files(examples, config, bytes_per_token=100)
     assert len(names["shards"]) >= collect.MIN_SHARDS
     assert len(names["validation_shards"]) == 1
