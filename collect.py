@@ -281,6 +281,22 @@ def write_shard(path, shard, config):
         save_file({**shard.states, **tensors, "statistics": statistics}, tmp_path)
 
 
+def record_files(folder, files, run_pass, config, width, device):
+    """Record the shards {file name: passes} into a folder; a second thread writes one while the
+    next is recorded. At most two are in memory."""
+    writing = None
+    with ThreadPoolExecutor(1) as writer:
+        for name, passes in files.items():
+            shard = record_shard(passes, run_pass, config, width, device)
+            if writing:
+                # what the writer has raised is raised here
+                writing.result()
+            writing = writer.submit(write_shard, folder / name, shard, config)
+            del shard
+        if writing:
+            writing.result()
+
+
 def refuse_states(norms, examples, config):
     """Raise the UserError that names layer and response of the first norm, of [T, L], that is NaN
     or infinite."""
@@ -438,8 +454,7 @@ def main(config):
         example, _ = pairs["train"][0].example(prompt, "chosen")
         print(f"one input: {tokenizer.decode(example)!r}")
 
-        # 4. record, shard by shard: an interrupted run resumes at the first missing one. A second
-        # thread writes what is recorded.
+        # 4. record, shard by shard: an interrupted run resumes at the first missing one
         files, names = plan_files(examples, config, bytes_per_token)
         manifest = {
             "settings": {**settings, **vars(config)},
@@ -468,7 +483,6 @@ def main(config):
             tqdm(total=n_passes, desc="collect", unit="pass") as bar,
             write_stage(folder / "collect", "collect", manifest, depends_on) as new,
             fast_float32(),
-            ThreadPoolExecutor(1) as writer,
         ):
 
             @torch.no_grad()
@@ -479,16 +493,7 @@ def main(config):
 
             missing = {name: files[name] for name in files if not (new / name).exists()}
             bar.update(n_passes - sum(map(len, missing.values())))
-            writing = None
-            for name, passes in missing.items():
-                shard = record_shard(passes, run_pass, config, width, device)
-                if writing:
-                    # at most two shards are in memory; what the writer has raised is raised here
-                    writing.result()
-                writing = writer.submit(write_shard, new / name, shard, config)
-                del shard
-            if writing:
-                writing.result()
+            record_files(new, missing, run_pass, config, width, device)
             seconds = time.perf_counter() - start
             if config.base == "instructed":
                 # align then needs no folder of stage 1
