@@ -20,7 +20,7 @@ from tqdm import tqdm
 import collect
 from common.answers import GenerationSettings, attached, generate, stop_tokens, text_of
 from common.config import UserError, run, setting
-from common.data import collate, prepare_pairs, sample, split_into_passes
+from common.data import collate, sample, split_into_passes
 from common.hf import (
     check_ids,
     check_same_model,
@@ -33,6 +33,7 @@ from common.hf import (
 from common.stage1 import check_adapters, open_stage1
 from common.stages import atomic_write, choose_method, inherit, read_stage, verified_path
 from lora import enable_only, load_adapter
+from tools.sweep import read_pairs
 
 PAGE = Path(__file__).with_name("look.html")
 
@@ -171,22 +172,7 @@ def main(config):
     device = choose_device(config.device)
     tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
     tokenizer = load_tokenizer(config.model)
-    prepared = prepare_pairs(
-        settings["data"],
-        (config.split,),
-        tokenizer,
-        settings["max_length"],
-        settings["split_seed"],
-        positive=settings["positive"],
-        negative=settings["negative"],
-        template=settings["template"],
-        columns=settings["columns"],
-    )
-    if prepared.source_digest != manifest["inputs"]["pairs"]:
-        raise UserError(
-            f"{', '.join(settings['data'])}: these are other pairs than {folder} was trained on: "
-            "bring those back"
-        )
+    prepared = read_pairs(manifest, config.split, tokenizer)
     check_ids(config.model, prepared.max_id)
     pairs = sample(prepared[config.split], config.pairs, config.seed)
 

@@ -94,12 +94,12 @@ def plan_runs(config):
     return runs
 
 
-def read_pairs(config, manifest, tokenizer):
-    """The validation pairs on which the adapters are scored. manifest: that of the collection."""
+def read_pairs(manifest, split, tokenizer):
+    """The PreparedPairs of a split of those that were collected. manifest: collect's or align's."""
     collected = manifest["settings"]
     pairs = prepare_pairs(
         collected["data"],
-        ("valid",),
+        (split,),
         tokenizer,
         collected["max_length"],
         collected["split_seed"],
@@ -113,7 +113,7 @@ def read_pairs(config, manifest, tokenizer):
             f"{', '.join(collected['data'])}: these are other pairs than those that were "
             "collected: bring those back, or run `python collect.py` again"
         )
-    return sample(pairs["valid"], SCORED_PAIRS, config.seed)
+    return pairs
 
 
 def train_missing(runs, sweep_folder):
@@ -190,7 +190,8 @@ def main(config):
         if not scorers and not config.reward_model:
             raise
     tokenizer = load_tokenizer(config.model)
-    pairs = read_pairs(config, manifest, tokenizer)
+    pairs = read_pairs(manifest, "valid", tokenizer)
+    pairs = sample(pairs["valid"], SCORED_PAIRS, config.seed)
 
     # 2. train, where an earlier run of this sweep has not
     settings = {**collected, **vars(config)}
