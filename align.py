@@ -35,6 +35,7 @@ from common.collection import Collection, principal_directions
 from common.config import TrainingSettings, UserError, run, setting
 from common.data import shuffled_batches, split_into_passes
 from common.dial import dial, scaled
+from common.distributed import goes_on_alone, share_of, sum_gradients
 from common.hf import (
     check_same_model,
     choose_device,
@@ -58,8 +59,13 @@ from common.stages import (
     verified_path,
     write_stage,
 )
-from common.training import memory_summary, parameters_run, progress_bar
-from kernels import representation_loss, response_index, triton_unavailable_reason
+from common.training import (
+    check_batch_size,
+    memory_summary,
+    parameters_run,
+    progress_bar,
+)
+from kernel import representation_loss, response_index, triton_unavailable_reason
 from lora import LoRA, enable_only, load_adapter, save_adapter, stack
 
 # What the settings are for real models where they are left empty: common/toy.py has those of the
@@ -203,12 +209,14 @@ def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on
         for step in bar:
             responses = next(batches)
             tokens = sum(collection.recorded_lengths[i] for i in responses)
-            loss = 0.0
-            for part in split_into_passes(responses, lengths, config.tokens_per_pass):
+            loss = torch.zeros((), device=trunk.device)
+            # of several processes each takes its share
+            share = share_of(responses)
+            for part in split_into_passes(share, lengths, config.tokens_per_pass):
                 # on a GPU this overlaps with the backward pass before, which is still running
                 batch = read_batch(collection, part, trunk, adapter)
                 # || A(π_lora, <q, r>, l) - (b + α (h+ - h-)) ||: L x [B, S, D] against L x [T, D].
-                # To change the loss, edit torch_loss in kernels/ and take --backend torch.
+                # To change the loss, edit torch_loss in kernel/ and take --backend torch.
                 hidden = hidden_states(trunk, layers, batch.ids)
                 part_loss, _ = representation_loss(
                     hidden,
@@ -225,6 +233,7 @@ def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on
                 loss += part_loss.detach()
                 # free them before the next pass is read
                 hidden = batch = None
+            sum_gradients(adapter.parameters(), loss)
             norm = clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -307,6 +316,8 @@ def main(config, target=None):
                 trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, write_line
             )
         distance_end = measure(alpha)
+        if not goes_on_alone():
+            return
 
         # 4. stage 1's adapter is stacked in, so that the original base model is all it needs
         weights = adapter.weights()
@@ -405,6 +416,7 @@ def complete_settings(config):
             f"--layers {missing[0]}: {folder} holds layers {collected['layers']}: "
             "collect it with `python collect.py --layers ...`"
         )
+    check_batch_size(config.batch_size)
     if config.rank and config.rank > manifest["hidden_size"]:
         width = manifest["hidden_size"]
         raise UserError(
@@ -484,4 +496,4 @@ def print_warnings(folder, weights):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, Config, distributed=True)

@@ -15,7 +15,8 @@ Nothing above the highest target layer is loaded or run ("trunk": a model withou
 
 The responses run in passes, padded batches of three forward passes each. Whole passes fill a shard,
 which becomes one file: one thread records it, a second one writes it while the next is recorded.
-Writes OUT/METHOD/collect, which is all that align.py needs besides the base model.
+Of several processes (torchrun) each records other files. Writes OUT/METHOD/collect, which is all
+that align.py needs besides the base model.
 """
 
 import itertools
@@ -43,6 +44,7 @@ from common.data import (
     sample,
     split_into_passes,
 )
+from common.distributed import goes_on_alone, is_first, share_of, sum_over_processes
 from common.hf import (
     check_ids,
     check_same_model,
@@ -476,11 +478,13 @@ def main(config):
             # the passes decide which responses stand in which file
             "size of a pass": config.tokens_per_pass,
         }
-        n_passes = sum(map(len, files.values()))
+        # the files of this process, of which an interrupted run may have left some
+        own = {name: files[name] for name in share_of(list(files))}
+        n_passes = sum(map(len, own.values()))
         start = time.perf_counter()
         with (
             Signals() as signals,
-            tqdm(total=n_passes, desc="collect", unit="pass") as bar,
+            tqdm(total=n_passes, desc="collect", unit="pass", disable=not is_first()) as bar,
             write_stage(folder / "collect", "collect", manifest, depends_on) as new,
             fast_float32(),
         ):
@@ -491,10 +495,15 @@ def main(config):
                 bar.update()
                 return record_states(trunk, adapters, config, part, tokenizer.pad_token_id)
 
-            missing = {name: files[name] for name in files if not (new / name).exists()}
+            missing = {name: own[name] for name in own if not (new / name).exists()}
             bar.update(n_passes - sum(map(len, missing.values())))
             record_files(new, missing, run_pass, config, width, device)
             seconds = time.perf_counter() - start
+            run_tokens = torch.tensor(count_run(missing, config))
+            # a sum that all processes wait for: now all files are there
+            sum_over_processes([run_tokens])
+            if not goes_on_alone():
+                return
             if config.base == "instructed":
                 # align then needs no folder of stage 1
                 copy_adapter(next(iter(stage1.folders.values())), new / "base_adapter")
@@ -502,11 +511,7 @@ def main(config):
             manifest |= read_statistics([new / name for name in files], manifest["tokens"])
 
     # 5. report
-    run_passes = itertools.chain.from_iterable(missing.values())
-    run_tokens = 0
-    for pair, response in itertools.chain.from_iterable(run_passes):
-        run_tokens += sum(pair.length(prompt, response) for prompt in prompts_run(config))
-    print(speed_summary(run_tokens, seconds, 2 * parameters_run(trunk), device))
+    print(speed_summary(run_tokens.item(), seconds, 2 * parameters_run(trunk), device))
     for i, layer in enumerate(config.layers):
         print(
             f"  layer {layer}: |v| {manifest['norm_v'][i]:.3f}, "
@@ -570,6 +575,16 @@ def count_recorded(examples, config):
     )
 
 
+def count_run(files, config):
+    """How many tokens run through the model for the files {name: passes}."""
+    passes = itertools.chain.from_iterable(files.values())
+    return sum(
+        pair.length(prompt, response)
+        for pair, response in itertools.chain.from_iterable(passes)
+        for prompt in prompts_run(config)
+    )
+
+
 @contextmanager
 def fast_float32():
     """Within the context a GPU multiplies float32 matrices in TF32: 10 bits of mantissa, of which
@@ -600,4 +615,4 @@ def read_statistics(paths, tokens):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, Config, distributed=True)

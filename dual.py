@@ -31,6 +31,7 @@ from common import toy
 from common.checkpoint import Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
 from common.data import RESPONSES, collate, sample, shuffled_batches, split_into_passes
+from common.distributed import goes_on_alone, share_of, sum_gradients
 from common.hf import response_logprobs
 from common.log import TrainingLog, open_log
 from common.score import reward_metrics
@@ -150,9 +151,10 @@ def train(adapters, inputs, config, write_line):
                 "good": sum(len(pairs[i].responses["chosen"]) for i in batch),
                 "bad": sum(len(pairs[i].responses["rejected"]) for i in batch),
             }
-            loss = contrast = 0.0
-            # two inputs a pair
-            for part in split_into_passes(batch, max_lengths, config.tokens_per_pass // 2):
+            loss, contrast = torch.zeros(2, device=model.device)
+            # of several processes each takes its share; two inputs a pair
+            share = share_of(batch)
+            for part in split_into_passes(share, max_lengths, config.tokens_per_pass // 2):
                 some = [pairs[i] for i in part]
                 # One model after the other, so that only one has activations in memory. For each
                 # the other's log π is a constant: the bad model's for the good one, which comes
@@ -172,6 +174,7 @@ def train(adapters, inputs, config, write_line):
                 # both models have the same contrast
                 loss += config.contrast * part_contrast.detach()
                 contrast += part_contrast.detach()
+            sum_gradients(adapters.parameters(), loss, contrast)
             norms = {}
             for name, adapter in adapters.items():
                 norms[f"grad_norm/{name}"] = clip_grad_norm_(adapter.parameters(), 1.0)
@@ -230,6 +233,8 @@ def main(config):
         nll_end, accuracy = validate(*measured)
 
         # 3. save
+        if not goes_on_alone():
+            return
         for name, adapter in adapters.items():
             start, end = nll_start[name], nll_end[name]
             validation = {"nll_start": start, "nll_end": end, "accuracy": accuracy}
@@ -247,4 +252,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, Config, distributed=True)

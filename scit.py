@@ -31,6 +31,7 @@ from common import toy
 from common.checkpoint import Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
 from common.data import RESPONSES, collate, sample, shuffled_batches, split_into_passes
+from common.distributed import goes_on_alone, share_of, sum_gradients
 from common.hf import response_logprobs, token_mean
 from common.log import TrainingLog, open_log
 from common.score import reward_metrics
@@ -167,9 +168,10 @@ def train(adapter, inputs, config, write_line):
             # rounded first: 0.07 * 100 is a little more than 7
             anchored = batch[: math.ceil(round(config.anchor * len(batch), 6))]
             tokens = sum(response_tokens[i] for i in [*batch, *anchored])
-            loss = contrast = 0.0
-            # up to six inputs a pair
-            for part in split_into_passes(batch, max_lengths, config.tokens_per_pass // 6):
+            loss, contrast = torch.zeros(2, device=model.device)
+            # of several processes each takes its share; up to six inputs a pair
+            share = share_of(batch)
+            for part in split_into_passes(share, max_lengths, config.tokens_per_pass // 6):
                 anchors = [pairs[i] for i in part if i in anchored]
                 part_pairs = [pairs[i] for i in part]
                 nll, part_contrast, _ = scit_loss(model, part_pairs, anchors, pad_id, config)
@@ -178,6 +180,7 @@ def train(adapter, inputs, config, write_line):
                 part_loss.backward()
                 loss += part_loss.detach()
                 contrast += part_contrast.detach()
+            sum_gradients(adapter.parameters(), loss, contrast)
             norm = clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -232,6 +235,8 @@ def main(config):
         validation = validate(model, valid, tokenizer.pad_token_id, config)
 
         # 3. save
+        if not goes_on_alone():
+            return
         manifest = {**inputs.manifest, "validation": validation}
         with write_stage(folder / "adapter", "scit", manifest) as new:
             model_name = inputs.settings["model"]
@@ -252,4 +257,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, Config, distributed=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from common.config import Interrupted, TrainingDiverged, UserError, first_line
+from common.distributed import RANK, WORLD_SIZE, gather, is_first, largest
 from common.log import LOG_INTERVAL
 from common.stages import atomic_write, relevant_settings
 
@@ -28,7 +29,8 @@ class Signals:
     where the work can stop. A second signal does not wait."""
 
     def __init__(self):
-        self.received = None
+        # the number of a signal, or 0
+        self.received = 0
         self.previous_handlers = {}
 
     def __enter__(self):
@@ -69,10 +71,13 @@ class Checkpoint(Signals):
         self.interval = 60 * config.checkpoint_minutes
         self.last_saved = time.monotonic()
         self.step = 0
-        if config.restart:
+        if config.restart and is_first():
             self.path.unlink(missing_ok=True)
-        if self.path.exists():
+        if self.path.exists() and not config.restart:
             self.resume()
+        elif not is_first():
+            # other dropout masks than the first process has, for its other examples
+            torch.manual_seed(config.seed + RANK)
 
     def resume(self):
         """Take the state of an interrupted run. UserError if it was one of other settings."""
@@ -102,18 +107,23 @@ class Checkpoint(Signals):
         """Put the saved state into the objects of this run, and set the random generators."""
         for name, part in self.state.items():
             part.load_state_dict(saved[name])
-        torch.set_rng_state(saved["random"])
-        if saved["cuda"] and len(saved["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(saved["cuda"])
+        # those of another number of processes are of no use
+        if len(saved["random"]) == WORLD_SIZE:
+            torch.set_rng_state(saved["random"][RANK])
+        if len(saved["cuda"]) == WORLD_SIZE and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(saved["cuda"][RANK])
         self.step = saved["step"]
 
     def after_step(self, step, loss):
         """To be called after each step, with its loss (a tensor): saves when it is time, at a
         signal and after the last step. Every tenth step, and before it saves, it raises
         TrainingDiverged if the loss is NaN or infinite (after the last step also if the adapter
-        is); more often would make the host wait for the GPU. Interrupted at a signal."""
+        is); more often would make the host wait for the GPU. Interrupted at a signal. What one of
+        several processes finds to be due, all of them do."""
         last = step == self.steps
-        due = last or self.received or time.monotonic() - self.last_saved >= self.interval
+        due = last or time.monotonic() - self.last_saved >= self.interval
+        due, self.received = largest(due, self.received)
+        due = due or self.received
         if due or step % LOG_INTERVAL == 0:
             parameters = self.state["adapter"].parameters()
             if not loss.isfinite():
@@ -132,12 +142,15 @@ class Checkpoint(Signals):
         raise TrainingDiverged(f"{name}: {what} at step {step}: lower --lr")
 
     def save(self, step):
-        """Write the state after a step."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the state after a step, with the random states of all processes."""
         # asking a machine's GPUs for their state would start CUDA in a run on the CPU
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        saved = {"settings": self.settings, "step": step, "cuda": cuda}
-        saved["random"] = torch.get_rng_state()
+        cuda = gather(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else []
+        random = gather(torch.get_rng_state())
+        self.last_saved = time.monotonic()
+        if not is_first():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        saved = {"settings": self.settings, "step": step, "random": random, "cuda": cuda}
         for name, part in self.state.items():
             saved[name] = part.state_dict()
         # torch.save into the file itself would hide a full disk behind another error
@@ -145,7 +158,6 @@ class Checkpoint(Signals):
         torch.save(saved, buffer)
         with atomic_write(self.path) as tmp_path:
             tmp_path.write_bytes(buffer.getbuffer())
-        self.last_saved = time.monotonic()
 
 
 def remove_checkpoints(folder, stage):

@@ -25,6 +25,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
+from common.distributed import WORLD_SIZE, is_first, join
+
 # The two instructions p+ and p-. They differ in their adjectives alone, so that h+ - h- encodes
 # what the adjectives mean and nothing about the form of the sentence.
 POSITIVE = "You are a helpful, honest and polite assistant."
@@ -274,8 +276,10 @@ def decoded(name, text):
         raise UserError(f"--{name}: this is not UTF-8: {text[:60]!r}") from None
 
 
-def run(main, config_class):
+def run(main, config_class, distributed=False):
     """Call main with the settings of the command line, then print time and peak memory.
+
+    distributed: whether torchrun may start it as several processes.
 
     Whatever goes wrong ends with one line on standard error: bad input with exit code 2, a fault
     of the machine with 1, a signal with 130 or 143.
@@ -288,12 +292,19 @@ def run(main, config_class):
             stream.reconfigure(errors="backslashreplace")
 
     def exit_with(code, message):
+        if not is_first():
+            # What the first process says as well needs saying once: torchrun ends the others.
+            time.sleep(2)
         one_line = " ".join(str(message).split())
         print(f"{script}: {one_line}", file=sys.stderr)
         sys.exit(code)
 
     try:
-        main(parse_command_line(config_class))
+        config = parse_command_line(config_class)
+        if WORLD_SIZE > 1 and not distributed:
+            raise UserError("torchrun: this runs in one process, start it with python")
+        join(getattr(config, "device", None))
+        main(config)
     except UserError as error:
         exit_with(2, f"error: {error}")
     except torch.OutOfMemoryError:
@@ -314,7 +325,10 @@ def resume_command():
     """The command line of this process without --restart."""
     module = sys.modules["__main__"].__spec__
     script = ["-m", module.name] if module else [sys.argv[0]]
-    command = shlex.join(["python", *script, *sys.argv[1:]])
+    launcher = ["python"]
+    if WORLD_SIZE > 1:
+        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    command = shlex.join([*launcher, *script, *sys.argv[1:]])
     return re.sub(r" --restart( (?!-)\S+|=\S+)?(?= |$)", "", command)
 
 

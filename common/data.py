@@ -474,6 +474,8 @@ def split_into_passes(batch, lengths, tokens):
     Padding counts. A pass has at least one example. Examples of several passes are sorted by
     length; a batch that fits into one pass keeps its order.
     """
+    if not batch:
+        return []
     if len(batch) * max(lengths[i] for i in batch) <= tokens:
         return [batch]
     passes = [[]]

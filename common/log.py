@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 
 from common.config import UserError, first_line
+from common.distributed import is_first
 from common.stages import versions
 from common.training import speed_summary
 
@@ -19,8 +20,11 @@ def open_log(folder, name, config):
     reports it to the tracker of --report-to.
 
     The first line of a log is the versions. A run that resumes from a checkpoint appends to its
-    log.
+    log. Of several processes the first one alone writes and reports.
     """
+    if not is_first():
+        yield lambda line: None
+        return
     folder.mkdir(parents=True, exist_ok=True)
     resumes = any(folder.glob(f".checkpoint-{name}*"))
     with (

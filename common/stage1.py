@@ -23,6 +23,7 @@ from common.hf import (
 )
 from common.log import check_tracker
 from common.stages import MANIFEST, choose_method, read_stage, verified_path
+from common.training import check_batch_size
 from lora import ADAPTER_WEIGHTS, LoRA, load_adapter
 
 # What the manifests of one run have in common.
@@ -61,6 +62,7 @@ def prepare_stage1(config):
     Where neither --model nor --data is given, the embedded default is used (and made first).
     """
     check_tracker(config.report_to)
+    check_batch_size(config.batch_size)
     device = choose_device(config.device)
     config.dtype = choose_dtype(config.dtype, device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)

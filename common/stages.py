@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from common.config import UserError
+from common.distributed import barrier, is_first
 
 # The version of the files: a stage refuses any other.
 VERSION = 9
@@ -82,8 +83,11 @@ def claim(*folders, wait=False):
 
     The lock ends with the process, however it ends; its file .NAME.lock stays. wait: wait for
     another run, which else is a UserError, as is a folder that is a symbolic link: it could not
-    be replaced as a whole.
+    be replaced as a whole. Of several processes the first one claims for all.
     """
+    if not is_first():
+        yield
+        return
     with ExitStack() as locks:
         for folder in map(Path, folders):
             if folder.is_symlink():
@@ -142,12 +146,19 @@ def write_stage(folder, kind, manifest, depends_on=None, restart=False):
     on; an interrupted run then keeps its files, and one that depends on the same finds them,
     unless it is to restart.
     """
+    resumable = depends_on is not None
+    partial = Path(folder).with_name(f".{Path(folder).name}.partial")
+    if not is_first():
+        # what may be resumed is written by all processes
+        barrier()
+        yield partial
+        return
     folder = recover_folder(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
     if restart:
         shutil.rmtree(partial, ignore_errors=True)
-    resumable = depends_on is not None
     prepare_partial(partial, relevant_settings(depends_on) if resumable else None)
+    if resumable:
+        barrier()
     try:
         yield partial
         write_manifest(partial, kind, manifest)
@@ -221,7 +232,7 @@ def recover_folder(folder):
 def find_folder(folder):
     """The path of a stage folder that is to be read, recovered unless a run is writing it."""
     folder = Path(folder)
-    if folder.with_name(f".{folder.name}.old").exists():
+    if folder.with_name(f".{folder.name}.old").exists() and is_first():
         with contextlib.suppress(UserError), claim(folder):
             recover_folder(folder)
     return folder

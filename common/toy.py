@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from common.chat import render_transcript
 from common.config import NEGATIVE, POSITIVE, UserError, run, setting
 from common.data import collate, shuffled_batches
+from common.distributed import first_process_first
 from common.hf import choose_device
 from common.stages import claim, read_stage, write_stage
 
@@ -455,7 +456,8 @@ def source_or_default(config):
         )
     if config.model:
         return {"model": config.model, "data": config.data}
-    world = ensure_world(Config(out=config.out, seed=config.seed, device=config.device))
+    with first_process_first():
+        world = ensure_world(Config(out=config.out, seed=config.seed, device=config.device))
     return {**world, **getattr(config, "embedded_later", {})}
 
 

@@ -5,6 +5,9 @@ import math
 import torch
 from tqdm import tqdm
 
+from common import distributed
+from common.config import UserError
+
 # FLOPs per second of dense bf16 matrix products, by the data sheets. The first key that is part of
 # the GPU's name counts.
 PEAK_FLOPS = {
@@ -32,6 +35,15 @@ def cosine_with_warmup(steps):
     return lr_lambda
 
 
+def check_batch_size(batch_size):
+    """UserError if there are more processes than examples in a step."""
+    if batch_size < distributed.WORLD_SIZE:
+        raise UserError(
+            f"--batch-size {batch_size}: {distributed.WORLD_SIZE} processes share a step's batch: "
+            "raise it, or lower torchrun's --nproc-per-node"
+        )
+
+
 def progress_bar(description, steps_done, steps):
     """A tqdm bar that yields the numbers of the remaining steps, steps_done + 1 to steps."""
     return tqdm(
@@ -40,6 +52,7 @@ def progress_bar(description, steps_done, steps):
         unit="step",
         initial=steps_done,
         total=steps,
+        disable=not distributed.is_first(),
     )
 
 
@@ -81,20 +94,20 @@ def speed_summary(tokens, seconds, flops_per_token, device):
     model (the backward needs the gradient of the activations alone). What the attention to other
     tokens takes is left out, as is usual:
 
-        MFU = tokens * flops_per_token / (seconds * the GPU's peak of dense bf16 products)
+        MFU = tokens * flops_per_token / (seconds * the GPUs' peak of dense bf16 products)
     """
     rate = tokens / max(seconds, 1e-9)
     summary = f"{tokens:,} tokens in {seconds:.1f} s, {rate:,.0f} tokens/s"
-    if peak := peak_flops(device):
+    if peak := distributed.WORLD_SIZE * peak_flops(device):
         summary += f", MFU {rate * flops_per_token / peak:.2f}"
     return summary
 
 
 def peak_flops(device):
-    """FLOPs per second of dense bf16 products on a GPU, or None where that is not known."""
+    """FLOPs per second of dense bf16 products on a GPU, or 0 where that is not known."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, peak in PEAK_FLOPS.items():
             if part in name:
                 return peak
-    return None
+    return 0

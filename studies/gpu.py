@@ -269,13 +269,13 @@ def pieces_of(config):
         return {
             "tests of the kernel": tests(["tests/test_kernel.py", *few]),
             "benchmark of the kernel, headline and smallest": (
-                ["-m", "kernels.bench", "--shapes", "headline", "dual"],
+                ["-m", "kernel.bench", "--shapes", "headline", "dual"],
                 all_json,
             ),
             **stage_pieces(config, shapes["1b"], ["collect"]),
             "profile of a step": (profile, last_lines),
             "benchmark of the kernel, other shapes": (
-                ["-m", "kernels.bench", "--shapes", "dual" if config.tiny else "width", "scit"],
+                ["-m", "kernel.bench", "--shapes", "dual" if config.tiny else "width", "scit"],
                 all_json,
             ),
         }

@@ -17,8 +17,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.bench_variants import persistent_kernel
-from kernels.representation_loss import loss_kernel, scale_kernel
+from kernel.bench_variants import persistent_kernel
+from kernel.representation_loss import loss_kernel, scale_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 L = 5

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # read when the kernels are imported: without a GPU they run in Triton's interpreter
+    # read when the kernel is imported: without a GPU they run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
 from helpers import (

@@ -17,8 +17,8 @@ import evaluate
 import scit
 from common import toy
 from common.config import Parser
-from kernels import bench
-from kernels.bench_forms import forms
+from kernel import bench
+from kernel.bench_forms import forms
 from studies import (
     bench_pipeline,
     campaign,

@@ -1,13 +1,17 @@
 """Loading, blocks, hidden states and log-probabilities, on random models of several families."""
 
+import importlib
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
     CPU,
+    ROOT,
     go,
     logits_of,
     make_model,
@@ -294,3 +298,18 @@ def test_code_from_a_model_folder_is_never_run(source, refused, tmp_path, monkey
     args = [*stage1_source(source, tmp_path / "out"), *CPU]
     refused(dual, *args, words=["--model", "cannot read its config"])
     assert not (tmp_path / "trace").exists()
+
+
+def test_no_name_of_ours_hides_a_package_from_the_libraries():
+    """Scripts begin the search for modules in this folder, where the libraries would find ours."""
+    ours = [path.stem for path in ROOT.glob("*.py")]
+    ours += [path.parent.name for path in ROOT.glob("*/__init__.py")]
+    assert {"align", "common", "kernel"} <= set(ours)
+    imports = re.compile(rf"^\s*(?:from|import) ({'|'.join(ours)})(?:\.| import|$)", re.MULTILINE)
+    for library in ("transformers", "peft", "bitsandbytes", "accelerate", "safetensors"):
+        folder = Path(importlib.util.find_spec(library).origin).parent
+        for path in folder.rglob("*.py"):
+            # its scripts for tests take a package named as our evaluate.py
+            if "test_utils" not in path.parts:
+                found = imports.search(path.read_text(encoding="utf-8"))
+                assert not found, f"{path} imports {found[1]}"

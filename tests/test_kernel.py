@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 import align
 import collect
 import dual
-from kernels import bytes_moved, representation_loss, response_index, triton_unavailable_reason
-from kernels.bench_variants import VARIANTS, variant
+from kernel import bytes_moved, representation_loss, response_index, triton_unavailable_reason
+from kernel.bench_variants import VARIANTS, variant
 
 # in the package, the name of the module is that of the function
-module = importlib.import_module("kernels.representation_loss")
+module = importlib.import_module("kernel.representation_loss")
 
 NATIVE = torch.cuda.is_available()
 DEVICE = "cuda" if NATIVE else "cpu"
@@ -536,7 +536,7 @@ INTERPRETED = {"loss_kernel", "pick", "scale_kernel", "<module>"}
 
 @both_backends
 def test_few_python_functions_per_step(backend):
-    """A step enters each of these functions at most once, and no other of kernels/."""
+    """A step enters each of these functions at most once, and no other of kernel/."""
     hidden, base, plus, minus, mask = random_case(L=5, D=64, dtype=torch.float32)
     index = response_index(mask)
     alpha = torch.full((5,), 0.5, device=DEVICE)
@@ -544,7 +544,7 @@ def test_few_python_functions_per_step(backend):
 
     def record_call(frame, event, _):
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(str(ROOT / "kernels")):
+        if event == "call" and code.co_filename.startswith(str(ROOT / "kernel")):
             entered.append(code.co_qualname)
 
     sys.setprofile(record_call)
@@ -658,7 +658,7 @@ def test_too_large_hidden_size_is_refused():
 
 ON_THE_CPU = """
 import torch
-from kernels import representation_loss, triton_unavailable_reason
+from kernel import representation_loss, triton_unavailable_reason
 
 h = [torch.ones(1, 1, 4, requires_grad=True)]
 state = [torch.zeros(1, 4)]

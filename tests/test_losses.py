@@ -29,7 +29,7 @@ from common.data import (
 from common.hf import hidden_states, load_model, load_tokenizer
 from common.pairs import parse_row
 from common.stages import read_stage
-from kernels import representation_loss, response_index
+from kernel import representation_loss, response_index
 from lora import LoRA, enable_only, load_adapter
 
 METHODS = {"scit": scit, "dual": dual}

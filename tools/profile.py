@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 
 import align
 from common.config import Interrupted, run, setting
-from kernels import bytes_moved, representation_loss
+from kernel import bytes_moved, representation_loss
 
 # Steps before the trace: compilation and the allocator's first calls stay out.
 WARMUP_STEPS = 2

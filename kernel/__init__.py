@@ -1,7 +1,7 @@
 """The alignment loss, and the map from hidden states [B, S] to collected states [T]."""
 
-# From here on `kernels.representation_loss` is the function, no longer the module of that name.
-from kernels.representation_loss import (
+# From here on `kernel.representation_loss` is the function, no longer the module of that name.
+from kernel.representation_loss import (
     bytes_moved,
     representation_loss,
     response_index,

@@ -1,8 +1,8 @@
 """The alignment loss timed: the fused kernel against plain PyTorch and torch.compile.
 
-    python -m kernels.bench                       all shapes
-    python -m kernels.bench --shapes headline     only the shapes whose names begin with headline
-    python -m kernels.bench --save                also write kernels/results/<GPU>.json
+    python -m kernel.bench                       all shapes
+    python -m kernel.bench --shapes headline     only the shapes whose names begin with headline
+    python -m kernel.bench --save                also write kernel/results/<GPU>.json
 
 On a GPU every form must first agree with float64 on fresh random inputs, in memory that was
 filled with NaN. A form that does not, or that does not compile, gets its error printed and no
@@ -28,8 +28,8 @@ import torch
 
 from common.config import UserError, run, setting
 from common.stages import versions, write_json
-from kernels.bench_forms import Shape, check, forms, prepare
-from kernels.representation_loss import bytes_moved
+from kernel.bench_forms import Shape, check, forms, prepare
+from kernel.representation_loss import bytes_moved
 
 # Bytes per second of a copy on an H100, for predictions where none was measured.
 PREDICTED_COPY_RATE = 3.0e12
@@ -86,7 +86,7 @@ class Config:
         f"shapes, by how their names begin; empty takes all: {', '.join(SHAPES)}",
         group="run",
     )
-    save: bool = setting(False, "also write the JSON to kernels/results/<GPU>.json", group="run")
+    save: bool = setting(False, "also write the JSON to kernel/results/<GPU>.json", group="run")
 
 
 def main(config):
@@ -265,7 +265,7 @@ def count_launches(form, shape):
 def measure_variants(shape, copy_rate):
     """{variant: row} of the fused form launched or written in other ways, see bench_variants.py."""
     # needs Triton
-    from kernels.bench_variants import VARIANTS, variant
+    from kernel.bench_variants import VARIANTS, variant
 
     rows = {}
     for seed, name in enumerate(VARIANTS):

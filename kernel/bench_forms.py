@@ -1,4 +1,4 @@
-"""The forms of the alignment loss that kernels/bench.py compares: their random inputs, the bytes
+"""The forms of the alignment loss that kernel/bench.py compares: their random inputs, the bytes
 that they move, and their check against float64.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.representation_loss import representation_loss, response_index
+from kernel.representation_loss import representation_loss, response_index
 
 ALPHA = 0.5
 SEQUENCE_LENGTH = 512

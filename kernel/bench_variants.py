@@ -1,4 +1,4 @@
-"""Other ways to launch or to write loss_kernel, which kernels/bench.py times beside it.
+"""Other ways to launch or to write loss_kernel, which kernel/bench.py times beside it.
 
 All are correct in Triton's interpreter and compile for an H100 (tests/test_kernel.py). Only a GPU
 can tell which is the fastest; that one then goes into representation_loss.py.
@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 import triton.language as tl
 
-from kernels.representation_loss import jit, loss_kernel, pick
+from kernel.representation_loss import jit, loss_kernel, pick
 
 # Programs of the persistent form for each multiprocessor of a GPU, by warps: as many as an H100
 # holds at width 4,096, by the registers and the shared memory of the compiled code.
@@ -123,6 +123,6 @@ VARIANTS = {
 def variant(name):
     """Within the context, the Triton backend computes the loss by one of VARIANTS."""
     # the package has a function of the module's name
-    module = sys.modules["kernels.representation_loss"]
+    module = sys.modules["kernel.representation_loss"]
     with mock.patch.object(module, "loss_kernel", VARIANTS[name]):
         yield
