@@ -85,8 +85,9 @@ class Config:
     kinds: list[str] | None = setting(None, "model types; empty takes all, and writes the results")
 
 
-def tiny_model(kind):
-    """A random model of a family, its weights widened so that every block matters."""
+def tiny_model(kind, **changes):
+    """A random model of a family, its weights widened so that every block matters. changes: other
+    values of its configuration."""
     known = AutoConfig.for_model(kind).get_text_config().to_dict()
     options = {name: value for name, value in VALUES.items() if name in known}
     names = AutoConfig.for_model(kind).attribute_map
@@ -94,7 +95,7 @@ def tiny_model(kind):
     if "kv_lora_rank" in options:
         # latent attention has as many keys as queries
         options["num_key_value_heads"] = options["num_attention_heads"]
-    options |= {"bos_token_id": 2, **EXTRA.get(kind, {})}
+    options |= {"bos_token_id": 2, **EXTRA.get(kind, {}), **changes}
     if "text_config" in AutoConfig.for_model(kind).to_dict():
         options = {"text_config": options}
     config = AutoConfig.for_model(kind, **options)

@@ -128,7 +128,7 @@ def test_files_and_functions_exist():
 
 
 def test_readme_is_short():
-    assert len(README.split()) <= 2300
+    assert len(README.split()) <= 2150
 
 
 # ---------------------------------------------------------------- figures
@@ -151,6 +151,23 @@ def test_templates_and_families():
 def test_the_frontier_on_a_real_model():
     for task in ("sentiment", "plain"):
         assert frontier_report.markdown(result("frontier")[task]) in RESULTS
+
+
+def test_serving():
+    measured, text = result("serving"), " ".join(RESULTS.split())
+    model = measured["model"]
+    same, prompts = model["same greedy answers"]
+    off = model["adapted, off by, of what the adapter changes"]
+    assert f"over {model['tokens']} tokens of {prompts} prompts" in text
+    assert f"differ by {off:.0e} of what the adapter changes" in text
+    assert model["same likeliest token"] == 1
+    assert f"{same} of {prompts} greedy answers are the same" in text
+    names = {"olmo2": "OLMo 2", "qwen3": "Qwen3"}
+    for row in re.findall(r"^\| (.*) \| yes \| (.*) \| (?:yes|no) \|$", RESULTS, re.M):
+        for kind, figures in measured["families"].items():
+            if names.get(kind, kind.capitalize()) in row[0].split(", "):
+                works = figures.get("adapted, off by, of what the adapter changes", 1) < 2e-3
+                assert works == (row[1] == "yes, same logits"), kind
 
 
 def test_answers_at_several_strengths():
