@@ -35,7 +35,7 @@ from common.collection import Collection, principal_directions
 from common.config import TrainingSettings, UserError, run, setting
 from common.data import shuffled_batches, split_into_passes
 from common.dial import dial, scaled
-from common.distributed import goes_on_alone, share_of, sum_gradients
+from common.distributed import is_first, leave, share_of, sum_gradients
 from common.hf import (
     check_same_model,
     choose_device,
@@ -210,7 +210,7 @@ def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on
             responses = next(batches)
             tokens = sum(collection.recorded_lengths[i] for i in responses)
             loss = torch.zeros((), device=trunk.device)
-            # of several processes each takes its share
+            # this process's share of the batch, whose counts divide the losses
             share = share_of(responses)
             for part in split_into_passes(share, lengths, config.tokens_per_pass):
                 # on a GPU this overlaps with the backward pass before, which is still running
@@ -316,7 +316,9 @@ def main(config, target=None):
                 trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, write_line
             )
         distance_end = measure(alpha)
-        if not goes_on_alone():
+        # the first process alone goes on to measure the KL
+        leave()
+        if not is_first():
             return
 
         # 4. stage 1's adapter is stacked in, so that the original base model is all it needs

@@ -15,7 +15,7 @@ Nothing above the highest target layer is loaded or run ("trunk": a model withou
 
 The responses run in passes, padded batches of three forward passes each. Whole passes fill a shard,
 which becomes one file: one thread records it, a second one writes it while the next is recorded.
-Of several processes (torchrun) each records other files. Writes OUT/METHOD/collect, which is all
+With torchrun the files are divided among the processes. Writes OUT/METHOD/collect, which is all
 that align.py needs besides the base model.
 """
 
@@ -44,7 +44,7 @@ from common.data import (
     sample,
     split_into_passes,
 )
-from common.distributed import goes_on_alone, is_first, share_of, sum_over_processes
+from common.distributed import is_first, leave, share_of, sum_over_processes
 from common.hf import (
     check_ids,
     check_same_model,
@@ -363,11 +363,12 @@ def check_disk(pairs, config, bytes_per_token, folder):
     print(f"{total_gb:.3g} GB to write, {bytes_per_token:,} bytes of states per token")
 
 
-def plan_passes(lengths, tokens_per_pass):
-    """Lists of indices into lengths, one for each forward pass; the longest inputs come first, so
-    that what does not fit in memory shows early."""
+def plan_passes(examples, lengths, tokens_per_pass):
+    """The examples in lists, one for each forward pass; the longest inputs come first, so that what
+    does not fit in memory shows early."""
     # split_into_passes goes from short to long
-    return split_into_passes(range(len(lengths)), lengths, tokens_per_pass)[::-1]
+    parts = split_into_passes(range(len(lengths)), lengths, tokens_per_pass)[::-1]
+    return [[examples[i] for i in part] for part in parts]
 
 
 def plan_shards(passes, sizes, shard_bytes, least):
@@ -394,6 +395,12 @@ def prompts_run(config):
     return ("plain", "plain", "plain")
 
 
+def input_lengths(example, config):
+    """The tokens of the three inputs of an example, (EncodedPair, response): for b, h+ and h-."""
+    pair, response = example
+    return [pair.length(prompt, response) for prompt in prompts_run(config)]
+
+
 def plan_files(examples, config, bytes_per_token):
     """{file name: its passes, lists of (EncodedPair, response)} and the names by split, as they
     stand in the manifest."""
@@ -403,14 +410,8 @@ def plan_files(examples, config, bytes_per_token):
         ("shards", "train", "shard"),
     ):
         names[key] = []
-        lengths = [
-            max(pair.length(prompt, response) for prompt in prompts_run(config))
-            for pair, response in examples[split]
-        ]
-        passes = [
-            [examples[split][i] for i in part]
-            for part in plan_passes(lengths, config.tokens_per_pass)
-        ]
+        lengths = [max(input_lengths(example, config)) for example in examples[split]]
+        passes = plan_passes(examples[split], lengths, config.tokens_per_pass)
         sizes = [count_recorded(part, config) * bytes_per_token for part in passes]
         # many, so that little is lost when a run is interrupted
         least = MIN_SHARDS if split == "train" else 1
@@ -445,7 +446,8 @@ def main(config):
         # 3. what it will take
         width = trunk.config.get_text_config().hidden_size
         bytes_per_token = token_bytes(config, width)
-        check_disk(pairs, config, bytes_per_token, folder)
+        if is_first():
+            check_disk(pairs, config, bytes_per_token, folder)
         examples = {split: examples_of(pairs[split]) for split in pairs}
         tokens = {split: count_recorded(examples[split], config) for split in examples}
         print(
@@ -456,7 +458,7 @@ def main(config):
         example, _ = pairs["train"][0].example(prompt, "chosen")
         print(f"one input: {tokenizer.decode(example)!r}")
 
-        # 4. record, shard by shard: an interrupted run resumes at the first missing one
+        # 4. record, shard by shard: an interrupted run goes on with the missing ones
         files, names = plan_files(examples, config, bytes_per_token)
         manifest = {
             "settings": {**settings, **vars(config)},
@@ -498,11 +500,12 @@ def main(config):
             missing = {name: own[name] for name in own if not (new / name).exists()}
             bar.update(n_passes - sum(map(len, missing.values())))
             record_files(new, missing, run_pass, config, width, device)
-            seconds = time.perf_counter() - start
+            # The tokens of all processes. It also waits for them: then all files are there.
             run_tokens = torch.tensor(count_run(missing, config))
-            # a sum that all processes wait for: now all files are there
             sum_over_processes([run_tokens])
-            if not goes_on_alone():
+            seconds = time.perf_counter() - start
+            leave()
+            if not is_first():
                 return
             if config.base == "instructed":
                 # align then needs no folder of stage 1
@@ -578,11 +581,8 @@ def count_recorded(examples, config):
 def count_run(files, config):
     """How many tokens run through the model for the files {name: passes}."""
     passes = itertools.chain.from_iterable(files.values())
-    return sum(
-        pair.length(prompt, response)
-        for pair, response in itertools.chain.from_iterable(passes)
-        for prompt in prompts_run(config)
-    )
+    examples = itertools.chain.from_iterable(passes)
+    return sum(sum(input_lengths(example, config)) for example in examples)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from common import toy
 from common.checkpoint import Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
 from common.data import RESPONSES, collate, sample, shuffled_batches, split_into_passes
-from common.distributed import goes_on_alone, share_of, sum_gradients
+from common.distributed import is_first, leave, share_of, sum_gradients
 from common.hf import response_logprobs
 from common.log import TrainingLog, open_log
 from common.score import reward_metrics
@@ -152,8 +152,9 @@ def train(adapters, inputs, config, write_line):
                 "bad": sum(len(pairs[i].responses["rejected"]) for i in batch),
             }
             loss, contrast = torch.zeros(2, device=model.device)
-            # of several processes each takes its share; two inputs a pair
+            # this process's share of the batch, whose counts divide the losses
             share = share_of(batch)
+            # two inputs a pair
             for part in split_into_passes(share, max_lengths, config.tokens_per_pass // 2):
                 some = [pairs[i] for i in part]
                 # One model after the other, so that only one has activations in memory. For each
@@ -233,7 +234,8 @@ def main(config):
         nll_end, accuracy = validate(*measured)
 
         # 3. save
-        if not goes_on_alone():
+        leave()
+        if not is_first():
             return
         for name, adapter in adapters.items():
             start, end = nll_start[name], nll_end[name]

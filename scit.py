@@ -30,8 +30,8 @@ from torch.nn.utils import clip_grad_norm_
 from common import toy
 from common.checkpoint import Checkpoint, remove_checkpoints
 from common.config import SourceSettings, TrainingSettings, run, setting
-from common.data import RESPONSES, collate, sample, shuffled_batches, split_into_passes
-from common.distributed import goes_on_alone, share_of, sum_gradients
+from common.data import collate, sample, shuffled_batches, split_into_passes
+from common.distributed import is_first, leave, share_of, sum_gradients
 from common.hf import response_logprobs, token_mean
 from common.log import TrainingLog, open_log
 from common.score import reward_metrics
@@ -55,6 +55,9 @@ INSTRUCTED = (
     ("negative", "chosen"),
     ("positive", "rejected"),
 )
+
+# The two inputs of an anchor, a pair that also comes without an instruction.
+ANCHORED = (("plain", "chosen"), ("plain", "rejected"))
 
 
 @dataclass
@@ -105,8 +108,7 @@ def scit_loss(model, pairs, anchors, pad_id, config):
     P, [n, 2, 2], detached: right and opposite instruction by chosen and rejected response.
     """
     examples = [pair.example(*names) for pair in pairs for names in INSTRUCTED]
-    for pair in anchors:
-        examples += [pair.example("plain", "chosen"), pair.example("plain", "rejected")]
+    examples += [pair.example(*names) for pair in anchors for names in ANCHORED]
     logprobs, mask = response_logprobs(model, collate(examples, pad_id, model.device))
 
     # -log π(r | p, q): the first two of each pair's four examples, and the anchors
@@ -119,6 +121,11 @@ def scit_loss(model, pairs, anchors, pad_id, config):
     P = P[:n].view(-1, 2, 2)
     contrast = contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), config.smoothing)
     return nll, contrast, P.detach()
+
+
+def count_tokens(pair, inputs):
+    """The tokens of some of a pair's inputs, named as in INSTRUCTED."""
+    return sum(pair.length(*names) for names in inputs)
 
 
 @torch.no_grad()
@@ -146,8 +153,8 @@ def train(adapter, inputs, config, write_line):
     lengths = [pair.length("positive", "chosen") for pair in pairs]
     max_lengths = [pair.max_length() for pair in pairs]
     response_tokens = [sum(map(len, pair.responses.values())) for pair in pairs]
-    instructed_tokens = [sum(pair.length(*names) for names in INSTRUCTED) for pair in pairs]
-    plain_tokens = [sum(pair.length("plain", r) for r in RESPONSES) for pair in pairs]
+    instructed_tokens = [count_tokens(pair, INSTRUCTED) for pair in pairs]
+    anchor_tokens = [count_tokens(pair, ANCHORED) for pair in pairs]
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(config.steps))
     checkpoint = Checkpoint(
@@ -169,8 +176,9 @@ def train(adapter, inputs, config, write_line):
             anchored = batch[: math.ceil(round(config.anchor * len(batch), 6))]
             tokens = sum(response_tokens[i] for i in [*batch, *anchored])
             loss, contrast = torch.zeros(2, device=model.device)
-            # of several processes each takes its share; up to six inputs a pair
+            # this process's share of the batch, whose counts divide the losses
             share = share_of(batch)
+            # up to six inputs a pair
             for part in split_into_passes(share, max_lengths, config.tokens_per_pass // 6):
                 anchors = [pairs[i] for i in part if i in anchored]
                 part_pairs = [pairs[i] for i in part]
@@ -187,7 +195,7 @@ def train(adapter, inputs, config, write_line):
             lr = schedule.get_last_lr()[0]
             schedule.step()
             input_tokens = sum(instructed_tokens[i] for i in batch)
-            input_tokens += sum(plain_tokens[i] for i in anchored)
+            input_tokens += sum(anchor_tokens[i] for i in anchored)
             log.after_step(step, input_tokens, loss, contrast=contrast, lr=lr, grad_norm=norm)
             checkpoint.after_step(step, loss)
     adapter.eval()
@@ -235,7 +243,8 @@ def main(config):
         validation = validate(model, valid, tokenizer.pad_token_id, config)
 
         # 3. save
-        if not goes_on_alone():
+        leave()
+        if not is_first():
             return
         manifest = {**inputs.manifest, "validation": validation}
         with write_stage(folder / "adapter", "scit", manifest) as new:

@@ -26,7 +26,8 @@ INPUT_LABELS = {
 
 class Signals:
     """Within the context SIGINT and SIGTERM are only noted; check() then raises Interrupted
-    where the work can stop. A second signal does not wait."""
+    where the work can stop. A second signal does not wait, unless torchrun has started this
+    process: it sends its own after one that has reached us all."""
 
     def __init__(self):
         # the number of a signal, or 0
@@ -40,7 +41,7 @@ class Signals:
         return self
 
     def receive(self, number, frame):
-        if self.received:
+        if self.received and WORLD_SIZE == 1:
             raise KeyboardInterrupt
         self.received = number
 
@@ -48,18 +49,22 @@ class Signals:
         if self.received:
             raise Interrupted(self.received)
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, error, traceback):
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
+        if kind is ConnectionError:
+            # the others have stopped at the same signal
+            self.check()
 
 
 class Checkpoint(Signals):
     """Everything that changes during a training run, saved from time to time and at a signal.
 
-    path: the file, named ".checkpoint-NAME". config: the stage's
-    settings, with steps, checkpoint_minutes and restart. inputs: what the run depends on besides
-    its settings; a checkpoint of other settings or inputs is refused. state: {name: object with
-    state_dict() and load_state_dict()}. The attribute `step` counts the steps already done.
+    path: the file, named ".checkpoint-NAME". config: the stage's settings, with steps,
+    checkpoint_minutes and restart. inputs: what the run depends on besides its settings; a
+    checkpoint of other settings or inputs is refused. state: {name: object with state_dict() and
+    load_state_dict()}. The attribute `step` counts the steps already done. A run may resume with
+    another number of processes, whose sums round differently.
     """
 
     def __init__(self, path, config, inputs, **state):
@@ -73,11 +78,11 @@ class Checkpoint(Signals):
         self.step = 0
         if config.restart and is_first():
             self.path.unlink(missing_ok=True)
-        if self.path.exists() and not config.restart:
-            self.resume()
-        elif not is_first():
+        if not is_first():
             # other dropout masks than the first process has, for its other examples
             torch.manual_seed(config.seed + RANK)
+        if self.path.exists() and not config.restart:
+            self.resume()
 
     def resume(self):
         """Take the state of an interrupted run. UserError if it was one of other settings."""
@@ -108,8 +113,8 @@ class Checkpoint(Signals):
         for name, part in self.state.items():
             part.load_state_dict(saved[name])
         # those of another number of processes are of no use
-        if len(saved["random"]) == WORLD_SIZE:
-            torch.set_rng_state(saved["random"][RANK])
+        if len(saved["random states"]) == WORLD_SIZE:
+            torch.set_rng_state(saved["random states"][RANK])
         if len(saved["cuda"]) == WORLD_SIZE and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(saved["cuda"][RANK])
         self.step = saved["step"]
@@ -118,12 +123,15 @@ class Checkpoint(Signals):
         """To be called after each step, with its loss (a tensor): saves when it is time, at a
         signal and after the last step. Every tenth step, and before it saves, it raises
         TrainingDiverged if the loss is NaN or infinite (after the last step also if the adapter
-        is); more often would make the host wait for the GPU. Interrupted at a signal. What one of
-        several processes finds to be due, all of them do."""
+        is); more often would make the host wait for the GPU. Interrupted at a signal.
+
+        If it is time to save in one of several processes, or a signal has reached one, all of them
+        save at this step. The loss is the sum over the processes, so that they diverge together."""
         last = step == self.steps
         due = last or time.monotonic() - self.last_saved >= self.interval
-        due, self.received = largest(due, self.received)
-        due = due or self.received
+        # a signal that comes later than this counts at the next step
+        due, received = largest(due, self.received)
+        due = bool(due or received)
         if due or step % LOG_INTERVAL == 0:
             parameters = self.state["adapter"].parameters()
             if not loss.isfinite():
@@ -132,8 +140,8 @@ class Checkpoint(Signals):
                 self.raise_diverged(step, "NaN or infinite numbers in the adapter")
         if due:
             self.save(step)
-        if self.received:
-            raise Interrupted(self.received)
+        if received:
+            raise Interrupted(received)
 
     def raise_diverged(self, step, what):
         """Remove the checkpoint, from which no run should resume, and raise TrainingDiverged."""
@@ -150,7 +158,7 @@ class Checkpoint(Signals):
         if not is_first():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        saved = {"settings": self.settings, "step": step, "random": random, "cuda": cuda}
+        saved = {"settings": self.settings, "step": step, "random states": random, "cuda": cuda}
         for name, part in self.state.items():
             saved[name] = part.state_dict()
         # torch.save into the file itself would hide a full disk behind another error

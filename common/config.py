@@ -282,7 +282,7 @@ def run(main, config_class, distributed=False):
     distributed: whether torchrun may start it as several processes.
 
     Whatever goes wrong ends with one line on standard error: bad input with exit code 2, a fault
-    of the machine with 1, a signal with 130 or 143.
+    of the machine with 1, a signal with 130 or 143. (torchrun itself ends with 1.)
     """
     start = time.perf_counter()
     script = Path(sys.argv[0]).name
@@ -293,7 +293,8 @@ def run(main, config_class, distributed=False):
 
     def exit_with(code, message):
         if not is_first():
-            # What the first process says as well needs saying once: torchrun ends the others.
+            # Mostly all processes fail alike. The others wait, so that torchrun has ended them
+            # before they repeat what the first one has said.
             time.sleep(2)
         one_line = " ".join(str(message).split())
         print(f"{script}: {one_line}", file=sys.stderr)
@@ -310,13 +311,18 @@ def run(main, config_class, distributed=False):
     except torch.OutOfMemoryError:
         remedies = [text for name, text in MEMORY_REMEDIES.items() if hasattr(config_class, name)]
         exit_with(1, f"error: out of GPU memory: {', or '.join(remedies) or 'use --device cpu'}")
+    except (ConnectionError, Interrupted) as error:
+        # the first process, or the one that failed, says it for all
+        if not is_first():
+            sys.exit(1)
+        if isinstance(error, Interrupted):
+            exit_with(error.exit_code, f"stopped; to resume: {resume_command()}")
+        exit_with(1, f"error: {error}")
     except (OSError, SafetensorError) as error:
         # safetensors raises its own error when the disk is full
         exit_with(1, f"error: {error}")
     except KeyboardInterrupt:
         exit_with(130, "stopped")
-    except Interrupted as interruption:
-        exit_with(interruption.exit_code, f"stopped; to resume: {resume_command()}")
     seconds = time.perf_counter() - start
     print(f"{script}: {seconds:.0f} s, peak memory {peak_memory() / 1e9:.2f} GB")
 

@@ -3,9 +3,12 @@
     torchrun --nproc-per-node 8 dual.py ...
 
 Each process runs the whole stage: it reads the same pairs, loads the model, and begins with the
-same adapter. Shared out are the examples of each training step, whose gradients are then summed,
-and the files of collect.py. The first process alone prints, logs and writes the result. In a
-process that was started by python everything here does nothing.
+same adapter. Of each training step it takes a share of the examples, but divides by the tokens of
+the whole batch. So the sum of the gradients (not the mean, as in DDP) is the gradient of the batch.
+Every process then makes the same update, and the adapters stay equal without being sent. The files
+of collect.py are shared out, too. The first process alone prints, logs and writes the result.
+
+In a script that python has started there is one process, and every function here is trivial.
 """
 
 import os
@@ -16,9 +19,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# What one process may keep the others waiting, for instance while it makes the embedded default.
+# How long one process may keep the others waiting, as when it makes the embedded default.
 TIMEOUT = timedelta(hours=1)
 
+# torchrun is recognised by a variable of its own: RANK alone is set by many schedulers.
 RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
@@ -28,31 +32,48 @@ def is_first():
     return RANK == 0
 
 
+@contextmanager
+def others_reached():
+    """Within the context, whatever fails is a ConnectionError: the other processes have ended, for
+    the most part."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"the other processes cannot be reached: {reason}") from None
+
+
 def join(device):
-    """Join the other processes, if there are any. On GPUs each takes its own, whose sums go over
-    NCCL; sums on the CPU go over gloo. device: the setting --device."""
+    """Join the other processes, if there are any, and silence all but the first. CUDA tensors are
+    summed by NCCL, CPU tensors by gloo. device: the setting --device."""
     if WORLD_SIZE == 1:
         return
     if not is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    backend = "gloo"
-    if device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+        # what is printed goes nowhere until the process ends
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
+    on_gpus = torch.cuda.is_available() and device != "cpu"
+    with others_reached():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=TIMEOUT)
+
+
+def leave():
+    """Leave the other processes: no sums from here on."""
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
 
 
 def share_of(items):
-    """This process's share of a list: every n-th item, of n processes."""
+    """This process's share of a list: every n-th item, beginning at its rank, of n processes."""
     return items[RANK::WORLD_SIZE]
 
 
 def reduce(tensor, operation):
-    """Reduce a tensor over the processes, in place. ConnectionError if one of them has ended."""
-    try:
+    """Reduce a tensor over the processes, in place."""
+    with others_reached():
         dist.all_reduce(tensor, operation)
-    except RuntimeError:
-        raise ConnectionError("another process of this run has ended") from None
+    if tensor.is_cuda:
+        # NCCL's sum is only queued here: a process that has ended is noticed on the CPU
+        barrier()
 
 
 @torch.no_grad()
@@ -68,13 +89,14 @@ def sum_over_processes(tensors):
 
 
 def sum_gradients(parameters, *losses):
-    """Sum the gradients of some parameters over the processes, and scalar losses with them."""
+    """Replace the gradients of some parameters, and some scalar losses, by their sums over the
+    processes. (The losses are for the log, and for all processes to notice NaN together.)"""
     if WORLD_SIZE == 1:
         return
     parameters = list(parameters)
     for p in parameters:
         if p.grad is None:
-            # this process had no example in this step
+            # No example for this process: the last batch of an epoch may be a small one.
             p.grad = torch.zeros_like(p)
     sum_over_processes([*(p.grad for p in parameters), *losses])
 
@@ -83,18 +105,19 @@ def largest(*numbers):
     """The largest of each of some integers over the processes."""
     if WORLD_SIZE == 1:
         return numbers
-    # on the CPU, so that no process waits for its GPU
+    # on the CPU: waits for the processes, not for their GPUs
     tensor = torch.tensor(numbers)
     reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
 def gather(tensor):
-    """A CPU tensor of every process, in the order of the processes."""
+    """The CPU tensors of all processes, of one shape, by rank."""
     if WORLD_SIZE == 1:
         return [tensor]
     tensors = [torch.empty_like(tensor) for _ in range(WORLD_SIZE)]
-    dist.all_gather(tensors, tensor)
+    with others_reached():
+        dist.all_gather(tensors, tensor)
     return tensors
 
 
@@ -103,16 +126,10 @@ def barrier():
     largest(0)
 
 
-def goes_on_alone():
-    """Part with the other processes. True in the first one, which does the rest alone."""
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-    return is_first()
-
-
 @contextmanager
 def first_process_first():
-    """The other processes enter this context when the first one has left it."""
+    """The first process runs the block, then the others do. (If it fails, they get a
+    ConnectionError.)"""
     if not is_first():
         barrier()
     yield

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import logging as logging_of_python
+import os
 import struct
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, logging
 
 from common.config import UserError, first_line
+from common.distributed import WORLD_SIZE
 
 # The logits made at a time: 256 MB in fp32.
 MAX_LOGITS = 2**26
@@ -60,6 +62,10 @@ masking_utils.find_packed_sequence_indices = lambda position_ids: None
 def choose_device(name):
     """torch.device of a setting; None takes the GPU where there is one. UserError otherwise."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if WORLD_SIZE > 1 and ":" in name:
+        raise UserError(f"--device {name}: torchrun gives each process a GPU of its own")
+    if WORLD_SIZE > 1 and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

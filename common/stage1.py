@@ -67,7 +67,7 @@ def prepare_stage1(config):
     config.dtype = choose_dtype(config.dtype, device)
     config.tokens_per_pass = choose_tokens_per_pass(config.tokens_per_pass, device)
     source = toy.source_or_default(config)
-    # after the embedded default, so that the adapter starts the same whether it was made just now
+    # after the embedded default, which only one process makes: all adapters start the same
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(source["model"])
     config.template = choose_template(config.template, tokenizer)

@@ -3,7 +3,7 @@
 A stage writes a folder (dual.py two) under a temporary name, its `stage.json` (the manifest) last,
 and renames the folder when it is complete, so that a folder with a `stage.json` is a complete one:
 
-    {"kind": "scit", "version": 8, "made_by": {...}, "settings": {...}, "digests": {file: sha256},
+    {"kind": "scit", "version": 9, "made_by": {...}, "settings": {...}, "digests": {file: sha256},
      "inputs": {"model" | "tokenizer" | "chat template" | "pairs": sha256}}
 
 A later stage reads the manifest, checks kind and version, and inherits the settings; it checks the
@@ -79,11 +79,11 @@ def file_digest(path, part_size=2**23):
 
 @contextmanager
 def claim(*folders, wait=False):
-    """Within the context, this process is the only one that writes these stage folders.
+    """Within the context, no other run writes these stage folders.
 
     The lock ends with the process, however it ends; its file .NAME.lock stays. wait: wait for
     another run, which else is a UserError, as is a folder that is a symbolic link: it could not
-    be replaced as a whole. Of several processes the first one claims for all.
+    be replaced as a whole. Of the processes of a run the first one holds the lock for all.
     """
     if not is_first():
         yield
@@ -144,13 +144,15 @@ def write_stage(folder, kind, manifest, depends_on=None, restart=False):
     The dict `manifest`, which the body may still extend, becomes stage.json. After an exception
     the previous folder is still there. depends_on: a dict of everything that the content depends
     on; an interrupted run then keeps its files, and one that depends on the same finds them,
-    unless it is to restart.
+    unless it is to restart. Of several processes, all write into a folder with depends_on, and the
+    first one alone into others.
     """
     resumable = depends_on is not None
     partial = Path(folder).with_name(f".{Path(folder).name}.partial")
     if not is_first():
-        # what may be resumed is written by all processes
-        barrier()
+        # after a wait until the first process has made the folder
+        if resumable:
+            barrier()
         yield partial
         return
     folder = recover_folder(folder)

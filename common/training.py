@@ -36,7 +36,7 @@ def cosine_with_warmup(steps):
 
 
 def check_batch_size(batch_size):
-    """UserError if there are more processes than examples in a step."""
+    """UserError if there are more processes than examples in a full step."""
     if batch_size < distributed.WORLD_SIZE:
         raise UserError(
             f"--batch-size {batch_size}: {distributed.WORLD_SIZE} processes share a step's batch: "

@@ -297,7 +297,7 @@ def test_passes_hold_a_batch_within_a_budget():
 
 def test_passes_are_full_and_begin_with_the_longest():
     lengths = torch.randint(10, 90, (500,), generator=torch.Generator().manual_seed(0)).tolist()
-    passes = collect.plan_passes(lengths, 400)
+    passes = collect.plan_passes(range(500), lengths, 400)
     assert sorted(itertools.chain(*passes)) == list(range(500))
     widths = [max(lengths[i] for i in part) for part in passes]
     assert widths == sorted(widths, reverse=True)

@@ -81,8 +81,8 @@ def token_rewards(model, adapters, method, examples, pad_id):
         batch = collate(inputs, pad_id, model.device)
         with enable_only(adapters.values(), *(adapters[kind] for kind in enabled)):
             dense, mask = response_logprobs(model, batch)
-        logprobs.append([row[marked].tolist() for row, marked in zip(dense, mask)])
-    return [[p - m for p, m in zip(*rows)] for rows in zip(*logprobs)]
+        logprobs.append([row[marked] for row, marked in zip(dense, mask)])
+    return [(plus - minus).tolist() for plus, minus in zip(*logprobs)]
 
 
 @torch.no_grad()
@@ -98,8 +98,8 @@ def token_moves(trunk, adapters, settings, alpha, examples, pad_id):
         for b, p, m in zip(base, plus, minus)
     ]
     lengths = [len(pair.responses[response]) for pair, response in examples]
-    per_response = zip(*(move.split(lengths) for move in moves))
-    return [[row.tolist() for row in rows] for rows in per_response]
+    # L x [T] to [L, T], cut into the tokens of each response
+    return [part.tolist() for part in torch.stack(moves).split(lengths, 1)]
 
 
 def token_texts(tokenizer, ids):
