@@ -1,6 +1,7 @@
 """DPO by TRL on the pairs of a study: the competitor, in a process of its own.
 
     python -m studies.dpo --model out/smollm2 --data pairs.jsonl.gz --to FOLDER --lr 5e-4
+    python -m studies.dpo ... --wrong-labels 0.3       TRL's loss "robust", told that share
 
 Needs `pip install trl`. The LoRA has the size of dual.py's, the learning rate its schedule, and the
 steps the same number of pairs. Writes the adapter as PEFT does, with dpo.json beside it.
@@ -19,6 +20,9 @@ from studies import tasks
 class Config:
     lr: float = setting(5e-4, "peak learning rate: 10% warm-up, then a cosine to 0")
     beta: float = setting(0.1, "β of DPO")
+    wrong_labels: float = setting(
+        0.0, "the share of wrong labels that the loss allows for; 0 is plain DPO", minimum=0
+    )
     steps: int = setting(60, "optimizer steps", minimum=1)
     batch_size: int = setting(8, "pairs in a step", minimum=1)
     model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
@@ -57,6 +61,8 @@ def main(config):
     arguments = DPOConfig(
         output_dir=config.to,
         beta=config.beta,
+        loss_type=["robust" if config.wrong_labels else "sigmoid"],
+        label_smoothing=config.wrong_labels,
         learning_rate=config.lr,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, config.steps // 10),

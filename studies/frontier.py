@@ -2,13 +2,14 @@
 prompting.
 
     python -m studies.frontier --task sentiment --seeds 0 1 2     measures what is missing
+    python -m studies.frontier --wrong-labels 0.3 --methods base DUAL "DPO, lr 0.0005" "robust DPO"
     python -m studies.frontier_report                             table and figure of what is there
 
 A unit is one policy of one task and seed. Its line is appended to studies/results/frontier.jsonl as
-soon as it is measured, and a later call goes on where this one stopped. Every policy gives
-four answers to each of the 128 test prompts; the noise is the same for all policies (see
-studies/sampling.py). A seed draws the pairs
-(see studies/tasks.py), the adapters and the noise.
+soon as it is measured, and a later call goes on where this one stopped. Every policy gives four
+answers to each of the 128 test prompts; the noise is the same for all policies (see
+studies/sampling.py). A seed draws the pairs (see studies/tasks.py), the adapters and the noise.
+With --wrong-labels a share of the training pairs is swapped, drawn by the seed: a task of its own.
 """
 
 import copy
@@ -36,12 +37,15 @@ from common.stages import versions, write_json
 from lora import load_adapter, stack
 from studies import tasks
 from studies.sampling import Policy, encode_prompts, load_sampler, sample_answers
-from studies.shared import RESULTS, machine, quietly
+from studies.shared import RESULTS, machine, quietly, swap_labels
 
 LINES = RESULTS / "frontier.jsonl"
 
 # The answers to each test prompt.
 ANSWERS = 4
+
+# The learning rate of the DPO that knows how many labels are wrong.
+ROBUST_LR = 5e-4
 
 # DPO has as many steps and pairs in a step as dual.py, and three learning rates to choose from.
 DPO_LRS = (2e-4, 5e-4, 1e-3)
@@ -57,6 +61,9 @@ class Config:
     task: str = setting("sentiment", f"one of {', '.join(tasks.TASKS)}")
     seeds: list[int] = setting(None, "seeds to measure; empty takes 0")
     methods: list[str] = setting(None, "methods to measure; empty takes all")
+    wrong_labels: float = setting(
+        0.0, "share of the training pairs that are swapped", minimum=0, maximum=1, group="data"
+    )
     model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
     dtype: str = setting(
         "float32", "of the model; bfloat16 is twice as fast on a CPU that has it", group="run"
@@ -73,10 +80,16 @@ class Experiment:
     def __init__(self, config, seed):
         self.task, self.seed, self.model_folder = config.task, seed, config.model
         self.scorer = tasks.TASKS[config.task].score
+        # those of stage 1 that differ from its defaults
+        self.stage1_settings = {}
         self.dtype = config.dtype
         # another model, another folder
         self.digest = model_digest(config.model)[:12]
-        self.out = Path(config.work) / f"{self.digest}-{config.dtype}" / f"{config.task}-{seed}"
+        # the task's name in the lines
+        self.name, self.wrong_labels = config.task, config.wrong_labels
+        if self.wrong_labels:
+            self.name += f", {self.wrong_labels:.0%} wrong labels"
+        self.out = Path(config.work) / f"{self.digest}-{config.dtype}" / f"{self.name}-{seed}"
         self.out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = load_tokenizer(config.model)
         self.model = load_sampler(config.model, config.dtype)
@@ -88,6 +101,10 @@ class Experiment:
             if not self.pairs.exists():
                 folder = str(self.pairs.parent)
                 tasks.main(tasks.Config(config.model, seed, config.dtype, folder))
+        if self.wrong_labels:
+            rows = swap_labels(tasks.read_rows(self.pairs), self.wrong_labels, seed)
+            self.pairs = self.out / f"swapped-{self.pairs.name}"
+            tasks.write_rows(self.pairs, rows)
 
     # what is trained, once
 
@@ -106,7 +123,7 @@ class Experiment:
         paths = sorted(self.out.rglob("seconds.json"))
         return {str(p.parent.relative_to(self.out)): json.loads(p.read_text()) for p in paths}
 
-    def stage1(self, stage, **settings):
+    def stage1(self, stage):
         name = stage.__name__
         # the last one that the stage writes
         folder = self.out / name / ("bad" if name == "dual" else "adapter")
@@ -114,7 +131,7 @@ class Experiment:
             positive, negative = tasks.TASKS[self.task].instructions
             source = {"model": self.model_folder, "data": [str(self.pairs)], "dtype": self.dtype}
             source |= {"positive": positive, "negative": negative}
-            self.run_stage(stage, **source, **settings)
+            self.run_stage(stage, **source, **self.stage1_settings)
 
     def load(self, folder):
         return load_adapter(self.out / folder, self.model.base_model)
@@ -124,21 +141,24 @@ class Experiment:
         self.stage1(dual)
         return self.load("dual/good"), self.load("dual/bad")
 
+    def variant(self, name, **settings):
+        """The Experiment of the same pairs whose DUAL has other settings in stage 1."""
+        other = copy.copy(self)
+        other.out = self.out / name
+        other.stage1_settings = settings
+        return other
+
     def without_contrast(self):
         """The Experiment of the same pairs whose DUAL has no contrast, as in the paper."""
-        other = copy.copy(self)
-        other.out = self.out / "without-contrast"
-        other.stage1(dual, contrast=0.0)
-        return other
+        return self.variant("without-contrast", contrast=0.0)
 
     def as_published(self):
         """AdapterWeights of RAHF-DUAL with the authors' settings: no contrast, LoRA on q and v,
         some blocks of the middle third, α 5."""
-        other = copy.copy(self)
-        other.out = self.out / "published"
         targets = {"lora_targets": "q_proj,v_proj"}
+        other = self.variant("published", contrast=0.0, **targets)
         if not (other.out / "dual" / "align" / "stage.json").exists():
-            other.stage1(dual, contrast=0.0, **targets)
+            other.stage1(dual)
             other.run_stage(collect, method="dual", layers=["middle"])
             other.run_stage(align, method="dual", alpha=5.0, **targets)
         return other.load("dual/align")
@@ -154,17 +174,19 @@ class Experiment:
             (self.out / method / "align").rename(folder)
         return self.load(f"{method}/align-{layers}")
 
-    def dpo(self, lr):
-        folder = self.out / f"dpo-{lr:g}"
+    def dpo(self, lr, wrong_labels=0.0):
+        """AdapterWeights of DPO; with wrong_labels by the loss that allows for that share."""
+        name = "robust-dpo" if wrong_labels else "dpo"
+        folder = self.out / f"{name}-{lr:g}"
         if not (folder / "dpo.json").exists():
             command = [sys.executable, "-m", "studies.dpo", "--model", self.model_folder]
             command += ["--data", str(self.pairs), "--to", str(folder), "--lr", str(lr)]
-            command += ["--dtype", self.dtype]
+            command += ["--dtype", self.dtype, "--wrong-labels", str(wrong_labels)]
             steps, batch_size = dual.Config.steps, dual.Config.batch_size
             command += ["--steps", str(steps), "--batch-size", str(batch_size)]
             start = time.perf_counter()
             subprocess.run([*command, "--seed", str(self.seed)], check=True)
-            self.add_seconds(f"dpo {lr:g}", time.perf_counter() - start)
+            self.add_seconds(f"{name} {lr:g}", time.perf_counter() - start)
         return load_adapter(folder, self.model.base_model)
 
     def settings(self):
@@ -204,6 +226,9 @@ class Experiment:
         }
         for lr in DPO_LRS:
             methods[f"DPO, lr {lr:g}"] = (lambda scale, lr=lr: of(self.dpo(lr), scale), DPO_SCALES)
+        if self.wrong_labels:
+            robust = functools.partial(self.dpo, ROBUST_LR, self.wrong_labels)
+            methods["robust DPO"] = (lambda scale: of(robust(), scale), DPO_SCALES)
         methods |= {
             "weights": (weights, LAMBDAS),
             "logits": (logits, LAMBDAS),
@@ -312,23 +337,23 @@ def measure_missing(config, seed):
     experiment = Experiment(config, seed)
     if any(line["digest"] != experiment.digest for line in lines.values()):
         raise UserError(f"--model {config.model}: {LINES} has figures of another model")
-    same_run = [line for key, line in lines.items() if key[:2] == (config.task, seed)]
+    same_run = [line for key, line in lines.items() if key[:2] == (experiment.name, seed)]
     if any(line["dtype"] != config.dtype for line in same_run):
         raise UserError(f"--dtype {config.dtype}: {LINES} has figures of this seed in another one")
     made = {"digest": experiment.digest, "dtype": config.dtype}
     made |= {"machine": machine(), "versions": versions()}
     if not config.methods or BEST_OF_N in config.methods:
-        missing = [n for n in BEST_OF if (config.task, seed, BEST_OF_N, n) not in lines]
+        missing = [n for n in BEST_OF if (experiment.name, seed, BEST_OF_N, n) not in lines]
         for n, figures in experiment.measure_best_of().items() if missing else ():
             if n in missing:
-                line = {"task": config.task, "seed": seed, "method": BEST_OF_N, "strength": n}
+                line = {"task": experiment.name, "seed": seed, "method": BEST_OF_N, "strength": n}
                 append_line({**line, **figures, **made})
     for (method, strength), make_policy in experiment.policies().items():
-        key = (config.task, seed, method, strength)
+        key = (experiment.name, seed, method, strength)
         if key in lines or (config.methods and method not in config.methods):
             continue
         policy = make_policy()
-        line = {"task": config.task, "seed": seed, "method": method, "strength": strength}
+        line = {"task": experiment.name, "seed": seed, "method": method, "strength": strength}
         line["seconds of stages"] = experiment.seconds()
         line |= {**experiment.measure(policy), "settings": experiment.settings(), **made}
         append_line(line)

@@ -114,7 +114,7 @@ def summarize(figures):
             rows.append(row)
     methods = [name for name, values in figures.strengths.items() if max(values) > 0]
     budgets = figures.at_budgets(methods)
-    dpo = [name for name in methods if name.startswith("DPO")]
+    dpo = [name for name in methods if "DPO" in name]
     differences = {}
     for method in methods:
         for budget in BUDGETS:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import random
 import sys
 import time
 from pathlib import Path
@@ -59,6 +60,16 @@ class World:
                 self.model, adapter, self.tokenizer, self.pairs, prompt, scoring
             )
         return report
+
+
+def swap_labels(rows, share, seed):
+    """The rows with chosen and rejected exchanged in a random share of the training ones."""
+    train = [i for i, row in enumerate(rows) if row["split"] == "train"]
+    swapped = list(rows)
+    for i in random.Random(seed).sample(train, round(share * len(train))):
+        row = rows[i]
+        swapped[i] = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    return swapped
 
 
 # ---------------------------------------------------------------- result files

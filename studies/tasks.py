@@ -268,6 +268,13 @@ def read_rows(path):
     return [json.loads(line) for line in text.splitlines()]
 
 
+def write_rows(path, rows):
+    """Write a pairs file."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # without a time, so that the same rows give the same bytes
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
 def draw_answers(model, tokenizer, prompts, count, seed):
     """The texts of `count` answers of the base to each prompt: lists of texts."""
     encoded = encode_prompts(tokenizer, prompts)
@@ -292,9 +299,7 @@ def main(config):
     folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         path = folder / f"{task}-{config.seed}.jsonl.gz"
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[task])
-        # without a time, so that the same rows give the same bytes
-        path.write_bytes(gzip.compress(text.encode(), mtime=0))
+        write_rows(path, rows[task])
         counts = {split: sum(row["split"] == split for row in rows[task]) for split in splits}
         print(f"wrote {path}: {counts}")
 

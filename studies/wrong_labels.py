@@ -19,7 +19,6 @@ import io
 import json
 import math
 import multiprocessing
-import random
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ from common.hf import load_model, load_tokenizer, response_logprobs
 from common.stages import write_json
 from common.training import cosine_with_warmup
 from lora import AdapterWeights, LoRA, enable_only, load_adapter, stack
-from studies.shared import RESULTS, processor, quietly, write_result
+from studies.shared import RESULTS, processor, quietly, swap_labels, write_result
 
 METHODS = ("dual", "scit")
 # The seeds of each phase, and how often every answer is sampled.
@@ -112,16 +111,6 @@ class Config:
 # ---------------------------------------------------------------- one seed, one share
 
 
-def swap(rows, share, seed):
-    """The rows with chosen and rejected exchanged in a random share of the training ones."""
-    train = [i for i, row in enumerate(rows) if row["split"] == "train"]
-    swapped = list(rows)
-    for i in random.Random(seed).sample(train, round(share * len(train))):
-        row = rows[i]
-        swapped[i] = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-    return swapped
-
-
 def dpo_loss(model, adapter, pairs, pad_id, beta=0.1):
     """The DPO loss (Rafailov et al. 2023), mean over the pairs; π sums over tokens:
 
@@ -157,7 +146,7 @@ class Experiment:
         world = toy.ensure_world(world_config)
         source_lines = Path(world["data"][0]).read_text().splitlines()
         rows = [json.loads(line) for line in source_lines]
-        lines = [json.dumps(row) + "\n" for row in swap(rows, share, seed)]
+        lines = [json.dumps(row) + "\n" for row in swap_labels(rows, share, seed)]
         (self.out / "pairs.jsonl").write_text("".join(lines))
         self.source = {"model": world["model"], "data": [str(self.out / "pairs.jsonl")]}
 

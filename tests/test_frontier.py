@@ -4,6 +4,7 @@ correlation, common noise, exact KL, interpolation."""
 import gzip
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from common.answers import kl_to_base
 from common.config import UserError
 from common.data import encode_pairs
 from common.pairs import Pair
-from studies import corr, frontier, frontier_report, signal, smollm2, tasks
+from studies import corr, frontier, frontier_report, shared, signal, smollm2, tasks
 from studies.sampling import Policy, sample_answers
 
 
@@ -207,14 +208,37 @@ def test_a_frontier_measures_what_is_missing(small_study):
     frontier_report.markdown(frontier_report.summarize(frontier_report.Figures(lines, "plain")))
 
 
-def test_the_signal_of_everything_that_is_trained(small_study, monkeypatch):
+def test_wrong_labels_are_a_task_of_their_own(small_study, tmp_path):
+    small_study.wrong_labels, small_study.methods = 0.5, ["base"]
+    frontier.measure_missing(small_study, 0)
+    assert list(frontier.read_lines()) == [("plain, 50% wrong labels", 0, "base", 0.0)]
+    [swapped] = Path(small_study.work).rglob("swapped-plain-0.jsonl.gz")
+    before = tasks.read_rows(tmp_path / "pairs" / "plain-0.jsonl.gz")
+    after = tasks.read_rows(swapped)
+    changed = [b != a for b, a in zip(before, after)]
+    training = [row["split"] == "train" for row in before]
+    assert sum(changed) == round(0.5 * sum(training))
+    assert all(t for c, t in zip(changed, training) if c)
+    for b, a in zip(before, after):
+        assert {b["chosen"], b["rejected"]} == {a["chosen"], a["rejected"]}
+
+
+def test_the_signal_of_everything_that_is_trained(small_study, monkeypatch, tmp_path):
     monkeypatch.setattr(signal, "DPO_LRS", ())
+    monkeypatch.setattr(signal, "VARIANTS", {"γ 0": {"contrast": 0.0}})
+    monkeypatch.setattr(signal, "RESULTS", tmp_path)
+    monkeypatch.setattr(shared, "RESULTS", tmp_path)
     settings = {"task": "plain", "model": small_study.model, "work": small_study.work}
     figures = signal.measure(signal.Config(**settings))
-    assert len(figures) == 1 + 2 * 5
+    assert len(figures) == 1 + 2 * 2 + 2
     for values in figures.values():
         assert -1 <= values["corr"] <= 1
         assert values["spread"] > 0
+    pair, other = figures["good against bad"], figures["good against bad, γ 0"]
+    assert pair["corr"] != other["corr"]
+    # a later call measures nothing again
+    monkeypatch.setattr(signal.Signal, "measure", None)
+    assert signal.measure(signal.Config(**settings)) == figures
 
 
 # ---------------------------------------------------------------- what is missing

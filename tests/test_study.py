@@ -14,7 +14,9 @@ from common import toy
 from common.data import encode_pairs
 from common.pairs import parse_row
 from lora import load_adapter
+from studies import shared, start
 from studies import wrong_labels as study
+from studies.shared import swap_labels
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +31,13 @@ def test_swap_exchanges_that_share_of_the_training_rows_alone():
     for i in range(70):
         split = "train" if i < 50 else "test"
         rows.append({"chosen": f"good {i}", "rejected": f"bad {i}", "split": split})
-    swapped = study.swap(rows, 0.3, seed=1)
+    swapped = swap_labels(rows, 0.3, seed=1)
     wrong = [i for i in range(70) if swapped[i] != rows[i]]
     assert len(wrong) == 15 and max(wrong) < 50 and wrong != list(range(15))
     for i in wrong:
         assert swapped[i] == {"chosen": f"bad {i}", "rejected": f"good {i}", "split": "train"}
-    assert study.swap(rows, 0.3, seed=1) == swapped
-    assert study.swap(rows, 0.0, seed=1) == rows
+    assert swap_labels(rows, 0.3, seed=1) == swapped
+    assert swap_labels(rows, 0.0, seed=1) == rows
 
 
 @torch.no_grad()
@@ -159,3 +161,34 @@ def test_scores_are_kept_and_resumed(tmp_path):
         scores.add("sft 75", str, 75)
         assert experiment.calls == calls
         assert scores["sft 75"]["of"] == "75" and scores["base"]["of"] is None
+
+
+# ---------------------------------------------------------------- align's start
+
+
+def test_the_cut_is_the_best_approximation_of_its_rank():
+    model = make_model("llama")
+    weights = random_adapter(model, rank=6, alpha=9).weights()
+    for rank in (2, 6):
+        cut = start.cut_to_rank(weights, rank)
+        for name, (A, B) in weights.tensors.items():
+            delta = (weights.alpha / weights.rank) * B @ A
+            U, S, Vh = torch.linalg.svd(delta)
+            expected = U[:, :rank] * S[:rank] @ Vh[:rank]
+            low_A, low_B = cut.tensors[name]
+            assert low_A.shape[0] == low_B.shape[1] == cut.rank == rank
+            torch.testing.assert_close(cut.alpha / cut.rank * low_B @ low_A, expected)
+
+
+def test_the_study_of_starts(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "RESULTS", tmp_path)
+    start.main(start.Config(out=str(copy), steps=20))
+    result = json.loads((tmp_path / "start.json").read_text())
+    # the base is α |v| away from its target
+    manifest = json.loads((copy / "dual" / "collect" / "stage.json").read_text())
+    assert result["base"] == pytest.approx(result["alpha"] * manifest["norm_v"][0], rel=0.2)
+    for name in ("trained from nothing", "trained from the cut sum"):
+        losses = result[name]["losses"]
+        assert list(losses) == ["10", "20"]
+    trained = result["trained from nothing"]["distance"]
+    assert trained < result["base"]

@@ -1,0 +1,129 @@
+"""What does align.py's training add to arithmetic with stage 1's weights?
+
+    python dual.py --model out/smollm2 --data studies/pairs/sentiment-0.jsonl.gz --out out/real
+    python collect.py --out out/real
+    python -m studies.start --out out/real
+
+To first order base + α (good - bad) has the hidden states that align.py trains for. Distances of
+validation states to the target b + α (h+ - h-), in all target layers: of the base, of this sum, of
+the sum cut to the rank of align's LoRA, and of the adapter trained from nothing and from the cut
+sum. Writes studies/results/start.json.
+"""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import align
+from common.config import run, setting
+from common.dial import scaled
+from common.hf import choose_device, choose_tokens_per_pass, load_tokenizer, load_trunk
+from lora import AdapterWeights, LoRA, load_adapter, stack
+from studies.shared import write_result
+
+
+@dataclass
+class Config:
+    out: str = setting("out/real", "folder of dual.py and collect.py")
+    strength: float = setting(align.STRENGTH, "ρ of the target")
+    steps: int = setting(align.DEFAULTS["steps"], "steps of both trainings", minimum=1)
+
+
+def cut_to_rank(weights, rank):
+    """The AdapterWeights of the best approximation of each s B A of a given rank: its largest
+    singular values. They are shared out evenly between A and B."""
+    tensors = {}
+    for name, (A, B) in weights.tensors.items():
+        # B A = Q_B (R_B R_A^T) Q_A^T: the singular values are those of a small matrix
+        Q_A, R_A = torch.linalg.qr(A.T)
+        Q_B, R_B = torch.linalg.qr(B * (weights.alpha / weights.rank))
+        U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+        root = S[:rank].sqrt()
+        tensors[name] = (root[:, None] * (Vh[:rank] @ Q_A.T), (Q_B @ U[:, :rank]) * root)
+    # scale 1
+    return AdapterWeights(tensors, rank, alpha=rank)
+
+
+class Study:
+    """The collection of a run, its trunk, and the target."""
+
+    def __init__(self, config):
+        device = choose_device("cpu")
+        settings = align.Config(out=config.out, method="dual", strength=config.strength)
+        settings.steps = config.steps
+        self.manifest = manifest = align.complete_settings(settings)
+        settings.tokens_per_pass = choose_tokens_per_pass(None, device)
+        settings.backend = "torch"
+        self.settings, self.folder = settings, Path(config.out) / "dual"
+        self.alpha = align.choose_alpha(settings, manifest["ratio"])
+        pad_id = load_tokenizer(settings.model).pad_token_id
+        self.collection, self.validation = (
+            align.open_collection(self.folder / "collect", manifest, key, settings.layers, pad_id)
+            for key in ("shards", "validation_shards")
+        )
+        n_blocks, dtype = settings.layers[-1] + 1, manifest["settings"]["dtype"]
+        self.trunk = load_trunk(settings.model, n_blocks, dtype, device)
+
+    def distance(self, adapter):
+        """Mean distance of the validation states to the target; adapter None: of the base."""
+        adapter = adapter or LoRA(self.trunk).eval()
+        tokens = self.settings.tokens_per_pass
+        distances = align.validation_distances(
+            self.trunk, adapter, self.validation, self.alpha, tokens
+        )
+        return sum(distances) / len(distances)
+
+    def measure(self, weights):
+        """The distance with some AdapterWeights."""
+        adapter = LoRA(self.trunk, weights=weights).eval()
+        distance = self.distance(adapter)
+        adapter.remove()
+        return distance
+
+    def train(self, weights=None):
+        """Train an adapter, from weights or from nothing. Returns {step: loss} and the distance at
+        the end."""
+        torch.manual_seed(self.settings.seed)
+        adapter = LoRA(self.trunk, weights=weights)
+        losses = {}
+
+        def write_line(line):
+            losses[line["step"]] = line["loss"]
+
+        path = self.folder / ".checkpoint-start"
+        path.unlink(missing_ok=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            target = (self.trunk, adapter, self.collection, self.alpha)
+            align.train(*target, self.settings, path, {}, write_line)
+        path.unlink(missing_ok=True)
+        distance = self.distance(adapter)
+        adapter.remove()
+        return {"losses": losses, "distance": distance}
+
+
+def main(config):
+    study = Study(config)
+    good, bad = (load_adapter(study.folder / name, study.trunk) for name in ("good", "bad"))
+    total = stack(scaled(good, study.alpha), scaled(bad, -study.alpha))
+    rank = study.settings.lora_rank
+    cut = cut_to_rank(total, rank)
+    result = {"strength": config.strength, "alpha": study.alpha, "layers": study.settings.layers}
+    result["rank of the sum, and cut to"] = [total.rank, rank]
+    measures = {
+        "base": lambda: study.distance(None),
+        "base + α (good - bad)": lambda: study.measure(total),
+        "the same, cut": lambda: study.measure(cut),
+        "trained from nothing": study.train,
+        "trained from the cut sum": lambda: study.train(cut),
+    }
+    for name, measure in measures.items():
+        result[name] = measure()
+        print(f"{name}: {result[name]}", flush=True)
+        write_result("start", result)
+
+
+if __name__ == "__main__":
+    run(main, Config)
