@@ -9,12 +9,11 @@ On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same
     loss = mean over target layers l and recorded tokens of
            || A(π_lora, <q, r>, l) - (b_l + α (h+_l - h-_l)) ||_2
 
-Two things go beyond the paper. The best α differs between models, the best strength ρ less so:
-α = ρ / mean(|v_l| / |b_l|) with v = h+ - h-, so that states move by a share ρ of their length on
-average. And --rank projects v on the layer's top principal directions U: v U^T U.
-
-How strong an adapter comes out is hard to know beforehand, so the last step scales it: --kl says
-how many nats its answers may be from those of the base (see common/dial.py).
+Three things are ours. --strength ρ names the share of their length by which states move on
+average, α = ρ / mean(|v|/|b|) with v = h+ - h-, because the best α differs more between models.
+--rank k projects v on each layer's top k principal directions U [k, D]: v U^T U. And the last step
+scales the adapter until its answers are --kl nats from the base's (see common/dial.py): how strong
+one comes out is hard to know beforehand.
 
 The LoRA is on blocks 0 to the highest target layer; nothing above is loaded or run ("trunk" means
 a model without its head). One collection serves many α. Writes OUT/METHOD/align, a PEFT adapter for
@@ -171,7 +170,6 @@ def read_batch(collection, indices, trunk, adapter):
     the adapter off."""
     batch = collection.read(indices, trunk.device)
     if batch.base is None:
-        # of this one adapter enable none
         with torch.no_grad(), enable_only([adapter]):
             states = hidden_states(trunk, collection.layers, batch.ids)
         batch.base = [h.flatten(0, 1).index_select(0, batch.positions) for h in states]
@@ -179,16 +177,18 @@ def read_batch(collection, indices, trunk, adapter):
 
 
 @torch.no_grad()
-def validation_distances(trunk, adapter, validation, alpha, tokens_per_pass):
-    """Mean over validation tokens of || h - (b + α v) ||, per layer: list of L floats."""
+def validation_distances(trunk, adapter, validation, alpha, config):
+    """Mean over validation tokens of || h - (b + α v) ||, per layer: list of L floats. config: with
+    tokens_per_pass and backend."""
     norms = []
     everything = range(len(validation.responses))
-    for part in split_into_passes(everything, validation.lengths, tokens_per_pass):
+    for part in split_into_passes(everything, validation.lengths, config.tokens_per_pass):
         batch = read_batch(validation, part, trunk, adapter)
         hidden = hidden_states(trunk, validation.layers, batch.ids)
         index = response_index(batch.recorded)
         states = (batch.base, batch.plus, batch.minus)
-        norms.append(representation_loss(hidden, *states, index, alpha)[1])  # [L, T]
+        _, part_norms = representation_loss(hidden, *states, index, alpha, backend=config.backend)
+        norms.append(part_norms)  # [L, T]
     return torch.cat(norms, 1).mean(1).tolist()
 
 
@@ -207,13 +207,13 @@ def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on
     adapter.train()
     with checkpoint:
         for step in bar:
-            responses = next(batches)
-            tokens = sum(collection.recorded_lengths[i] for i in responses)
+            indices = next(batches)
+            recorded = sum(collection.recorded_lengths[i] for i in indices)
             loss = torch.zeros((), device=trunk.device)
-            # this process's share of the batch, whose counts divide the losses
-            share = share_of(responses)
+            # this process's share; the loss is divided by the count of the whole batch
+            share = share_of(indices)
             for part in split_into_passes(share, lengths, config.tokens_per_pass):
-                # on a GPU this overlaps with the backward pass before, which is still running
+                # on a GPU the backward pass before may still be running meanwhile
                 batch = read_batch(collection, part, trunk, adapter)
                 # || A(π_lora, <q, r>, l) - (b + α (h+ - h-)) ||: L x [B, S, D] against L x [T, D].
                 # To change the loss, edit torch_loss in kernel/ and take --backend torch.
@@ -226,7 +226,7 @@ def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on
                     response_index(batch.recorded),
                     alpha,
                     kind=config.kind,
-                    denom=len(layers) * tokens,
+                    denom=len(layers) * recorded,
                     backend=config.backend,
                 )
                 part_loss.backward()
@@ -237,7 +237,7 @@ def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on
             norm = clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            input_tokens = sum(lengths[i] for i in responses)
+            input_tokens = sum(lengths[i] for i in indices)
             log.after_step(step, input_tokens, loss, lr=config.lr, grad_norm=norm)
             checkpoint.after_step(step, loss)
     adapter.eval()
@@ -303,19 +303,19 @@ def main(config, target=None):
         print_plan(config, alpha, ratios, shares, manifest, collection, trunk, adapter)
 
         # 3. train
-        def measure(alpha):
-            return validation_distances(trunk, adapter, validation, alpha, config.tokens_per_pass)
+        def distances(at_alpha):
+            return validation_distances(trunk, adapter, validation, at_alpha, config)
 
         checkpoint_path = target.with_name(f".checkpoint-{target.name}")
         depends_on = {**collected, "chosen_alpha": alpha, "collected": manifest["digests"]}
-        # what the model's rounding alone makes: α 0, and the adapter changes nothing yet
-        distance_floor = measure(0.0)
-        distance_start = measure(alpha)
+        # at α 0 the target is b, and the new adapter changes nothing: what is left is rounding
+        distance_floor = distances(0.0)
+        distance_start = distances(alpha)
         with open_log(target.parent, target.name, config) as write_line:
             train(
                 trunk, adapter, collection, alpha, config, checkpoint_path, depends_on, write_line
             )
-        distance_end = measure(alpha)
+        distance_end = distances(alpha)
         # the first process alone goes on to measure the KL
         leave()
         if not is_first():
@@ -432,14 +432,13 @@ def choose_strength(config, recorded, folder):
 
     recorded: the settings that the embedded default brings for this stage, {} for other models.
     """
-    asked = (config.kl, config.strength, config.alpha) != (None, None, None)
     if config.alpha is not None:
         recorded = {name: value for name, value in recorded.items() if name != "strength"}
     fill(config, DEFAULTS, recorded, folder)
     if config.strength is None and config.alpha is None:
+        # nothing says how strong: train at the default ρ, then scale to --kl
         config.strength = STRENGTH
-        if not asked:
-            config.kl = KL
+        config.kl = config.kl or KL
 
 
 def project_on_directions(collection, validation, config, device):

@@ -7,16 +7,19 @@ For each response r, chosen and rejected, and each target layer l, at the same t
 
     SCIT:  h+ = A(π_scit, <p+, q, r>, l)    h- = A(π_scit, <p-, q, r>, l)
     DUAL:  h+ = A(π_good, <q, r>, l)        h- = A(π_bad, <q, r>, l)
-    base:  b  = A(π_base, <q, r>, l)        what align.py will move by α (h+ - h-)
+    base:  b  = A(π_base, <q, r>, l)        what align.py will move by α (h+ - h-); with --base
+                                            instructed that of the SCIT or the good model
 
 A(π, x, l) is the output of decoder block l, counted from 0. The states are recorded at the
 response's tokens and at the last prompt token, whose state predicts the response's first token.
+h+ - h- compares two models (or instructions) on the same tokens, not r_h with r_l. The paper
+instructs DUAL's models, too (--stimulus instructed); its code leaves the last prompt token out.
 Nothing above the highest target layer is loaded or run ("trunk": a model without its head).
 
-The responses run in passes, padded batches of three forward passes each. Whole passes fill a shard,
-which becomes one file: one thread records it, a second one writes it while the next is recorded.
-With torchrun the files are divided among the processes. Writes OUT/METHOD/collect, which is all
-that align.py needs besides the base model.
+The responses run in passes: a pass is a padded batch of them, run once each for b, h+ and h-.
+Whole passes fill a shard, which becomes one file: one thread records it, a second one writes it
+while the next is recorded. With torchrun the files are divided among the processes. Writes
+OUT/METHOD/collect, which is all that align.py needs besides the base model.
 """
 
 import itertools
@@ -62,13 +65,13 @@ from common.stages import atomic_write, claim, fill, inherit, next_command, writ
 from common.training import memory_summary, parameters_run, speed_summary
 from lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, enable_only
 
-# some hundred pairs are enough, and the states of more take much disk space
+# a few hundred pairs are enough; the states of more take much disk space
 LIMIT = 500
 
 # at most this many validation pairs are recorded, for the distances that align.py reports
 VALIDATION_PAIRS = 64
 
-# the states of the training pairs go into so many files at least, if there are as many passes
+# the states of the training pairs go into at least this many files, if there are as many passes
 MIN_SHARDS = 16
 
 DEFAULT_STIMULUS = {"scit": "instructed", "dual": "plain"}
@@ -180,7 +183,7 @@ def record_states(trunk, adapters, config, examples, pad_id):
         inputs = []
         for pair, response in examples:
             ids, prompt_length = pair.example(prompt, response)
-            # what is recorded counts as response: with the last prompt token (True is 1) or not
+            # counted from one token earlier (True is 1), the last prompt token is recorded, too
             inputs.append((ids, prompt_length - config.last_prompt_token))
         batch = collate(inputs, pad_id, trunk.device)
         with enable_only(adapters.values(), *enabled):
@@ -220,8 +223,8 @@ def record_shard(passes, run_pass, config, width, device):
     """Record the examples of some passes: a Shard in memory.
 
     passes: lists of (EncodedPair, response); run_pass: a function of one pass that returns base,
-    plus and minus. On a GPU nothing here waits for it: the states go into pinned memory, from where
-    write_shard takes them when they are there, and the next shard can begin.
+    plus and minus. On a GPU the copies to pinned memory may still be under way on return:
+    write_shard waits for them while the next shard is recorded.
     """
     examples = list(itertools.chain.from_iterable(passes))
     T, pinned = count_recorded(examples, config), device.type == "cuda"
@@ -364,17 +367,17 @@ def check_disk(pairs, config, bytes_per_token, folder):
 
 
 def plan_passes(examples, lengths, tokens_per_pass):
-    """The examples in lists, one for each forward pass; the longest inputs come first, so that what
-    does not fit in memory shows early."""
+    """The examples in lists, one for each pass; the longest inputs come first, so that what does
+    not fit in memory shows early."""
     # split_into_passes goes from short to long
     parts = split_into_passes(range(len(lengths)), lengths, tokens_per_pass)[::-1]
     return [[examples[i] for i in part] for part in parts]
 
 
-def plan_shards(passes, sizes, shard_bytes, least):
+def plan_shards(passes, sizes, shard_bytes, min_shards):
     """The passes in shards of at most `shard_bytes`, or of one pass: lists of passes.
 
-    sizes: the bytes of each pass. There are at least `least` shards, if there are as many passes.
+    sizes: the bytes of each pass. There are at least min_shards, if there are as many passes.
     """
     shards, filled = [[]], 0
     for part, size in zip(passes, sizes):
@@ -383,8 +386,9 @@ def plan_shards(passes, sizes, shard_bytes, least):
             filled = 0
         shards[-1].append(part)
         filled += size
-    if len(shards) < min(least, len(passes)):
-        return plan_shards(passes, sizes, 0.9 * min(shard_bytes, sum(sizes)), least)
+    if len(shards) < min(min_shards, len(passes)):
+        # too few: try again with smaller shards
+        return plan_shards(passes, sizes, 0.9 * min(shard_bytes, sum(sizes)), min_shards)
     return shards
 
 
@@ -414,8 +418,8 @@ def plan_files(examples, config, bytes_per_token):
         passes = plan_passes(examples[split], lengths, config.tokens_per_pass)
         sizes = [count_recorded(part, config) * bytes_per_token for part in passes]
         # many, so that little is lost when a run is interrupted
-        least = MIN_SHARDS if split == "train" else 1
-        for i, shard in enumerate(plan_shards(passes, sizes, config.shard_mb * 1e6, least)):
+        min_shards = MIN_SHARDS if split == "train" else 1
+        for i, shard in enumerate(plan_shards(passes, sizes, config.shard_mb * 1e6, min_shards)):
             name = f"{file_name}-{i:05d}.safetensors"
             files[name] = shard
             names[key].append(name)
@@ -500,8 +504,8 @@ def main(config):
             missing = {name: own[name] for name in own if not (new / name).exists()}
             bar.update(n_passes - sum(map(len, missing.values())))
             record_files(new, missing, run_pass, config, width, device)
-            # The tokens of all processes. It also waits for them: then all files are there.
-            run_tokens = torch.tensor(count_run(missing, config))
+            # summed over the processes, which also waits until each has written its files
+            run_tokens = torch.tensor(count_input_tokens(missing, config))
             sum_over_processes([run_tokens])
             seconds = time.perf_counter() - start
             leave()
@@ -518,7 +522,7 @@ def main(config):
     for i, layer in enumerate(config.layers):
         print(
             f"  layer {layer}: |v| {manifest['norm_v'][i]:.3f}, "
-            f"|b| {manifest['norm_h'][i]:.3f}, mean |v|/|b| {manifest['ratio'][i]:.3f}"
+            f"|b| {manifest['norm_b'][i]:.3f}, mean |v|/|b| {manifest['ratio'][i]:.3f}"
         )
     print(
         f"wrote {folder / 'collect'}: {manifest['tokens']:,} tokens of "
@@ -578,7 +582,7 @@ def count_recorded(examples, config):
     )
 
 
-def count_run(files, config):
+def count_input_tokens(files, config):
     """How many tokens run through the model for the files {name: passes}."""
     passes = itertools.chain.from_iterable(files.values())
     examples = itertools.chain.from_iterable(passes)
@@ -610,8 +614,8 @@ def read_statistics(paths, tokens):
     for path in paths:
         with safe_open(path, "pt") as file:
             sums = sums + file.get_tensor("statistics")  # [3, L]
-    norm_v, norm_h, ratio = (sums / tokens).tolist()
-    return {"norm_v": norm_v, "norm_h": norm_h, "ratio": ratio}
+    norm_v, norm_b, ratio = (sums / tokens).tolist()
+    return {"norm_v": norm_v, "norm_b": norm_b, "ratio": ratio}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Stage 1b, DUAL: two models, one that answers well and one that answers badly (paper section 3.1).
 
-    python dual.py                                       the embedded default
+    python dual.py                                       the embedded default (there γ = 0)
     python dual.py --model PATH_OR_HUB_NAME --data pairs.jsonl
     python dual.py --model PATH_OR_HUB_NAME --data pairs.jsonl --contrast 0     as in the paper
 
-Maximum likelihood on the chosen responses gives the "good" model, on the rejected ones the "bad". A
-contrast between them says what likelihood alone does not: that it is the pair's difference which
-counts. Their log-ratio x shall rank the two responses of a pair:
+Maximum likelihood on the chosen responses gives the "good" model, on the rejected ones the "bad".
+The contrast adds what likelihood alone does not say, the difference within a pair: the log-ratio x
+of the two models should rank its two responses:
 
     loss = -Σ log π_good(r_h | q) / tokens - Σ log π_bad(r_l | q) / tokens
            + γ · mean over pairs of softplus(-β (x(r_h) - x(r_l)))
@@ -64,7 +64,8 @@ class Config(SourceSettings, TrainingSettings):
 
 
 def sum_logprobs(model, pairs, responses, pad_id):
-    """log π(r | q), summed over tokens, of some of the pairs' responses: [responses, n]."""
+    """Σ_t log π(r_t | q, r_<t) of the n pairs' responses: [len(responses), n]. responses: some of
+    RESPONSES."""
     examples = [pair.example("plain", r) for r, pair in itertools.product(responses, pairs)]
     logprobs, _ = response_logprobs(model, collate(examples, pad_id, model.device))
     return logprobs.sum(1).view(len(responses), len(pairs))
@@ -75,8 +76,8 @@ def contrast_loss(good, bad, beta):
 
     good, bad: [2, n], log π of the chosen and the rejected responses.
     """
-    x = good - bad
-    return F.softplus(-beta * (x[0] - x[1])).sum()
+    x_chosen, x_rejected = good - bad
+    return F.softplus(-beta * (x_chosen - x_rejected)).sum()
 
 
 def dual_loss(model, name, pairs, other, pad_id, config):
@@ -100,7 +101,8 @@ def dual_loss(model, name, pairs, other, pad_id, config):
 @torch.no_grad()
 def validate(model, adapters, pairs, pad_id, tokens_per_pass):
     """The NLL per token of the chosen responses under the good model, of the rejected ones under
-    the bad model, and how often their log-ratio ranks a pair right."""
+    the bad model, and how often their log-ratio ranks a pair right: ({"good": NLL, "bad": NLL},
+    accuracy)."""
     lengths = [pair.max_length() for pair in pairs]
     right = 0
     nll = {"good": 0.0, "bad": 0.0}
@@ -114,8 +116,8 @@ def validate(model, adapters, pairs, pad_id, tokens_per_pass):
         good, bad = logprobs["good"], logprobs["bad"]
         nll["good"] -= good[0].sum().item()
         nll["bad"] -= bad[1].sum().item()
-        x = good - bad
-        right += (x[0] > x[1]).sum().item()
+        x_chosen, x_rejected = good - bad
+        right += (x_chosen > x_rejected).sum().item()
     nll["good"] /= sum(len(pair.responses["chosen"]) for pair in pairs)
     nll["bad"] /= sum(len(pair.responses["rejected"]) for pair in pairs)
     return nll, right / len(pairs)
@@ -139,8 +141,9 @@ def train(adapters, inputs, config, write_line):
     )
     batches = shuffled_batches(chosen_lengths, config.batch_size, config.seed, skip=checkpoint.step)
     bar = progress_bar("dual", checkpoint.step, config.steps)
-    # A forward and backward pass (4) in the good and in the bad model, and one without gradient (2)
-    # in the bad one. Without contrast each response runs in its own model only.
+    # FLOPs per parameter and token: a forward and backward pass (4) in the good and in the bad
+    # model, and one without gradient (2) in the bad one. Without contrast each response runs in
+    # its own model only.
     flops_per_token = (10 if config.contrast else 4) * parameters_run(model)
     log = TrainingLog(write_line, bar, flops_per_token)
     adapters.train()
@@ -152,27 +155,27 @@ def train(adapters, inputs, config, write_line):
                 "bad": sum(len(pairs[i].responses["rejected"]) for i in batch),
             }
             loss, contrast = torch.zeros(2, device=model.device)
-            # this process's share of the batch, whose counts divide the losses
+            # this process's share; the losses are divided by the counts of the whole batch
             share = share_of(batch)
             # two inputs a pair
             for part in split_into_passes(share, max_lengths, config.tokens_per_pass // 2):
                 some = [pairs[i] for i in part]
-                # One model after the other, so that only one has activations in memory. For each
-                # the other's log π is a constant: the bad model's for the good one, which comes
-                # first, then the good one's for the bad.
-                other = None
+                # One model after the other, so that only one has activations in memory; for each
+                # the other's log π is a constant. No optimizer step lies between: the two gradients
+                # are those of the whole loss.
+                logprobs = {"bad": None}
                 if config.contrast:
                     with torch.no_grad(), enable_only(adapters.values(), adapters["bad"]):
-                        other = sum_logprobs(model, some, RESPONSES, pad_id)
-                for name, adapter in adapters.items():
-                    with enable_only(adapters.values(), adapter):
-                        nll, part_contrast, other = dual_loss(
-                            model, name, some, other, pad_id, config
+                        logprobs["bad"] = sum_logprobs(model, some, RESPONSES, pad_id)
+                for name, other in (("good", "bad"), ("bad", "good")):
+                    with enable_only(adapters.values(), adapters[name]):
+                        nll, part_contrast, logprobs[name] = dual_loss(
+                            model, name, some, logprobs[other], pad_id, config
                         )
                         nll, part_contrast = nll / tokens[name], part_contrast / len(batch)
                         (nll + config.contrast * part_contrast).backward()
                     loss += nll.detach()
-                # both models have the same contrast
+                # the contrast is the same from both sides: it counts once
                 loss += config.contrast * part_contrast.detach()
                 contrast += part_contrast.detach()
             sum_gradients(adapters.parameters(), loss, contrast)
@@ -196,6 +199,7 @@ def main(config):
         # 1. pairs, base model and two adapters
         inputs = prepare_stage1(config)
         model, tokenizer, pairs = inputs.model, inputs.tokenizer, inputs.pairs
+        # the model without its head; not "the base model" of the method
         trunk = model.base_model
         adapters = nn.ModuleDict()
         for name in ("good", "bad"):
@@ -211,13 +215,14 @@ def main(config):
         lengths = [pair.length("plain", "chosen") for pair in pairs["train"]]
         print(
             f"{memory_summary(model, *adapters.values())}; {config.steps} steps of "
-            f"{config.batch_size} pairs of {sum(lengths) / len(lengths):.0f} tokens on average"
+            f"{config.batch_size} pairs, prompt and chosen response of "
+            f"{sum(lengths) / len(lengths):.0f} tokens on average"
         )
 
         # 2. train
         valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
-        measured = (model, adapters, valid, tokenizer.pad_token_id, config.tokens_per_pass)
-        nll_start, _ = validate(*measured)
+        held_out = (model, adapters, valid, tokenizer.pad_token_id, config.tokens_per_pass)
+        nll_start, _ = validate(*held_out)
         with open_log(folder, "dual", config) as write_line:
             train(adapters, inputs, config, write_line)
             rewards = reward_metrics(
@@ -231,7 +236,7 @@ def main(config):
                 config.tokens_per_pass,
             )
             write_line({"step": config.steps, **rewards})
-        nll_end, accuracy = validate(*measured)
+        nll_end, accuracy = validate(*held_out)
 
         # 3. save
         leave()

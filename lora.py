@@ -53,8 +53,10 @@ class LoRA(nn.Module):
         linears = find_linears(trunk, targets)
         if weights:
             linears = {name: m for name, m in linears.items() if name in weights.tensors}
-        elif rank > (largest := max(min(features(m)) for m in linears.values())):
-            raise UserError(f"--lora-rank {rank}: the weights have rank {largest} at most")
+        else:
+            largest = max(min(features(linear)) for linear in linears.values())
+            if rank > largest:
+                raise UserError(f"--lora-rank {rank}: the weights have rank {largest} at most")
         self.names = list(linears)
         # a plain list, so that the base model's layers are not submodules of the adapter
         self.linears = list(linears.values())
@@ -119,7 +121,7 @@ def features(linear):
 
 @contextlib.contextmanager
 def enable_only(adapters, *enabled):
-    """Within the block, of `adapters` only those in `enabled` act on their model."""
+    """Within the context, of `adapters` only those in `enabled` act on their model."""
     before = [adapter.enabled for adapter in adapters]
     for adapter in adapters:
         adapter.enabled = any(adapter is other for other in enabled)
@@ -196,8 +198,11 @@ def other_modules(weights, trunk, layers):
     path, _ = find_blocks(trunk)
     others = set()
     for name, module in trunk.named_modules():
-        in_blocks = name.startswith(f"{path}.")
-        if block_number(name, path) in layers if in_blocks else is_linear(module):
+        if name.startswith(f"{path}."):
+            other = block_number(name, path) in layers
+        else:
+            other = is_linear(module)
+        if other:
             others.add(name)
     in_block = [name.removeprefix(f"{path}.").partition(".")[2] for name in weights.tensors]
     for layer in layers:

@@ -176,7 +176,7 @@ def train(adapter, inputs, config, write_line):
             anchored = batch[: math.ceil(round(config.anchor * len(batch), 6))]
             tokens = sum(response_tokens[i] for i in [*batch, *anchored])
             loss, contrast = torch.zeros(2, device=model.device)
-            # this process's share of the batch, whose counts divide the losses
+            # this process's share; the losses are divided by the counts of the whole batch
             share = share_of(batch)
             # up to six inputs a pair
             for part in split_into_passes(share, max_lengths, config.tokens_per_pass // 6):
@@ -208,6 +208,7 @@ def main(config):
         # 1. pairs, base model and adapter
         inputs = prepare_stage1(config)
         model, tokenizer, pairs = inputs.model, inputs.tokenizer, inputs.pairs
+        # the model without its head; not "the base model" of the method
         trunk = model.base_model
         adapter = LoRA(
             trunk,

@@ -1,21 +1,22 @@
-"""RAHF's alignment loss (paper section 3.3) over L target layers and T response tokens:
+"""RAHF's alignment loss (paper section 3.3) over L target layers and T recorded positions:
 
-    r = h - (b + α (h+ - h-))            per layer, per response token
+    r = h - (b + α (h+ - h-))            per layer, per recorded position
     l2:   loss = Σ ||r||_2 / denom       grad = r / ||r|| / denom, 0 where r = 0   (authors' code)
     mse:  loss = Σ ||r||² / D / denom    grad = 2 r / D / denom                    (the paper)
 
-h is the trained model's own hidden state, dense [B, S, D] per layer. b, h+ and h- were collected
-and are packed: [T, D] per layer, response tokens only. A row map joins the two: index[b * S + s]
-is the packed row of that token, or -1 where the token is not part of a response.
+h is the trained model's own hidden state, dense [B, S, D] per layer. b, h+ and h- were recorded at
+T of the B * S positions (the response's tokens and the last prompt token) and are packed: [T, D]
+per layer. A row map joins the two: index[b * S + s] is the packed row of that position, or -1 where
+nothing was recorded.
 
 This file has the loss twice, in plain PyTorch (torch_loss) and as a Triton kernel (loss_kernel).
 It does next to no arithmetic, so on a GPU it costs the bytes that it moves. PyTorch passes over
 the states many times: gather, subtract, scale, add, subtract, square, sum, and all of it
 backwards. The kernel passes over them once. One program holds one row of [B, S] in registers;
 when it knows ||r|| it still has r, and writes the gradient during the forward pass, zeros for
-the other tokens included. Hence no atomics, no zero fill, no synchronisation, and the same bits
-every time. Counted in bytes per element of a response token, bf16, where a share f of the rows
-of [B, S] are response tokens:
+the other positions included. Hence no atomics, no zero fill, no synchronisation, and the same bits
+every time. Counted in bytes per element of a recorded position, bf16, where a share f of the rows
+of [B, S] is recorded:
 
     fused             8 + 2/f     read h, b, h+, h-; write the gradient of every row
     eager, packed    62 + 2/f     the same loss as separate PyTorch operations
@@ -72,7 +73,7 @@ else:
 def response_index(mask):
     """Row map of a mask: bool [B, S] -> int32 [B*S].
 
-    The marked tokens are numbered in order; the others get -1.
+    The marked positions are numbered in order; the others get -1.
     """
     flat = mask.flatten()
     return torch.where(flat, flat.cumsum(0) - 1, -1).to(torch.int32)
@@ -185,7 +186,7 @@ def triton_unavailable_reason(hidden_size, device):
 def bytes_moved(hidden, base, plus, minus):
     """The minimum number of bytes that loss and gradient must move.
 
-    Read: every state of a response token. Written: the gradient of every row.
+    Read: every state of a recorded position. Written: the gradient of every row.
     """
     total = 0
     for states in (base, plus, minus or []):
@@ -200,11 +201,11 @@ def bytes_moved(hidden, base, plus, minus):
 
 
 def torch_loss(hidden, base, plus, minus, index, alpha, kind, denom):
-    """The loss in plain PyTorch, differentiated by autograd: the backend without a GPU."""
+    """The loss in plain PyTorch, differentiated by autograd. Edit this for another loss."""
     dtype = torch.promote_types(hidden[0].dtype, torch.float32)
     D = hidden[0].shape[-1]
-    # [T]: for each packed row, its position in [B*S]. Sorted, the -1 come first. (To ask a mask
-    # which positions it marks would wait for a GPU.)
+    # The row map the other way round, [T]: for each packed row, its position in [B*S]. Sorted, the
+    # -1 come first. (To ask a mask which positions it marks would wait for a GPU.)
     positions = index.argsort()[len(index) - len(base[0]) :]
     total = 0.0
     norms = []
@@ -220,6 +221,7 @@ def torch_loss(hidden, base, plus, minus, index, alpha, kind, denom):
         else:
             total = total + r.square().sum() / D
         norms.append(norm.detach())
+    # as the kernel does it, so that both round alike
     return total * (1 / denom), torch.stack(norms)
 
 
@@ -285,7 +287,7 @@ def loss_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < D
 
-    if row < 0:  # not a response token: its gradient is 0
+    if row < 0:  # not recorded: its gradient is 0
         tl.store(terms + program, tl.zeros([], ACC))
         if GRADIENT:
             zeros = tl.zeros([BLOCK], grad.dtype.element_ty)

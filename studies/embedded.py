@@ -141,7 +141,7 @@ def measure_method(config, world, method, seconds):
     # last: this adapter stays
     measure("aligned")
     manifest = read_stage(collection, "collect", "python collect.py")
-    ratios = [v / h for v, h in zip(manifest["norm_v"], manifest["norm_h"])]
+    ratios = [v / h for v, h in zip(manifest["norm_v"], manifest["norm_b"])]
     figures[f"{method}_collect"] = {
         "|v|/|h|": [round(ratio, 4) for ratio in ratios],
         "layers": manifest["settings"]["layers"],

