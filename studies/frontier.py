@@ -50,7 +50,7 @@ ROBUST_LR = 5e-4
 # DPO has as many steps and pairs in a step as dual.py, and three learning rates to choose from.
 DPO_LRS = (2e-4, 5e-4, 1e-3)
 SCALES = (0.35, 0.6, 1.0, 1.5)
-DPO_SCALES = (0.125, 0.25, 0.5, 1.0)
+DPO_SCALES = (0.0625, 0.125, 0.25, 0.5, 1.0)
 LAMBDAS = (0.25, 0.5, 1.0)
 BEST_OF = (2, 4, 8, 16)
 BEST_OF_N = "best of n by the scorer"
