@@ -96,7 +96,7 @@ class Experiment:
         self.prompts = tasks.make_prompts()
         self.pairs = tasks.PAIRS / f"{config.task}-{seed}.jsonl.gz"
         if not self.pairs.exists():
-            # those of the first seed alone are in the repository
+            # those of most seeds are not in the repository
             self.pairs = Path(config.work) / "pairs" / self.pairs.name
             if not self.pairs.exists():
                 folder = str(self.pairs.parent)

@@ -60,9 +60,10 @@ class Figures:
         rewards = np.array([np.array(line["reward"])[prompts].mean() for line in lines])
         return rewards, np.array([np.array(line["kl"])[prompts].mean() for line in lines])
 
-    def at_budgets(self, methods, draws=500):
-        """{method: {budget: (mean, standard error, draws)}}, seeds pooled; the prompts are drawn
-        anew for each draw of the bootstrap, alike for all methods."""
+    def at_budgets(self, methods, seeds=None, draws=500):
+        """{method: {budget: (mean, standard error, draws)}}, seeds pooled: all that a method has,
+        or those given. The prompts are drawn anew for each draw of the bootstrap, alike for all
+        methods."""
         rng = np.random.default_rng(0)
         samples = [np.arange(self.n_prompts)]
         samples += list(rng.integers(self.n_prompts, size=(draws, self.n_prompts)))
@@ -72,11 +73,11 @@ class Figures:
             for budget in BUDGETS:
                 values = []
                 for prompts in samples:
-                    seeds = [
+                    rewards = [
                         at_budget(*self.curve(method, seed, prompts), budget)
-                        for seed in self.seeds(method)
+                        for seed in seeds or self.seeds(method)
                     ]
-                    values.append(np.mean(seeds) if seeds and None not in seeds else None)
+                    values.append(np.mean(rewards) if rewards and None not in rewards else None)
                 drawn = [value for value in values[1:] if value is not None]
                 if values[0] is not None and len(drawn) > 0.9 * draws:
                     result[method][budget] = (values[0], float(np.std(drawn)), values[1:])
@@ -92,7 +93,8 @@ def difference(ours, theirs):
 
 
 def summarize(figures):
-    """The rows of the table, the rewards at the budgets, and the differences to the best DPO."""
+    """The rows of the table, the rewards at the budgets, and the differences to the best DPO, on
+    the seeds that a method and all of DPO's learning rates have in common."""
     rows = []
     for method, strengths in figures.strengths.items():
         for strength, seeds in sorted(strengths.items()):
@@ -116,16 +118,16 @@ def summarize(figures):
     budgets = figures.at_budgets(methods)
     dpo = [name for name in methods if "DPO" in name]
     differences = {}
-    for method in methods:
+    for method in methods if dpo else ():
+        common = set.intersection(*(set(figures.seeds(name)) for name in [method, *dpo]))
+        if method in dpo or not common:
+            continue
+        compared = figures.at_budgets([method, *dpo], sorted(common))
         for budget in BUDGETS:
-            rivals = [
-                budgets[name][budget]
-                for name in dpo
-                if budget in budgets[name] and figures.seeds(name) == figures.seeds(method)
-            ]
-            if budget in budgets[method] and rivals and method not in dpo:
+            rivals = [compared[name][budget] for name in dpo if budget in compared[name]]
+            if budget in compared[method] and rivals:
                 best = max(rivals, key=lambda rival: rival[0])
-                ahead = difference(budgets[method][budget], best)
+                ahead = difference(compared[method][budget], best)
                 differences.setdefault(method, {})[f"{budget:g}"] = ahead
     at_budgets = {
         method: {f"{budget:g}": values[:2] for budget, values in by_budget.items()}
@@ -136,14 +138,16 @@ def summarize(figures):
 
 def markdown(summary):
     """The table of one task's rows, and that of its rewards at the budgets."""
-    lines = ["| | strength | reward | KL | gain / (σ √(2 KL)) | off task |", "|---|" + "---|" * 5]
+    lines = ["| | strength | seeds | reward | KL | gain / (σ √(2 KL)) | off task |"]
+    lines.append("|---|" + "---|" * 6)
     for row in summary["rows"]:
         efficiency, off_task = (
             "" if row[name] is None else f"{row[name]:.2f}"
             for name in ("efficiency", "kl off task")
         )
+        reward = f"{row['reward']:.3f} ± {row['error']:.3f}"
         lines.append(
-            f"| {row['method']} | {row['strength']:g} | {row['reward']:.3f} ± {row['error']:.3f} "
+            f"| {row['method']} | {row['strength']:g} | {len(row['seeds'])} | {reward} "
             f"| {row['kl']:.2f} | {efficiency} | {off_task} |"
         )
     head = "".join(f" KL {budget:g} |" for budget in BUDGETS)

@@ -155,7 +155,7 @@ def test_the_report_of_made_up_lines(tmp_path):
     assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
     [row] = [r for r in summary["rows"] if (r["method"], r["strength"]) == ("DUAL", 0.5)]
     assert row["efficiency"] == pytest.approx(0.3 / (0.5 * 2**0.5))
-    assert "| DUAL | 0.5 |" in frontier_report.markdown(summary)
+    assert "| DUAL | 0.5 | 2 |" in frontier_report.markdown(summary)
 
 
 @pytest.fixture
