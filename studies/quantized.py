@@ -18,7 +18,7 @@ from common.hf import model_digest
 from common.stages import read_stage
 from studies.shared import RESULTS, quietly, write_result
 
-FORMS = {"bfloat16": None, "8 bits": "8bit", "4 bits": "4bit"}
+FORMS = {"bfloat16": None, "4 bits": "4bit", "8 bits": "8bit"}
 
 
 @dataclass
