@@ -484,9 +484,9 @@ def main(config):
             # the passes decide which responses stand in which file
             "size of a pass": config.tokens_per_pass,
         }
-        # the files of this process, of which an interrupted run may have left some
-        own = {name: files[name] for name in share_of(list(files))}
-        n_passes = sum(map(len, own.values()))
+        # this process's share, of which an interrupted run may have left some
+        share = share_of(list(files))
+        n_passes = sum(len(files[name]) for name in share)
         start = time.perf_counter()
         with (
             Signals() as signals,
@@ -501,7 +501,7 @@ def main(config):
                 bar.update()
                 return record_states(trunk, adapters, config, part, tokenizer.pad_token_id)
 
-            missing = {name: own[name] for name in own if not (new / name).exists()}
+            missing = {name: files[name] for name in share if not (new / name).exists()}
             bar.update(n_passes - sum(map(len, missing.values())))
             record_files(new, missing, run_pass, config, width, device)
             # summed over the processes, which also waits until each has written its files

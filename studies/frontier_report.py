@@ -118,9 +118,10 @@ def summarize(figures):
     budgets = figures.at_budgets(methods)
     dpo = [name for name in methods if "DPO" in name]
     differences = {}
-    for method in methods if dpo else ():
-        common = set.intersection(*(set(figures.seeds(name)) for name in [method, *dpo]))
-        if method in dpo or not common:
+    for method in [name for name in methods if name not in dpo]:
+        seeds = [set(figures.seeds(name)) for name in [method, *dpo]]
+        common = set.intersection(*seeds)
+        if not common:
             continue
         compared = figures.at_budgets([method, *dpo], sorted(common))
         for budget in BUDGETS:

@@ -13,6 +13,7 @@ import importlib.metadata
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,12 +61,21 @@ class Config:
     model: str = setting("out/smollm2", "folder of its base model", group="data")
 
 
-def convert(script, *args):
-    """Run one of llama.cpp's converters. UserError with its last line where it fails."""
-    command = [sys.executable, script, *map(str, args), "--outtype", "f32"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{script.name}: {done.stderr.strip().splitlines()[-1]}")
+@contextmanager
+def converted(llama_cpp, model, adapter):
+    """Within the context, the GGUF files of a model and of its adapter. UserError with the last
+    line of llama.cpp's converter where it fails."""
+    with tempfile.TemporaryDirectory() as work:
+        files = Path(work, "base.gguf"), Path(work, "adapter.gguf")
+        lora = ["convert_lora_to_gguf.py", adapter, "--base", model, "--outfile", files[1]]
+        base = ["convert_hf_to_gguf.py", model, "--outfile", files[0]]
+        for script, *args in (lora, base):
+            command = [sys.executable, Path(llama_cpp) / script, *map(str, args)]
+            command += ["--outtype", "f32"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise UserError(f"{script}: {done.stderr.strip().splitlines()[-1]}")
+        yield files
 
 
 def load_llama_cpp(base, adapter, **options):
@@ -94,21 +104,16 @@ def logits_of(model, sequences):
     return [model(input_ids=torch.tensor([ids])).logits[0].float().numpy() for ids in sequences]
 
 
-def compare(llama_cpp, model, adapter, sequences):
+def compare(files, model, adapter, sequences):
     """How far llama.cpp's logits are from PEFT's, as a share of what the adapter changes, and how
-    often the likeliest token is the same. model, adapter: folders."""
+    often the likeliest token is the same. files: the two GGUF files of model and adapter, which
+    are folders."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     before = logits_of(base, sequences)
     ours = logits_of(PeftModel.from_pretrained(base, adapter).eval(), sequences)
-    with tempfile.TemporaryDirectory() as work:
-        base_file, adapter_file = Path(work, "base.gguf"), Path(work, "adapter.gguf")
-        scripts = Path(llama_cpp)
-        convert(
-            scripts / "convert_lora_to_gguf.py", adapter, "--base", model, "--outfile", adapter_file
-        )
-        convert(scripts / "convert_hf_to_gguf.py", model, "--outfile", base_file)
-        without = logits_of_llama_cpp(base_file, None, sequences)
-        theirs = logits_of_llama_cpp(base_file, adapter_file, sequences)
+    base_file, adapter_file = files
+    without = logits_of_llama_cpp(base_file, None, sequences)
+    theirs = logits_of_llama_cpp(base_file, adapter_file, sequences)
     before, ours, without, theirs = map(np.concatenate, (before, ours, without, theirs))
     changed = np.linalg.norm(ours - before)
     return {
@@ -138,33 +143,28 @@ def compare_family(llama_cpp, kind, tokenizer):
         (folder / "adapter").mkdir()
         save_adapter(folder / "adapter", adapter.weights(), trunk, str(folder / "model"))
         ids = torch.randint(10, 800, (2, 12), generator=torch.Generator().manual_seed(0)).tolist()
-        return compare(llama_cpp, folder / "model", folder / "adapter", ids)
+        model, adapter = folder / "model", folder / "adapter"
+        with converted(llama_cpp, model, adapter) as files:
+            return compare(files, model, adapter, ids)
 
 
-def greedy(llama_cpp, config, tokenizer, prompts):
+def count_same_answers(files, config, tokenizer, prompts):
     """In how many of the prompts the greedy answers are the same, token for token."""
     base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
     model = PeftModel.from_pretrained(base, config.adapter).eval()
+    llm = load_llama_cpp(*files)
     same = 0
-    with tempfile.TemporaryDirectory() as work:
-        base_file, adapter_file = Path(work, "base.gguf"), Path(work, "adapter.gguf")
-        scripts = Path(llama_cpp)
-        options = [config.adapter, "--base", config.model, "--outfile", adapter_file]
-        convert(scripts / "convert_lora_to_gguf.py", *options)
-        convert(scripts / "convert_hf_to_gguf.py", config.model, "--outfile", base_file)
-        llm = load_llama_cpp(base_file, adapter_file)
-        for ids in prompts:
-            generated = model.generate(
-                input_ids=torch.tensor([ids]), do_sample=False, max_new_tokens=ANSWER_TOKENS
-            )
-            ours = generated[0, len(ids) :].tolist()
-            llm.reset()
-            theirs = []
-            for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
-                theirs.append(token)
-                if len(theirs) == len(ours) or token == tokenizer.eos_token_id:
-                    break
-            same += ours == theirs
+    for ids in prompts:
+        inputs = torch.tensor([ids])
+        generated = model.generate(inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)
+        ours = generated[0, len(ids) :].tolist()
+        llm.reset()
+        theirs = []
+        for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
+            theirs.append(token)
+            if len(theirs) == len(ours) or token == tokenizer.eos_token_id:
+                break
+        same += ours == theirs
     return same
 
 
@@ -176,15 +176,11 @@ def main(config):
         )
         for prompt in make_prompts()["test"][:PROMPTS]
     ]
-    result = {
-        "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
-        "peft": importlib.metadata.version("peft"),
-        "model": compare(config.llama_cpp, config.model, config.adapter, prompts),
-    }
-    result["model"]["same greedy answers"] = [
-        greedy(config.llama_cpp, config, tokenizer, prompts),
-        PROMPTS,
-    ]
+    result = {name: importlib.metadata.version(name) for name in ("llama-cpp-python", "peft")}
+    with converted(config.llama_cpp, config.model, config.adapter) as files:
+        result["model"] = compare(files, config.model, config.adapter, prompts)
+        same = count_same_answers(files, config, tokenizer, prompts)
+    result["model"]["same greedy answers"] = [same, PROMPTS]
     print(result["model"], flush=True)
     result["families"] = {}
     for kind in KINDS:

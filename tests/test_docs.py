@@ -151,6 +151,12 @@ def test_templates_and_families():
 def test_the_frontier_on_a_real_model():
     for task in ("sentiment", "plain"):
         assert frontier_report.markdown(result("frontier")[task]) in RESULTS
+    text = " ".join(RESULTS.split())
+    for task, budgets in (("sentiment", ("2", "5", "10")), ("plain", ("1", "2", "5", "10"))):
+        for budget in budgets:
+            ahead = result("frontier")[task]["ahead of the best DPO"]["DUAL"][budget]
+            mean, low, high = (f"{value:+.2f}".replace("-", "−") for value in ahead)
+            assert f"{mean} [{low}, {high}]" in text, (task, budget)
 
 
 def test_serving():
@@ -162,12 +168,16 @@ def test_serving():
     assert f"differ by {off:.0e} of what the adapter changes" in text
     assert model["same likeliest token"] == 1
     assert f"{same} of {prompts} greedy answers are the same" in text
-    names = {"olmo2": "OLMo 2", "qwen3": "Qwen3"}
-    for row in re.findall(r"^\| (.*) \| yes \| (.*) \| (?:yes|no) \|$", RESULTS, re.M):
-        for kind, figures in measured["families"].items():
-            if names.get(kind, kind.capitalize()) in row[0].split(", "):
-                works = figures.get("adapted, off by, of what the adapter changes", 1) < 2e-3
-                assert works == (row[1] == "yes, same logits"), kind
+    names = {"gemma2": "Gemma 2", "gemma3_text": "Gemma 3", "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX"}
+    names |= {"olmo2": "OLMo 2", "opt": "OPT", "phi3": "Phi-3"}
+    rows = re.findall(r"^\| (.*) \| yes \| (.*) \| (?:yes|no) \|$", RESULTS, re.M)
+    verdicts = {name: verdict for families, verdict in rows for name in families.split(", ")}
+    assert len(verdicts) == len(measured["families"])
+    for kind, figures in measured["families"].items():
+        works = figures.get("adapted, off by, of what the adapter changes", 1) < 2e-3
+        verdict = verdicts[names.get(kind, kind.capitalize())]
+        assert works == (verdict == "yes, same logits"), kind
+        assert ("convert_lora" in figures.get("not compared", "")) == verdict.startswith("no"), kind
 
 
 def test_answers_at_several_strengths():
