@@ -1,4 +1,4 @@
-"""DUAL on the real chat model in bfloat16, in 8 and in 4 bits: what the stages report of each.
+"""DUAL on the real chat model as it is, in 4 and in 8 bits: what the stages report of each.
 
     python -m studies.quantized          (needs out/smollm2: python -m studies.smollm2)
 
@@ -18,13 +18,19 @@ from common.hf import model_digest
 from common.stages import read_stage
 from studies.shared import RESULTS, quietly, write_result
 
-FORMS = {"bfloat16": None, "4 bits": "4bit", "8 bits": "8bit"}
+FORMS = {"not quantized": None, "4 bits": "4bit", "8 bits": "8bit"}
 
 
 @dataclass
 class Config:
     model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
     data: str = setting("studies/pairs/sentiment-0.jsonl.gz", "preference pairs", group="data")
+    dtype: str = setting(
+        "float32",
+        "of the arithmetic, and of the weights that are not quantized",
+        group="data",
+        choices=("float32", "bfloat16"),
+    )
     steps: int = setting(30, "steps of dual.py and of align.py", minimum=1)
     limit: int = setting(200, "pairs to train on and to collect", minimum=1)
     kl: float = setting(2.0, "the KL that align scales to, in nats", minimum=0.01)
@@ -35,7 +41,7 @@ def measure(config, name):
     """What the stages report of one form, and their seconds."""
     out = str(Path(config.work) / name.replace(" ", ""))
     shared = {"out": out, "device": "cpu", "limit": config.limit}
-    source = {"model": config.model, "data": [config.data], "dtype": "bfloat16"}
+    source = {"model": config.model, "data": [config.data], "dtype": config.dtype}
     seconds = {
         "dual": quietly(dual, **shared, **source, steps=config.steps, quantize=FORMS[name]),
         "collect": quietly(collect, **shared),
@@ -59,7 +65,12 @@ def measure(config, name):
 
 def main(config):
     path = RESULTS / "quantized.json"
-    settings = {"steps": config.steps, "limit": config.limit, "kl": config.kl}
+    settings = {
+        "dtype": config.dtype,
+        "steps": config.steps,
+        "limit": config.limit,
+        "kl": config.kl,
+    }
     settings["digest"] = model_digest(config.model)[:12]
     forms = {}
     if path.exists():
