@@ -29,7 +29,6 @@ class Config:
         "float32",
         "of the arithmetic, and of the weights that are not quantized",
         group="data",
-        choices=("float32", "bfloat16"),
     )
     steps: int = setting(30, "steps of dual.py and of align.py", minimum=1)
     limit: int = setting(200, "pairs to train on and to collect", minimum=1)
