@@ -363,15 +363,29 @@ def make_base(config, tokenizer):
     )
 
 
-def train_base(config, tokenizer, docs, device):
-    """Train a small Llama from scratch on (prompt, reply) documents, prompt tokens at a tenth."""
-    torch.manual_seed(config.seed)
-    model = make_base(config, tokenizer).to(device)
-
+def tokenize_documents(tokenizer, docs):
+    """(prompt, reply) documents as [(ids, how many of them are the prompt's)]."""
     prompts = tokenizer([prompt for prompt, _ in docs])["input_ids"]
     replies = tokenizer([reply for _, reply in docs])["input_ids"]
     end = [tokenizer.eos_token_id]
-    examples = [(prompt + reply + end, len(prompt)) for prompt, reply in zip(prompts, replies)]
+    return [(prompt + reply + end, len(prompt)) for prompt, reply in zip(prompts, replies)]
+
+
+def document_loss(model, batch, prompt_weight=0.1):
+    """Mean NLL of a batch's tokens, those of the replies at 1, those of the prompts at a tenth."""
+    output = model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)
+    logits = output.logits[:, :-1]  # [B, S-1, V]
+    nll = F.cross_entropy(logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
+    weight = prompt_weight * batch.attention + (1 - prompt_weight) * batch.response  # [B, S]
+    weight = weight[:, 1:].flatten()
+    return (nll * weight).sum() / weight.sum()
+
+
+def train_base(config, tokenizer, docs, device):
+    """Train a small Llama from scratch on (prompt, reply) documents."""
+    torch.manual_seed(config.seed)
+    model = make_base(config, tokenizer).to(device)
+    examples = tokenize_documents(tokenizer, docs)
     batches = shuffled_batches([len(ids) for ids, _ in examples], 32, config.seed)
 
     optimizer = torch.optim.AdamW(
@@ -383,11 +397,7 @@ def train_base(config, tokenizer, docs, device):
     bar = tqdm(range(config.steps), desc="toy base", unit="step")
     for step in bar:
         batch = collate([examples[i] for i in next(batches)], tokenizer.pad_token_id, device)
-        output = model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)
-        logits = output.logits[:, :-1]  # [B, S-1, V]
-        nll = F.cross_entropy(logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
-        weight = (0.1 * batch.attention + 0.9 * batch.response)[:, 1:].flatten()
-        loss = (nll * weight).sum() / weight.sum()
+        loss = document_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -26,10 +26,10 @@ def persistent_kernel(
     plus,
     minus,
     index,
-    alpha,
     grad,
     terms,
     norms,
+    alpha: tl.float64,
     inverse_denom: tl.float64,
     stride_b,
     stride_s,
@@ -53,7 +53,6 @@ def persistent_kernel(
         layer = program // N
         position = program % N
         row = tl.load(index + position).to(tl.int64)
-        layer_alpha = tl.load(alpha + layer).to(ACC)
         is_response = row >= 0
         read = columns < tl.where(is_response, D, 0)
         start = (
@@ -70,7 +69,7 @@ def persistent_kernel(
             v -= tl.load(minus_row + columns, mask=read, other=0.0).to(ACC)
 
         # 0 everywhere where the position is no response token: so are its term and its gradient
-        r = h - (b + layer_alpha * v)
+        r = h - (b + tl.full([], alpha, ACC) * v)
         square = tl.sum(r * r)
         norm = tl.sqrt(square)
         scale = tl.full([], inverse_denom, ACC)

@@ -88,7 +88,7 @@ def representation_loss(
     base, plus, minus: lists of L tensors [T, D] of any floating-point dtype: b, h+, h-;
         with minus None, plus holds the difference v = h+ - h-
     index: int32 [B*S], in which every packed row occurs once; see response_index
-    alpha: α, a float, or a tensor [L] on the states' device with one value per layer
+    alpha: α, a float
     kind: "l2" or "mse"
     denom: what the sum is divided by, by default L*T
     backend: "torch", "triton", or "auto": Triton on a GPU where it is available
@@ -97,11 +97,8 @@ def representation_loss(
     (fp64 where hidden is fp64). The Triton backend allows one backward pass per loss.
     Raises ValueError if shapes, dtypes, devices or the backend do not fit.
     """
-    check_inputs(hidden, base, plus, minus, index, alpha, kind, backend)
-    dtype = torch.promote_types(hidden[0].dtype, torch.float32)
+    check_inputs(hidden, base, plus, minus, index, kind, backend)
     device = hidden[0].device
-    if not isinstance(alpha, torch.Tensor):
-        alpha = torch.full((len(hidden),), alpha, dtype=dtype, device=device)
     if denom is None:
         denom = max(1, len(base) * len(base[0]))
     if backend == "auto":
@@ -117,7 +114,7 @@ def representation_loss(
     )
 
 
-def check_inputs(hidden, base, plus, minus, index, alpha, kind, backend):
+def check_inputs(hidden, base, plus, minus, index, kind, backend):
     """Raise ValueError unless the arguments fit together.
 
     One function without helpers: it runs at every step, and the GPU waits for the host.
@@ -159,11 +156,6 @@ def check_inputs(hidden, base, plus, minus, index, alpha, kind, backend):
         raise ValueError(
             f"index is {index.dtype} {tuple(index.shape)} on {index.device}, "
             f"expected torch.int32 {(B * S,)} on {device}"
-        )
-    if isinstance(alpha, torch.Tensor) and (alpha.shape, alpha.device) != ((len(hidden),), device):
-        raise ValueError(
-            f"alpha is {tuple(alpha.shape)} on {alpha.device}, "
-            f"expected a float or {(len(hidden),)} on {device}"
         )
     if backend == "triton" and (D > MAX_HIDDEN_SIZE or device.type not in TRITON_DEVICES):
         reason = triton_unavailable_reason(D, device)
@@ -213,7 +205,7 @@ def torch_loss(hidden, base, plus, minus, index, alpha, kind, denom):
         v = plus[layer].to(dtype)
         if minus is not None:
             v = v - minus[layer].to(dtype)  # h+ - h-
-        target = base[layer].to(dtype) + alpha[layer].to(dtype) * v  # b + α (h+ - h-)
+        target = base[layer].to(dtype) + alpha * v  # b + α (h+ - h-)
         r = h.flatten(0, 1).index_select(0, positions).to(dtype) - target  # [T, D]
         norm = torch.linalg.vector_norm(r, dim=-1)  # [T]; its gradient is 0 where r = 0
         if kind == "l2":
@@ -254,11 +246,12 @@ def loss_kernel(
     plus,  # L pointers to [T, D]: h+, or v if DIFFERENCED
     minus,  # L pointers to [T, D]: h-, not read if DIFFERENCED
     index,  # [N] int32: each position's packed row, or -1
-    alpha,  # [L]: α of each layer
     grad,  # [L, N, D], written if GRADIENT: d loss / d h
     terms,  # [L, N], written: what each position adds to the loss
     norms,  # [L, T], written: ||r||
-    inverse_denom: tl.float64,  # 1 / denom; as a plain float it would arrive in fp32
+    # as plain floats these would arrive in fp32
+    alpha: tl.float64,  # α
+    inverse_denom: tl.float64,  # 1 / denom
     stride_b,  # elements from one sequence of h to the next
     stride_s,  # elements from one token of h to the next
     S,  # tokens in a sequence
@@ -281,8 +274,6 @@ def loss_kernel(
     layer = program // N
     position = program % N
     row = tl.load(index + position).to(tl.int64)
-    # beside the row, so that nothing has to wait for it later
-    layer_alpha = tl.load(alpha + layer).to(ACC)
     grad_row = grad + program.to(tl.int64) * D
     columns = tl.arange(0, BLOCK)
     inside = columns < D
@@ -304,7 +295,7 @@ def loss_kernel(
             minus_row = pick(minus, layer, L) + row * D
             v -= tl.load(minus_row + columns, mask=inside, other=0.0).to(ACC)  # h+ - h-
 
-        r = h - (b + layer_alpha * v)  # h - (b + α (h+ - h-))
+        r = h - (b + tl.full([], alpha, ACC) * v)  # h - (b + α (h+ - h-))
         square = tl.sum(r * r)
         norm = tl.sqrt(square)
         scale = tl.full([], inverse_denom, ACC)
@@ -351,7 +342,7 @@ def loss_and_gradient(
     plus: list[torch.Tensor],
     minus: list[torch.Tensor],
     index: torch.Tensor,
-    alpha: torch.Tensor,
+    alpha: float,
     inverse_denom: float,
     squared: bool,
     gradient: bool,
@@ -382,10 +373,10 @@ def loss_and_gradient(
             plus,
             minus or plus,  # Triton needs some pointer here
             index.contiguous(),
-            alpha.contiguous(),
             grad,
             terms,
             norms,
+            alpha,
             inverse_denom,
             stride_b,
             stride_s,

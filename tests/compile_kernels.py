@@ -30,10 +30,10 @@ ARGUMENT_TYPES = {
     "plus": STATE_POINTERS,
     "minus": STATE_POINTERS,
     "index": "*i32",
-    "alpha": "*fp64",
     "grad": "*bf16",
     "terms": "*fp32",
     "norms": "*fp32",
+    "alpha": "fp64",
     "inverse_denom": "fp64",
     "stride_b": "i32",
     "stride_s": "i32",
@@ -83,7 +83,7 @@ def alignment(names, D):
     for name in STATES:
         for layer in range(L):
             attributes[names.index(name), layer] = divisible
-    aligned = ["index", "alpha", "grad", "terms", "norms"]
+    aligned = ["index", "grad", "terms", "norms"]
     if D % 16 == 0:
         aligned += ["stride_b", "stride_s", "S", "N", "T", "D"]
     for parameter in loss_kernel.params:

@@ -209,16 +209,12 @@ def test_strided_states(view, backend):
     case = (views, base, plus, minus, mask)
     compare_with_formula(case, backend=backend)
 
-    # the row map and α need not be contiguous either
+    # the row map need not be contiguous either
     index = response_index(mask)
     strided_index = torch.stack([index, index], 1)[:, 0]
-    wide_alpha = torch.tensor([[0.5, 9.0], [0.5, 9.0]], dtype=torch.float64, device=DEVICE)
     expected, _, _ = formula(*case, 0.5, "l2")
-    for alpha in (wide_alpha[:, 0], wide_alpha[0, 0].expand(2)):
-        loss, _ = representation_loss(
-            views, base, plus, minus, strided_index, alpha, backend=backend
-        )
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    loss, _ = representation_loss(views, base, plus, minus, strided_index, 0.5, backend=backend)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 @both_backends
@@ -254,21 +250,6 @@ def test_packed_states_of_other_dtypes(backend):
     base = [b.float() for b in base]
     plus = [p.half() for p in plus]
     compare_with_formula((hidden, base, plus, minus, mask), backend=backend)
-
-
-@both_backends
-def test_one_alpha_per_layer(backend):
-    hidden, base, plus, minus, mask = random_case(L=3)
-    alphas = torch.tensor([0.7, -2.0, 0.0], dtype=torch.float64, device=DEVICE)
-    index = response_index(mask)
-    loss, norms = representation_loss(hidden, base, plus, minus, index, alphas, backend=backend)
-    for layer, alpha in enumerate(alphas.tolist()):
-        one = slice(layer, layer + 1)
-        states = (hidden[one], base[one], plus[one], minus[one])
-        layer_loss, layer_norms = representation_loss(*states, index, alpha, backend=backend)
-        loss = loss - layer_loss / 3
-        assert torch.allclose(norms[one], layer_norms, rtol=1e-12)
-    assert abs(loss.item()) <= 1e-12
 
 
 @both_backends
@@ -539,7 +520,6 @@ def test_few_python_functions_per_step(backend):
     """A step enters each of these functions at most once, and no other of kernel/."""
     hidden, base, plus, minus, mask = random_case(L=5, D=64, dtype=torch.float32)
     index = response_index(mask)
-    alpha = torch.full((5,), 0.5, device=DEVICE)
     entered = []
 
     def record_call(frame, event, _):
@@ -549,7 +529,7 @@ def test_few_python_functions_per_step(backend):
 
     sys.setprofile(record_call)
     try:
-        loss, _ = representation_loss(hidden, base, plus, minus, index, alpha, backend=backend)
+        loss, _ = representation_loss(hidden, base, plus, minus, index, 0.5, backend=backend)
         loss.backward()
     finally:
         sys.setprofile(None)
@@ -590,7 +570,7 @@ def test_compiles_without_spills_and_with_16_byte_loads():
             continue
         if kernel.get("warps"):
             # what 16 warps are compared with
-            assert kernel["bytes_in_flight"] < 20 * 1024, kernel
+            assert kernel["bytes_in_flight"] < 24 * 1024, kernel
             continue
         assert kernel["offsets_32"] == of_sizes, kernel
         if kernel["kernel"] == "persistent_kernel":
@@ -598,8 +578,8 @@ def test_compiles_without_spills_and_with_16_byte_loads():
             assert kernel["copies_to_shared"] >= 4, kernel
             continue
         if (kernel["capability"], kernel["D"]) == (90, 4096) and not kernel.get("differenced"):
-            # of four rows of 8 kB, asked for at once: all by Triton 3.9, 24 kB (squared: 20) by 3.6
-            assert kernel["bytes_in_flight"] >= 20 * 1024, kernel
+            # of four rows of 8 kB, asked for at once: all by Triton 3.9, 24 kB by 3.6
+            assert kernel["bytes_in_flight"] >= 24 * 1024, kernel
         if kernel["D"] % 16 == 0:
             # 16-byte accesses of a thread to one row
             accesses = 1 if kernel["D"] <= 4096 else 4
@@ -636,7 +616,6 @@ def test_invalid_inputs_are_refused(backend):
         ({"minus": [m[:-1] for m in minus]}, r"minus\[0\] is"),
         ({"index": index.long()}, "expected torch.int32"),
         ({"index": index[:-1]}, "index is"),
-        ({"alpha": torch.ones(3, device=DEVICE)}, "alpha is"),
         ({"kind": "l1"}, "kind 'l1'"),
         ({"backend": "cuda"}, "backend 'cuda'"),
     ]

@@ -3,18 +3,20 @@
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import SMALL_WORLD, make_model, random_adapter
+from torch.optim import _muon
 
 from common import toy
 from common.data import encode_pairs
 from common.pairs import parse_row
 from lora import load_adapter
-from studies import shared, start
+from studies import shared, start, toy_base
 from studies import wrong_labels as study
 from studies.shared import swap_labels
 
@@ -192,3 +194,37 @@ def test_the_study_of_starts(copy, tmp_path, monkeypatch):
         assert list(losses) == ["10", "20"]
     trained = result["trained from nothing"]["distance"]
     assert trained < result["base"]
+
+
+def test_muon_in_float32_does_what_pytorchs_muon_does():
+    model = make_model("llama")
+    muon, adamw = toy_base.make_optimizers(model, 1e-3, 0.02)
+    trained = {id(p) for o in (muon, adamw) for group in o.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters()}
+    matrices = [p for group in muon.param_groups for p in group["params"]]
+    assert len(matrices) == 7 * model.config.num_hidden_layers
+    for shape in ((24, 8), (8, 24), (8, 8)):
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        settings = ((3.4445, -4.775, 2.0315), 5, 1e-7)
+        mine = toy_base.newton_schulz(grad, *settings)
+        # eight bits of mantissa, through five iterations
+        theirs = _muon._zeropower_via_newtonschulz(grad, *settings).float()
+        assert (mine - theirs).norm() < 0.03 * theirs.norm()
+        singular = torch.linalg.svdvals(mine)
+        assert singular.min() > 0.3 and singular.max() < 1.3
+
+
+def test_the_study_of_the_bases_optimizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_base, "RESULTS", tmp_path)
+    monkeypatch.setattr(shared, "RESULTS", tmp_path)
+    monkeypatch.setattr(toy, "Config", partial(toy.Config, documents=300, width=16, blocks=2))
+    config = toy_base.Config(steps=[1, 12], documents=50)
+    toy_base.main(config)
+    found = json.loads((tmp_path / "toy_base.json").read_text())
+    nll = {(line["optimizer"], line["steps"]): line["nll"] for line in found["runs"]}
+    assert len(nll) == 6
+    for name in toy_base.OPTIMIZERS:
+        assert nll[name, 12] < nll[name, 1] < 7
+    # a later call has nothing left to do
+    toy_base.main(config)
+    assert json.loads((tmp_path / "toy_base.json").read_text())["runs"] == found["runs"]
