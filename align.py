@@ -64,7 +64,7 @@ from common.training import (
     parameters_run,
     progress_bar,
 )
-from kernel import representation_loss, response_index, triton_unavailable_reason
+from kernel import representation_loss, triton_unavailable_reason
 from lora import LoRA, enable_only, load_adapter, save_adapter, stack
 
 # What the settings are for real models where they are left empty: common/toy.py has those of the
@@ -185,9 +185,8 @@ def validation_distances(trunk, adapter, validation, alpha, config):
     for part in split_into_passes(everything, validation.lengths, config.tokens_per_pass):
         batch = read_batch(validation, part, trunk, adapter)
         hidden = hidden_states(trunk, validation.layers, batch.ids)
-        index = response_index(batch.recorded)
-        states = (batch.base, batch.plus, batch.minus)
-        _, part_norms = representation_loss(hidden, *states, index, alpha, backend=config.backend)
+        states = (batch.base, batch.plus, batch.minus, batch.positions)
+        _, part_norms = representation_loss(hidden, *states, alpha, backend=config.backend)
         norms.append(part_norms)  # [L, T]
     return torch.cat(norms, 1).mean(1).tolist()
 
@@ -223,7 +222,7 @@ def train(trunk, adapter, collection, alpha, config, checkpoint_path, depends_on
                     batch.base,
                     batch.plus,
                     batch.minus,
-                    response_index(batch.recorded),
+                    batch.positions,
                     alpha,
                     kind=config.kind,
                     denom=len(layers) * recorded,

@@ -30,14 +30,12 @@ def recorded_length(pair, response, last_prompt_token):
 class CollectedBatch:
     """Some collected responses as the training step needs them.
 
-    ids: int64 [B, S], padded on the right. recorded: bool [B, S], the T positions whose states
-    were recorded. positions: int64 [T], where in [B * S] these are. base, plus, minus: lists of L
-    tensors [T, D]: b, h+ and h-. base is None where it was not stored; minus is None where plus
-    holds v = h+ - h-.
+    ids: int64 [B, S], padded on the right. positions: int64 [T], where in [B * S] states were
+    recorded. base, plus, minus: lists of L tensors [T, D]: b, h+ and h-. base is None where it was
+    not stored; minus is None where plus holds v = h+ - h-.
     """
 
     ids: torch.Tensor
-    recorded: torch.Tensor
     positions: torch.Tensor
     base: list | None
     plus: list
@@ -117,8 +115,8 @@ class Collection:
         if self.directions is not None:
             plus, minus = project(plus, minus, self.directions), None
         positions = recorded.flatten().nonzero()[:, 0]
-        ids, recorded, positions = (to_device(x, device) for x in (ids, recorded, positions))
-        return CollectedBatch(ids, recorded, positions, states.get("base"), plus, minus)
+        ids, positions = to_device(ids, device), to_device(positions, device)
+        return CollectedBatch(ids, positions, states.get("base"), plus, minus)
 
     def differences(self, device, tokens_per_pass):
         """v of a random sample of the responses, pass by pass: lists of L tensors [T, D]."""

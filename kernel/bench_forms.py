@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernel.representation_loss import representation_loss, response_index
+from kernel.representation_loss import representation_loss
 
 ALPHA = 0.5
 SEQUENCE_LENGTH = 512
@@ -22,8 +22,8 @@ TOLERANCE = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
 # L layers, T response tokens, hidden size D, share f of the rows of [B, S] that are responses
 Shape = namedtuple("Shape", "L T D f")
 
-# hidden: L x [B, S, D]; base, plus, minus: L x [T, D]; mask: bool [B, S]; index: int32 [B*S]
-Inputs = namedtuple("Inputs", "hidden base plus minus mask index alpha")
+# hidden: L x [B, S, D]; base, plus, minus: L x [T, D]; mask: bool [B, S]; positions: int64 [T]
+Inputs = namedtuple("Inputs", "hidden base plus minus mask positions alpha")
 
 
 def random_inputs(shape, seed, device, dtype):
@@ -41,28 +41,22 @@ def random_inputs(shape, seed, device, dtype):
 
     hidden = [h.requires_grad_() for h in normal(*mask.shape)]
     base, plus, minus = normal(T), normal(T), normal(T)
-    return Inputs(hidden, base, plus, minus, mask, response_index(mask), ALPHA)
+    return Inputs(hidden, base, plus, minus, mask, mask.flatten().nonzero()[:, 0], ALPHA)
 
 
-def response_positions(inputs):
-    """The positions in [B*S] of the response tokens: int64 [T]."""
-    return inputs.mask.flatten().nonzero()[:, 0]
-
-
-def by_position(inputs):
-    """A layout: positions in place of the row map. nonzero() waits for the GPU: not timed."""
-    return inputs._replace(index=response_positions(inputs))
+def by_row(inputs):
+    """A layout: int64 [B*S], each position's packed row or any other, in place of positions."""
+    return inputs._replace(positions=(inputs.mask.flatten().cumsum(0) - 1).clamp(min=0))
 
 
 def scattered(inputs):
     """A layout: the collected states at their places in [B, S, D], zeros between them."""
-    positions = response_positions(inputs)
 
     def scatter(states):
         dense = []
         for h, state in zip(inputs.hidden, states):
             zeros = torch.zeros_like(h, requires_grad=False)
-            dense.append(zeros.flatten(0, 1).index_copy_(0, positions, state).view_as(h))
+            dense.append(zeros.flatten(0, 1).index_copy_(0, inputs.positions, state).view_as(h))
         return dense
 
     return inputs._replace(
@@ -73,7 +67,7 @@ def scattered(inputs):
 # ---------------------------------------------------------------- the forms of the loss
 
 
-def authors(hidden, base, plus, minus, mask, index, alpha):
+def authors(hidden, base, plus, minus, mask, positions, alpha):
     """All layers in one masked dense stack, as RAHF's authors write it.
 
     Their mean also counts padding; this one does not.
@@ -95,9 +89,8 @@ def packed(hidden, base, plus, minus, mask, positions, alpha):
     return total / (len(base) * len(base[0]))
 
 
-def where(hidden, base, plus, minus, mask, index, alpha):
+def where(hidden, base, plus, minus, mask, rows, alpha):
     """The collected states gathered to the rows of [B, S]: the gradient needs no scatter."""
-    rows = index.clamp(min=0)
     is_response = mask.flatten()[:, None]
     total = 0.0
     for h, b, p, m in zip(hidden, base, plus, minus):
@@ -107,19 +100,19 @@ def where(hidden, base, plus, minus, mask, index, alpha):
     return total / (len(base) * len(base[0]))
 
 
-def torch_backend(hidden, base, plus, minus, mask, index, alpha):
-    return representation_loss(hidden, base, plus, minus, index, alpha, backend="torch")[0]
+def torch_backend(hidden, base, plus, minus, mask, positions, alpha):
+    return representation_loss(hidden, base, plus, minus, positions, alpha, backend="torch")[0]
 
 
-def fused(hidden, base, plus, minus, mask, index, alpha):
-    return representation_loss(hidden, base, plus, minus, index, alpha, backend="triton")[0]
+def fused(hidden, base, plus, minus, mask, positions, alpha):
+    return representation_loss(hidden, base, plus, minus, positions, alpha, backend="triton")[0]
 
 
 @dataclass(frozen=True)
 class Form:
     """One way to compute loss and gradient, and the bytes that it moves in bf16 (counted)."""
 
-    # (hidden, base, plus, minus, mask, index, alpha) -> loss
+    # (hidden, base, plus, minus, mask, positions, alpha) -> loss
     loss: Callable
     # bytes for each element of a response token
     response_bytes: float
@@ -143,13 +136,13 @@ def forms():
     where_compiled = torch.compile(where, fullgraph=True, dynamic=False)
     return {
         "authors, eager": Form(authors, 0, 72, scattered),
-        "packed, eager": Form(packed, 62, 2, by_position),
-        # in fp32, and it computes the positions itself
+        "packed, eager": Form(packed, 62, 2),
+        # in fp32
         "torch backend": Form(torch_backend, 112, 2),
         # both passes read all four states
-        "packed, compiled": Form(packed_compiled, 16, 2, by_position),
+        "packed, compiled": Form(packed_compiled, 16, 2),
         # reads h, writes and reads r, writes the gradient: at every row
-        "where, compiled": Form(where_compiled, 6, 8),
+        "where, compiled": Form(where_compiled, 6, 8, by_row),
         "fused": Form(fused, 8, 2),
         # reads and writes the gradient once more
         "fused, incoming 0.37": Form(fused, 8, 6, upstream=0.37),
@@ -219,12 +212,11 @@ def poison_free_memory(inputs):
 def relative_errors(inputs, upstream, loss, gradients, chunk_size=2048):
     """||error|| / ||reference|| of loss and gradient. In chunks: float64 is four times the size."""
     L, T = len(inputs.base), len(inputs.base[0])
-    positions = response_positions(inputs)
     expected_loss = squared_error = squared_size = 0.0
     for layer, (h, gradient) in enumerate(zip(inputs.hidden, gradients)):
         for start in range(0, T, chunk_size):
             rows = slice(start, start + chunk_size)
-            here = positions[rows]
+            here = inputs.positions[rows]
             v = inputs.plus[layer][rows].double()
             if inputs.minus is not None:
                 v -= inputs.minus[layer][rows].double()

@@ -25,7 +25,7 @@ def persistent_kernel(
     base,
     plus,
     minus,
-    index,
+    rows,
     grad,
     terms,
     norms,
@@ -52,7 +52,7 @@ def persistent_kernel(
     for program in tl.range(tl.program_id(0), L * N, tl.num_programs(0), num_stages=2):
         layer = program // N
         position = program % N
-        row = tl.load(index + position).to(tl.int64)
+        row = tl.load(rows + position).to(tl.int64)
         is_response = row >= 0
         read = columns < tl.where(is_response, D, 0)
         start = (

@@ -6,8 +6,7 @@
 
 h is the trained model's own hidden state, dense [B, S, D] per layer. b, h+ and h- were recorded at
 T of the B * S positions (the response's tokens and the last prompt token) and are packed: [T, D]
-per layer. A row map joins the two: index[b * S + s] is the packed row of that position, or -1 where
-nothing was recorded.
+per layer. positions [T] says where in [B * S] each packed row belongs.
 
 This file has the loss twice, in plain PyTorch (torch_loss) and as a Triton kernel (loss_kernel).
 It does next to no arithmetic, so on a GPU it costs the bytes that it moves. PyTorch passes over
@@ -70,24 +69,15 @@ else:
     TRITON_DEVICES = () if MISSING else ("cuda",)
 
 
-def response_index(mask):
-    """Row map of a mask: bool [B, S] -> int32 [B*S].
-
-    The marked positions are numbered in order; the others get -1.
-    """
-    flat = mask.flatten()
-    return torch.where(flat, flat.cumsum(0) - 1, -1).to(torch.int32)
-
-
 def representation_loss(
-    hidden, base, plus, minus, index, alpha, kind="l2", denom=None, backend="auto"
+    hidden, base, plus, minus, positions, alpha, kind="l2", denom=None, backend="auto"
 ):
     """The alignment loss and the norms of its residuals.
 
     hidden: list of L tensors [B, S, D], bf16, fp32 or fp64, that need a gradient
     base, plus, minus: lists of L tensors [T, D] of any floating-point dtype: b, h+, h-;
         with minus None, plus holds the difference v = h+ - h-
-    index: int32 [B*S], in which every packed row occurs once; see response_index
+    positions: int64 [T], where in [B * S] each packed row was recorded; no two are the same
     alpha: α, a float
     kind: "l2" or "mse"
     denom: what the sum is divided by, by default L*T
@@ -97,7 +87,7 @@ def representation_loss(
     (fp64 where hidden is fp64). The Triton backend allows one backward pass per loss.
     Raises ValueError if shapes, dtypes, devices or the backend do not fit.
     """
-    check_inputs(hidden, base, plus, minus, index, kind, backend)
+    check_inputs(hidden, base, plus, minus, positions, kind, backend)
     device = hidden[0].device
     if denom is None:
         denom = max(1, len(base) * len(base[0]))
@@ -105,16 +95,21 @@ def representation_loss(
         reason = triton_unavailable_reason(hidden[0].shape[-1], device)
         backend = "triton" if device.type == "cuda" and not reason else "torch"
     if backend == "torch":
-        return torch_loss(hidden, base, plus, minus, index, alpha, kind, denom)
+        return torch_loss(hidden, base, plus, minus, positions, alpha, kind, denom)
+    # The kernel goes the other way: its programs are the positions [B * S], and each looks up its
+    # packed row here; -1 is none.
+    B, S, _ = hidden[0].shape
+    rows = torch.full((B * S,), -1, dtype=torch.int32, device=device)
+    rows[positions] = torch.arange(len(positions), dtype=torch.int32, device=device)
     squared = kind == "mse"
     # grad mode is always off inside FusedLoss.forward
     grad_enabled = torch.is_grad_enabled()
     return FusedLoss.apply(
-        base, plus, minus or [], index, alpha, 1 / denom, squared, grad_enabled, *hidden
+        base, plus, minus or [], rows, alpha, 1 / denom, squared, grad_enabled, *hidden
     )
 
 
-def check_inputs(hidden, base, plus, minus, index, kind, backend):
+def check_inputs(hidden, base, plus, minus, positions, kind, backend):
     """Raise ValueError unless the arguments fit together.
 
     One function without helpers: it runs at every step, and the GPU waits for the host.
@@ -152,10 +147,10 @@ def check_inputs(hidden, base, plus, minus, index, kind, backend):
                     f"expected {dtype} {shape} on {device}"
                 )
 
-    if (index.shape, index.dtype, index.device) != ((B * S,), torch.int32, device):
+    if (positions.shape, positions.dtype, positions.device) != ((T,), torch.int64, device):
         raise ValueError(
-            f"index is {index.dtype} {tuple(index.shape)} on {index.device}, "
-            f"expected torch.int32 {(B * S,)} on {device}"
+            f"positions is {positions.dtype} {tuple(positions.shape)} on {positions.device}, "
+            f"expected torch.int64 {(T,)} on {device}"
         )
     if backend == "triton" and (D > MAX_HIDDEN_SIZE or device.type not in TRITON_DEVICES):
         reason = triton_unavailable_reason(D, device)
@@ -192,13 +187,10 @@ def bytes_moved(hidden, base, plus, minus):
 # ---------------------------------------------------------------- plain PyTorch
 
 
-def torch_loss(hidden, base, plus, minus, index, alpha, kind, denom):
+def torch_loss(hidden, base, plus, minus, positions, alpha, kind, denom):
     """The loss in plain PyTorch, differentiated by autograd. Edit this for another loss."""
     dtype = torch.promote_types(hidden[0].dtype, torch.float32)
     D = hidden[0].shape[-1]
-    # The row map the other way round, [T]: for each packed row, its position in [B*S]. Sorted, the
-    # -1 come first. (To ask a mask which positions it marks would wait for a GPU.)
-    positions = index.argsort()[len(index) - len(base[0]) :]
     total = 0.0
     norms = []
     for layer, h in enumerate(hidden):
@@ -245,7 +237,7 @@ def loss_kernel(
     base,  # L pointers to [T, D]: b
     plus,  # L pointers to [T, D]: h+, or v if DIFFERENCED
     minus,  # L pointers to [T, D]: h-, not read if DIFFERENCED
-    index,  # [N] int32: each position's packed row, or -1
+    rows,  # [N] int32: each position's packed row, or -1
     grad,  # [L, N, D], written if GRADIENT: d loss / d h
     terms,  # [L, N], written: what each position adds to the loss
     norms,  # [L, T], written: ||r||
@@ -273,7 +265,7 @@ def loss_kernel(
     program = tl.program_id(0)  # layer * N + position
     layer = program // N
     position = program % N
-    row = tl.load(index + position).to(tl.int64)
+    row = tl.load(rows + position).to(tl.int64)
     grad_row = grad + program.to(tl.int64) * D
     columns = tl.arange(0, BLOCK)
     inside = columns < D
@@ -341,7 +333,7 @@ def loss_and_gradient(
     base: list[torch.Tensor],
     plus: list[torch.Tensor],
     minus: list[torch.Tensor],
-    index: torch.Tensor,
+    rows: torch.Tensor,
     alpha: float,
     inverse_denom: float,
     squared: bool,
@@ -372,7 +364,7 @@ def loss_and_gradient(
             base,
             plus,
             minus or plus,  # Triton needs some pointer here
-            index.contiguous(),
+            rows,
             grad,
             terms,
             norms,
@@ -399,7 +391,7 @@ def loss_and_gradient(
 
 
 @loss_and_gradient.register_fake
-def _(hidden, base, plus, minus, index, alpha, inverse_denom, squared, gradient):
+def _(hidden, base, plus, minus, rows, alpha, inverse_denom, squared, gradient):
     """The shapes and dtypes of the outputs, for torch.compile."""
     x = hidden[0]
     L = len(hidden)
@@ -422,12 +414,10 @@ class FusedLoss(torch.autograd.Function):
     """The kernel as a differentiable function of the hidden states."""
 
     @staticmethod
-    def forward(
-        ctx, base, plus, minus, index, alpha, inverse_denom, squared, grad_enabled, *hidden
-    ):
+    def forward(ctx, base, plus, minus, rows, alpha, inverse_denom, squared, grad_enabled, *hidden):
         gradient = grad_enabled and any(ctx.needs_input_grad)
         loss, norms, grad = loss_and_gradient(
-            hidden, base, plus, minus, index, alpha, inverse_denom, squared, gradient
+            hidden, base, plus, minus, rows, alpha, inverse_denom, squared, gradient
         )
         ctx.mark_non_differentiable(norms)
         ctx.save_for_backward(grad)

@@ -29,7 +29,7 @@ ARGUMENT_TYPES = {
     "base": STATE_POINTERS,
     "plus": STATE_POINTERS,
     "minus": STATE_POINTERS,
-    "index": "*i32",
+    "rows": "*i32",
     "grad": "*bf16",
     "terms": "*fp32",
     "norms": "*fp32",
@@ -83,7 +83,7 @@ def alignment(names, D):
     for name in STATES:
         for layer in range(L):
             attributes[names.index(name), layer] = divisible
-    aligned = ["index", "grad", "terms", "norms"]
+    aligned = ["rows", "grad", "terms", "norms"]
     if D % 16 == 0:
         aligned += ["stride_b", "stride_s", "S", "N", "T", "D"]
     for parameter in loss_kernel.params:

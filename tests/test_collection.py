@@ -52,10 +52,10 @@ def test_a_batch_holds_the_states_of_its_responses_in_order(store, tmp_path):
     assert collection.lengths == [7, 5, 4, 9]
     assert collection.recorded_lengths == [4, 3, 3, 1]
     batch = collection.read([2, 0], CPU)
-    assert batch.ids.shape == batch.recorded.shape == (2, 7)
+    assert batch.ids.shape == (2, 7)
     assert batch.ids[0].tolist() == [*responses[2][0].tolist(), 1, 1, 1]
     assert batch.ids[1].tolist() == responses[0][0].tolist()
-    assert batch.recorded.nonzero()[:, 1].tolist() == [1, 2, 3, 3, 4, 5, 6]
+    assert batch.positions.tolist() == [1, 2, 3, 7 + 3, 7 + 4, 7 + 5, 7 + 6]
 
     plus_name = "plus" if store == "full" else "v"
     for name, states in (("base", batch.base), (plus_name, batch.plus), ("minus", batch.minus)):
@@ -126,7 +126,7 @@ def test_a_collection_with_directions_gives_the_projection_and_no_minus(store, t
     batch = collection.read([3, 1], CPU)
     assert batch.minus is None
     assert torch.equal(batch.ids, plain.ids)
-    assert torch.equal(batch.recorded, plain.recorded)
+    assert torch.equal(batch.positions, plain.positions)
     for i, U in enumerate(collection.directions):
         minus = plain.minus[i] if plain.minus else None
         expected = project_with_numpy(plain.plus[i], minus, U)

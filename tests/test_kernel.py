@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 import align
 import collect
 import dual
-from kernel import bytes_moved, representation_loss, response_index, triton_unavailable_reason
+from kernel import bytes_moved, representation_loss, triton_unavailable_reason
 from kernel.bench_variants import VARIANTS, variant
+from kernel.representation_loss import loss_and_gradient
 
 # in the package, the name of the module is that of the function
 module = importlib.import_module("kernel.representation_loss")
@@ -67,6 +68,11 @@ def all_responses(B, S):
     return torch.ones(B, S, dtype=torch.bool, device=DEVICE)
 
 
+def positions_of(mask):
+    """Where in [B * S] a mask [B, S] is set."""
+    return mask.flatten().nonzero()[:, 0]
+
+
 def take(rows, *packed):
     """The given rows of packed states: for each of base, plus, minus a list of L tensors."""
     return [list(map(operator.itemgetter(rows), states)) for states in packed]
@@ -104,9 +110,9 @@ def relative_error(value, reference):
 def compare_with_formula(case, alpha=0.5, kind="l2", backend="triton"):
     hidden, base, plus, minus, mask = case
     dtype = hidden[0].dtype
-    index = response_index(mask)
+    positions = positions_of(mask)
     loss, norms = representation_loss(
-        hidden, base, plus, minus, index, alpha, kind=kind, backend=backend
+        hidden, base, plus, minus, positions, alpha, kind=kind, backend=backend
     )
     expected_loss, expected_norms, expected_gradients = formula(*case, alpha, kind)
     # loss and norms are never rounded to bf16
@@ -209,11 +215,11 @@ def test_strided_states(view, backend):
     case = (views, base, plus, minus, mask)
     compare_with_formula(case, backend=backend)
 
-    # the row map need not be contiguous either
-    index = response_index(mask)
-    strided_index = torch.stack([index, index], 1)[:, 0]
+    # the positions need not be contiguous either
+    positions = positions_of(mask)
+    positions = torch.stack([positions, positions], 1)[:, 0]
     expected, _, _ = formula(*case, 0.5, "l2")
-    loss, _ = representation_loss(views, base, plus, minus, strided_index, 0.5, backend=backend)
+    loss, _ = representation_loss(views, base, plus, minus, positions, 0.5, backend=backend)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
@@ -231,14 +237,11 @@ def test_packed_rows_in_any_order(backend):
     hidden, base, plus, minus, mask = random_case(D=64)
     T = int(mask.sum())
     order = torch.randperm(T, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    index = response_index(mask)
-    shuffled_index = index.clone()
-    # the token that had row order[i] now has row i
-    shuffled_index[mask.flatten()] = order.argsort().to(torch.int32)
+    positions = positions_of(mask)
     shuffled = take(order, base, plus, minus)
-    loss, norms = representation_loss(hidden, base, plus, minus, index, 0.5, backend=backend)
+    loss, norms = representation_loss(hidden, base, plus, minus, positions, 0.5, backend=backend)
     other, other_norms = representation_loss(
-        hidden, *shuffled, shuffled_index, 0.5, backend=backend
+        hidden, *shuffled, positions[order], 0.5, backend=backend
     )
     assert other.item() == pytest.approx(loss.item(), rel=1e-12)
     assert torch.equal(other_norms, norms[:, order])
@@ -258,9 +261,9 @@ def test_zero_residual_has_zero_gradient(kind, backend):
     hidden, base, plus, minus, mask = random_case()
     for h, b, p, m in zip(hidden, base, plus, minus):
         h.data[mask] = b + 0.5 * (p - m)
-    index = response_index(mask)
+    positions = positions_of(mask)
     loss, norms = representation_loss(
-        hidden, base, plus, minus, index, 0.5, kind=kind, backend=backend
+        hidden, base, plus, minus, positions, 0.5, kind=kind, backend=backend
     )
     assert loss.item() == 0
     assert (norms == 0).all()
@@ -273,9 +276,9 @@ def test_zero_residual_has_zero_gradient(kind, backend):
 def test_nan_shows(kind, backend):
     hidden, base, plus, minus, mask = random_case()
     base[1][0, 0] = float("nan")
-    index = response_index(mask)
+    positions = positions_of(mask)
     loss, norms = representation_loss(
-        hidden, base, plus, minus, index, 0.5, kind=kind, backend=backend
+        hidden, base, plus, minus, positions, 0.5, kind=kind, backend=backend
     )
     assert loss.isnan()
     assert norms.isnan().sum() == 1
@@ -289,11 +292,11 @@ def test_nan_shows(kind, backend):
 def test_gradient_is_that_of_finite_differences(kind, backend):
     mask = torch.tensor([[False, True, False, True]])
     hidden, base, plus, minus, mask = random_case(D=3, mask=mask)
-    index = response_index(mask)
+    positions = positions_of(mask)
 
     def loss():
         options = {"kind": kind, "backend": backend}
-        return representation_loss(hidden, base, plus, minus, index, 0.7, **options)[0]
+        return representation_loss(hidden, base, plus, minus, positions, 0.7, **options)[0]
 
     gradients = torch.autograd.grad(loss(), hidden)
     epsilon = 1e-6
@@ -313,16 +316,18 @@ def test_gradient_is_that_of_finite_differences(kind, backend):
 @both_backends
 def test_denom_and_difference(backend):
     hidden, base, plus, minus, mask = random_case()
-    index = response_index(mask)
-    loss, _ = representation_loss(hidden, base, plus, minus, index, 0.7, backend=backend)
+    positions = positions_of(mask)
+    loss, _ = representation_loss(hidden, base, plus, minus, positions, 0.7, backend=backend)
     v = [p - m for p, m in zip(plus, minus)]
-    differenced, _ = representation_loss(hidden, base, v, None, index, 0.7, backend=backend)
+    differenced, _ = representation_loss(hidden, base, v, None, positions, 0.7, backend=backend)
     assert differenced.item() == pytest.approx(loss.item(), rel=1e-12)
     for one, other in zip(
         torch.autograd.grad(differenced, hidden), torch.autograd.grad(loss, hidden)
     ):
         assert torch.allclose(one, other, rtol=1e-12)
-    tenth, _ = representation_loss(hidden, base, plus, minus, index, 0.7, denom=10, backend=backend)
+    tenth, _ = representation_loss(
+        hidden, base, plus, minus, positions, 0.7, denom=10, backend=backend
+    )
     assert tenth.item() == pytest.approx(loss.item() * 2 * int(mask.sum()) / 10, rel=1e-12)
 
 
@@ -335,11 +340,11 @@ def test_denom_and_difference(backend):
 def test_incoming_gradient(upstream, dtype, backend):
     case = random_case(D=64, dtype=dtype)
     hidden, base, plus, minus, mask = case
-    index = response_index(mask)
+    positions = positions_of(mask)
     for kind in KINDS:
         _, _, expected_gradients = formula(*case, 0.5, kind)
         loss, _ = representation_loss(
-            hidden, base, plus, minus, index, 0.5, kind=kind, backend=backend
+            hidden, base, plus, minus, positions, 0.5, kind=kind, backend=backend
         )
         gradients = torch.autograd.grad(loss * upstream, hidden)
         for gradient, expected in zip(gradients, expected_gradients):
@@ -349,8 +354,8 @@ def test_incoming_gradient(upstream, dtype, backend):
 def test_second_backward_is_refused():
     """The buffer with the gradient is handed out once; the gradient that was got stays right."""
     hidden, base, plus, minus, mask = random_case(D=64, dtype=torch.float32)
-    index = response_index(mask)
-    loss, _ = representation_loss(hidden, base, plus, minus, index, 0.5, backend="triton")
+    positions = positions_of(mask)
+    loss, _ = representation_loss(hidden, base, plus, minus, positions, 0.5, backend="triton")
     gradients = torch.autograd.grad(loss * 0.37, hidden, retain_graph=True)
     copies = [gradient.clone() for gradient in gradients]
     with pytest.raises(RuntimeError, match="second backward pass"):
@@ -362,16 +367,16 @@ def test_second_backward_is_refused():
 @both_backends
 def test_no_gradient_where_none_is_needed(backend):
     hidden, base, plus, minus, mask = random_case(D=64, dtype=torch.float32)
-    index = response_index(mask)
-    expected, _ = representation_loss(hidden, base, plus, minus, index, 0.5, backend=backend)
+    positions = positions_of(mask)
+    expected, _ = representation_loss(hidden, base, plus, minus, positions, 0.5, backend=backend)
     with torch.no_grad():
-        loss, _ = representation_loss(hidden, base, plus, minus, index, 0.5, backend=backend)
+        loss, _ = representation_loss(hidden, base, plus, minus, positions, 0.5, backend=backend)
     assert not loss.requires_grad
     assert loss.item() == expected.item()
 
     # one layer that needs a gradient is enough
     mixed = [hidden[0].detach(), hidden[1]]
-    loss, _ = representation_loss(mixed, base, plus, minus, index, 0.5, backend=backend)
+    loss, _ = representation_loss(mixed, base, plus, minus, positions, 0.5, backend=backend)
     (gradient,) = torch.autograd.grad(loss, mixed[1:])
     _, whole = torch.autograd.grad(expected, hidden)
     assert torch.equal(gradient, whole)
@@ -389,8 +394,8 @@ def test_gradient_accumulation(backend):
     def gradient(first, last):
         states = [head(h[first:last]) for h in hidden]
         packed = take(slice(first * 5, last * 5), base, plus, minus)
-        index = response_index(mask[first:last])
-        loss, _ = representation_loss(states, *packed, index, 0.5, denom=denom, backend=backend)
+        positions = positions_of(mask[first:last])
+        loss, _ = representation_loss(states, *packed, positions, 0.5, denom=denom, backend=backend)
         return torch.autograd.grad(loss, head.weight)[0]
 
     halves = gradient(0, 2) + gradient(2, 4)
@@ -402,10 +407,10 @@ def test_gradient_checkpointing(backend):
     """Recomputing the module below the loss changes nothing."""
     hidden, base, plus, minus, mask = random_case(D=64, dtype=torch.float32)
     head = torch.nn.Linear(64, 64).to(DEVICE)
-    index = response_index(mask)
+    positions = positions_of(mask)
 
     def gradient(states):
-        loss, _ = representation_loss(states, base, plus, minus, index, 0.5, backend=backend)
+        loss, _ = representation_loss(states, base, plus, minus, positions, 0.5, backend=backend)
         return torch.autograd.grad(loss, head.weight)[0]
 
     plain = gradient([head(h) for h in hidden])
@@ -416,18 +421,16 @@ def test_gradient_checkpointing(backend):
 @both_backends
 def test_composes_with_compile(backend):
     hidden, base, plus, minus, mask = random_case(D=64, dtype=torch.float32)
-    index = response_index(mask)
+    positions = positions_of(mask)
 
     def loss(*hidden):
         doubled = [2 * h for h in hidden]
         return (
-            0.37 * representation_loss(doubled, base, plus, minus, index, 0.5, backend=backend)[0]
+            0.37
+            * representation_loss(doubled, base, plus, minus, positions, 0.5, backend=backend)[0]
         )
 
-    # the torch backend's number of rows depends on the data, which breaks its graph
-    compiled = torch.compile(
-        loss, fullgraph=backend == "triton", backend="inductor" if NATIVE else "aot_eager"
-    )
+    compiled = torch.compile(loss, fullgraph=True, backend="inductor" if NATIVE else "aot_eager")
     expected = loss(*hidden)
     result = compiled(*hidden)
     assert result.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -438,10 +441,12 @@ def test_composes_with_compile(backend):
 
 def test_same_bits_every_time():
     hidden, base, plus, minus, mask = random_case(L=3, B=4, S=50, D=100, dtype=torch.bfloat16)
-    index = response_index(mask)
+    positions = positions_of(mask)
 
     def everything():
-        loss, norms = representation_loss(hidden, base, plus, minus, index, 0.5, backend="triton")
+        loss, norms = representation_loss(
+            hidden, base, plus, minus, positions, 0.5, backend="triton"
+        )
         return loss, norms, *torch.autograd.grad(loss, hidden)
 
     for first, second in zip(everything(), everything()):
@@ -461,10 +466,11 @@ def test_more_than_2_to_the_31_elements():
     view = big.view(n_rows // 2, 2, D)[:: n_rows // 2 - 1]
     view.copy_(torch.randn(2, 2, D))
     rows = [n_rows - 1, 0, n_rows - 2]
-    index = torch.tensor([rows[0], -1, rows[1], rows[2]], dtype=torch.int32, device=DEVICE)
-    hidden = [view.detach().requires_grad_()]
-    loss, norms = representation_loss(
-        hidden, [big], [big], None, index, 0.5, denom=3, backend="triton"
+    # not by positions, of which there would be as many as packed rows
+    row_of_position = [rows[0], -1, rows[1], rows[2]]
+    row_of_position = torch.tensor(row_of_position, dtype=torch.int32, device=DEVICE)
+    loss, norms, gradient = loss_and_gradient(
+        [view], [big], [big], [], row_of_position, 0.5, 1 / 3, squared=False, gradient=True
     )
 
     positions = [0, 2, 3]
@@ -472,7 +478,7 @@ def test_more_than_2_to_the_31_elements():
     expected_norms = r.norm(dim=1)
     assert loss.item() == pytest.approx(expected_norms.mean().item(), rel=1e-6)
     assert norms[0, rows].tolist() == pytest.approx(expected_norms.tolist(), rel=1e-6)
-    gradient = torch.autograd.grad(loss, hidden)[0].flatten(0, 1)
+    gradient = gradient[0].flatten(0, 1)
     expected = (r / expected_norms[:, None] / 3).cpu()
     assert relative_error(gradient[positions], expected) <= TOLERANCE[torch.bfloat16]
     assert (gradient[1] == 0).all()
@@ -482,10 +488,9 @@ def test_more_than_2_to_the_31_elements():
 def test_gradient_of_more_than_2_to_the_31_elements():
     n_rows, D = 530_000, 4096
     h = torch.ones(1, n_rows, D, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-    index = torch.full((n_rows,), -1, dtype=torch.int32, device=DEVICE)
-    index[-1] = 0
+    positions = torch.tensor([n_rows - 1], device=DEVICE)
     zeros = [torch.zeros(1, D, dtype=torch.bfloat16, device=DEVICE)]
-    loss, _ = representation_loss([h], zeros, zeros, None, index, 1.0, backend="triton")
+    loss, _ = representation_loss([h], zeros, zeros, None, positions, 1.0, backend="triton")
     gradient = torch.autograd.grad(loss, h)[0][0]
     assert (gradient[-1] == 1 / 64).all()
     assert gradient[:-1].abs().max() == 0
@@ -519,7 +524,7 @@ INTERPRETED = {"loss_kernel", "pick", "scale_kernel", "<module>"}
 def test_few_python_functions_per_step(backend):
     """A step enters each of these functions at most once, and no other of kernel/."""
     hidden, base, plus, minus, mask = random_case(L=5, D=64, dtype=torch.float32)
-    index = response_index(mask)
+    positions = positions_of(mask)
     entered = []
 
     def record_call(frame, event, _):
@@ -529,7 +534,7 @@ def test_few_python_functions_per_step(backend):
 
     sys.setprofile(record_call)
     try:
-        loss, _ = representation_loss(hidden, base, plus, minus, index, 0.5, backend=backend)
+        loss, _ = representation_loss(hidden, base, plus, minus, positions, 0.5, backend=backend)
         loss.backward()
     finally:
         sys.setprofile(None)
@@ -593,13 +598,13 @@ def test_compiles_without_spills_and_with_16_byte_loads():
 @both_backends
 def test_invalid_inputs_are_refused(backend):
     hidden, base, plus, minus, mask = random_case()
-    index = response_index(mask)
+    positions = positions_of(mask)
     arguments = {
         "hidden": hidden,
         "base": base,
         "plus": plus,
         "minus": minus,
-        "index": index,
+        "positions": positions,
         "alpha": 1.0,
         "backend": backend,
     }
@@ -614,8 +619,8 @@ def test_invalid_inputs_are_refused(backend):
         ({"plus": [p[:, :3] for p in plus]}, r"plus\[0\] is .*, 3\) on"),
         ({"plus": [p.long() for p in plus]}, "plus is torch.int64"),
         ({"minus": [m[:-1] for m in minus]}, r"minus\[0\] is"),
-        ({"index": index.long()}, "expected torch.int32"),
-        ({"index": index[:-1]}, "index is"),
+        ({"positions": positions.int()}, "expected torch.int64"),
+        ({"positions": positions[:-1]}, "positions is"),
         ({"kind": "l1"}, "kind 'l1'"),
         ({"backend": "cuda"}, "backend 'cuda'"),
     ]
@@ -627,11 +632,11 @@ def test_invalid_inputs_are_refused(backend):
 def test_too_large_hidden_size_is_refused():
     h = [torch.zeros(1, 1, 16385, device=DEVICE)]
     state = [torch.zeros(1, 16385, device=DEVICE)]
-    index = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    positions = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="16385 is over 16384; use backend='torch'"):
-        representation_loss(h, state, state, state, index, 1.0, backend="triton")
+        representation_loss(h, state, state, state, positions, 1.0, backend="triton")
     assert triton_unavailable_reason(16384, h[0].device) == ""
-    loss, _ = representation_loss(h, state, state, state, index, 1.0, backend="auto")
+    loss, _ = representation_loss(h, state, state, state, positions, 1.0, backend="auto")
     assert loss.item() == 0
 
 
@@ -641,11 +646,11 @@ from kernel import representation_loss, triton_unavailable_reason
 
 h = [torch.ones(1, 1, 4, requires_grad=True)]
 state = [torch.zeros(1, 4)]
-index = torch.zeros(1, dtype=torch.int32)
-print(representation_loss(h, state, state, state, index, 1.0)[0].item())
+positions = torch.zeros(1, dtype=torch.int64)
+print(representation_loss(h, state, state, state, positions, 1.0)[0].item())
 print(triton_unavailable_reason(4, torch.device("cpu")))
 try:
-    representation_loss(h, state, state, state, index, 1.0, backend="triton")
+    representation_loss(h, state, state, state, positions, 1.0, backend="triton")
 except ValueError as error:
     print(error)
 """

@@ -29,7 +29,7 @@ from common.data import (
 from common.hf import hidden_states, load_model, load_tokenizer
 from common.pairs import parse_row
 from common.stages import read_stage
-from kernel import representation_loss, response_index
+from kernel import representation_loss
 from lora import LoRA, enable_only, load_adapter
 
 METHODS = {"scit": scit, "dual": dual}
@@ -242,8 +242,7 @@ def test_padding_and_batch_size_change_no_alignment_loss(pairs):
         hidden = hidden_states(model.base_model, layers, batch.ids)
         packed = torch.cat([recorded[i] for i in indices], 2)
         base, plus, minus = (list(states) for states in packed)
-        index = response_index(batch.response)
-        return representation_loss(hidden, base, plus, minus, index, 0.5, kind=kind)
+        return representation_loss(hidden, base, plus, minus, batch.positions, 0.5, kind=kind)
 
     for kind in ("l2", "mse"):
         with torch.no_grad():

@@ -257,8 +257,8 @@ def test_states_are_read_into_pinned_memory_and_copied_without_waiting(done, pin
     paths = [done / "dual" / "collect" / name for name in manifest["shards"]]
     collection = Collection(paths, manifest["settings"]["layers"], "full", 1)
     batch = collection.read([0, 1, 2], CUDA)
-    # b, h+ and h- of each layer; ids, recorded and positions
-    assert pinned_memory.copies == [(True, True)] * (3 * len(collection.layers) + 3)
+    # b, h+ and h- of each layer; ids and positions
+    assert pinned_memory.copies == [(True, True)] * (3 * len(collection.layers) + 2)
     assert len(batch.plus) == len(collection.layers)
 
 
