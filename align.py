@@ -4,16 +4,16 @@
     python align.py --kl 2                               as strong as 2 nats allow
     python align.py --alpha 5                            the paper's α
 
-On the plain prompt <q, r>, with b, h+ and h- recorded by collect.py at the same positions:
+Without an instruction, on <q, r>, with b, h+ and h- recorded by collect.py at the same positions:
 
     loss = mean over target layers l and recorded tokens of
            || A(π_lora, <q, r>, l) - (b_l + α (h+_l - h-_l)) ||_2
 
-Three things are ours. --strength ρ names the share of their length by which states move on
-average, α = ρ / mean(|v|/|b|) with v = h+ - h-, because the best α differs more between models.
+Three things are ours. --strength ρ sets α so that states move by ρ times their norm on average,
+α = ρ / mean(|v|/|b|) with v = h+ - h-: a good ρ carries over between models better than a good α.
 --rank k projects v on each layer's top k principal directions U [k, D]: v U^T U. And the last step
-scales the adapter until its answers are --kl nats from the base's (see common/dial.py): how strong
-one comes out is hard to know beforehand.
+scales the adapter until its answers are --kl nats from the base's (see common/dial.py): how far one
+goes is hard to know beforehand.
 
 The LoRA is on blocks 0 to the highest target layer; nothing above is loaded or run ("trunk" means
 a model without its head). One collection serves many α. Writes OUT/METHOD/align, a PEFT adapter for
@@ -90,13 +90,14 @@ class Config(TrainingSettings):
     )
     strength: float | None = setting(
         None,
-        f"ρ: states move by this share of their length, on average over tokens and layers; "
+        f"ρ: states move by this share of their norm, on average over tokens and layers; "
         f"empty takes {STRENGTH}, unless --alpha is given",
     )
     alpha: float | None = setting(None, "α, as in the paper; empty takes what --strength says")
     rank: int | None = setting(
         None,
-        "project v on this many top principal directions of each layer; empty takes all of v",
+        "project v on this many top principal directions of each layer; empty takes all of v "
+        "(the LoRA's own rank is --lora-rank)",
         minimum=1,
     )
     kind: Literal["l2", "mse"] = setting(
@@ -170,7 +171,7 @@ def read_batch(collection, indices, trunk, adapter):
     the adapter off."""
     batch = collection.read(indices, trunk.device)
     if batch.base is None:
-        with torch.no_grad(), enable_only([adapter]):
+        with torch.no_grad(), enable_only([], among=[adapter]):
             states = hidden_states(trunk, collection.layers, batch.ids)
         batch.base = [h.flatten(0, 1).index_select(0, batch.positions) for h in states]
     return batch
@@ -289,10 +290,10 @@ def main(config, target=None):
         )
         check_same_model(config.model, tokenizer, manifest, folder / "collect")
         stage1_weights = None
-        if collected["base"] == "instructed":
+        if collected["base"] == "stage1":
             stage1_folder = verified_path(folder / "collect", manifest, "base_adapter")
             stage1_weights = load_adapter(stage1_folder, trunk)
-            # its hooks keep it on the trunk, where it is part of the base model from here on
+            # its hooks keep it on the trunk, which from here on computes stage 1's model
             LoRA(trunk, weights=stage1_weights).requires_grad_(False).eval()
         shares = project_on_directions(collection, validation, config, device)
         torch.manual_seed(config.seed)
@@ -352,7 +353,7 @@ def main(config, target=None):
     print_distances(layers, distance_floor, distance_start, distance_end)
     if config.kl:
         kl = dict(measured)[scale]
-        print(f"scaled to {scale:.3g} of its strength: KL to the base {kl:.2f} nats")
+        print(f"scaled by {scale:.3g}: KL to the base {kl:.2f} nats")
     if target == folder / "align":
         print(f"wrote {target}")
         print_warnings(folder, weights)
@@ -426,14 +427,14 @@ def complete_settings(config):
     return manifest
 
 
-def choose_strength(config, recorded, folder):
+def choose_strength(config, handed_on, folder):
     """Fill what the user left empty of the training's settings and of strength, alpha and kl.
 
-    recorded: the settings that the embedded default brings for this stage, {} for other models.
+    handed_on: the settings that the embedded default brings for this stage, {} for other models.
     """
     if config.alpha is not None:
-        recorded = {name: value for name, value in recorded.items() if name != "strength"}
-    fill(config, DEFAULTS, recorded, folder)
+        handed_on = {name: value for name, value in handed_on.items() if name != "strength"}
+    fill(config, DEFAULTS, handed_on, folder)
     if config.strength is None and config.alpha is None:
         # nothing says how strong: train at the default ρ, then scale to --kl
         config.strength = STRENGTH

@@ -8,7 +8,7 @@ For each response r, chosen and rejected, and each target layer l, at the same t
     SCIT:  h+ = A(π_scit, <p+, q, r>, l)    h- = A(π_scit, <p-, q, r>, l)
     DUAL:  h+ = A(π_good, <q, r>, l)        h- = A(π_bad, <q, r>, l)
     base:  b  = A(π_base, <q, r>, l)        what align.py will move by α (h+ - h-); with --base
-                                            instructed that of the SCIT or the good model
+                                            stage1 that of the SCIT or the good model
 
 A(π, x, l) is the output of decoder block l, counted from 0. The states are recorded at the
 response's tokens and at the last prompt token, whose state predicts the response's first token.
@@ -79,13 +79,14 @@ DEFAULT_STIMULUS = {"scit": "instructed", "dual": "plain"}
 
 @dataclass
 class RecordingSettings:
-    """The settings that tools/survey.py has too: what is run on which pairs, under which
-    stimulus."""
+    """The settings that tools/survey.py has too: whose states are recorded on which pairs, and
+    under which stimulus, that is with or without an instruction."""
 
-    base: Literal["instructed", "original"] | None = setting(
+    base: Literal["original", "stage1"] | None = setting(
         None,
-        "which model to move: original, or instructed (the SCIT or good model); empty takes what "
-        "stage 1 has recorded, else original",
+        "whose states are b, under the plain prompt: those of the original model, or of stage 1's "
+        "(the SCIT or good model), which is then what moves; empty takes what the embedded default "
+        "says, else original",
     )
     stimulus: Literal["plain", "instructed"] | None = setting(
         None,
@@ -183,10 +184,10 @@ def record_states(trunk, adapters, config, examples, pad_id):
         inputs = []
         for pair, response in examples:
             ids, prompt_length = pair.example(prompt, response)
-            # counted from one token earlier (True is 1), the last prompt token is recorded, too
-            inputs.append((ids, prompt_length - config.last_prompt_token))
+            # one token earlier: the last prompt token is recorded, too
+            inputs.append((ids, prompt_length - int(config.last_prompt_token)))
         batch = collate(inputs, pad_id, trunk.device)
-        with enable_only(adapters.values(), *enabled):
+        with enable_only(enabled, among=adapters.values()):
             dense = hidden_states(trunk, config.layers, batch.ids)  # L x [B, S, D]
         # L x [T, D]
         return [h.flatten(0, 1).index_select(0, batch.positions) for h in dense]
@@ -195,7 +196,7 @@ def record_states(trunk, adapters, config, examples, pad_id):
         plus_adapters = minus_adapters = [adapters["scit"]]
     else:
         plus_adapters, minus_adapters = [adapters["good"]], [adapters["bad"]]
-    base_adapters = plus_adapters if config.base == "instructed" else []
+    base_adapters = plus_adapters if config.base == "stage1" else []
     base_prompt, plus_prompt, minus_prompt = prompts_run(config)
 
     base = states(base_prompt, base_adapters)  # b
@@ -511,7 +512,7 @@ def main(config):
             leave()
             if not is_first():
                 return
-            if config.base == "instructed":
+            if config.base == "stage1":
                 # align then needs no folder of stage 1
                 copy_adapter(next(iter(stage1.folders.values())), new / "base_adapter")
             manifest |= {"tokens": sum(tokens.values()), "tokens_train": tokens["train"]}

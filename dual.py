@@ -1,4 +1,4 @@
-"""Stage 1b, DUAL: two models, one that answers well and one that answers badly (paper section 3.1).
+"""Stage 1, DUAL: two models, one that answers well and one that answers badly (paper section 3.1).
 
     python dual.py                                       the embedded default (there γ = 0)
     python dual.py --model PATH_OR_HUB_NAME --data pairs.jsonl
@@ -80,20 +80,22 @@ def contrast_loss(good, bad, beta):
     return F.softplus(-beta * (x_chosen - x_rejected)).sum()
 
 
-def dual_loss(model, name, pairs, other, pad_id, config):
+def dual_loss(model, name, pairs, other_logprobs, pad_id, config):
     """The parts of DUAL's loss that one of the models has a gradient of, for n pairs.
 
-    name: "good" or "bad", whose adapter is enabled. other: [2, n], the other model's log π of the
-    chosen and the rejected responses, a constant; None without contrast. Returns two scalars, the
-    NLL summed over the model's own responses and the contrast summed over the pairs, and the
-    model's log π [2, n], detached (None without contrast).
+    name: "good" or "bad", whose adapter is enabled. other_logprobs: [2, n], the other model's log π
+    of the chosen and the rejected responses, a constant; None without contrast. Returns two
+    scalars, the NLL summed over the model's own responses and the contrast summed over the pairs,
+    and the model's log π [2, n], detached (None without contrast).
     """
     own = {"good": "chosen", "bad": "rejected"}[name]
-    if other is None:
+    if other_logprobs is None:
         logprobs = sum_logprobs(model, pairs, [own], pad_id)
         return -logprobs.sum(), logprobs.new_zeros(()), None
     logprobs = sum_logprobs(model, pairs, RESPONSES, pad_id)
-    good, bad = (logprobs, other) if name == "good" else (other, logprobs)
+    good, bad = logprobs, other_logprobs
+    if name == "bad":
+        good, bad = bad, good
     contrast = contrast_loss(good, bad, config.beta)
     return -logprobs[RESPONSES.index(own)].sum(), contrast, logprobs.detach()
 
@@ -111,7 +113,7 @@ def validate(model, adapters, pairs, pad_id, tokens_per_pass):
         some = [pairs[i] for i in part]
         logprobs = {}
         for name, adapter in adapters.items():
-            with enable_only(adapters.values(), adapter):
+            with enable_only([adapter], among=adapters.values()):
                 logprobs[name] = sum_logprobs(model, some, RESPONSES, pad_id)
         good, bad = logprobs["good"], logprobs["bad"]
         nll["good"] -= good[0].sum().item()
@@ -162,13 +164,14 @@ def train(adapters, inputs, config, write_line):
                 some = [pairs[i] for i in part]
                 # One model after the other, so that only one has activations in memory; for each
                 # the other's log π is a constant. No optimizer step lies between: the two gradients
-                # are those of the whole loss.
-                logprobs = {"bad": None}
+                # are those of the whole loss (with dropout, up to its noise).
+                # log π [2, n] of either model; without contrast they stay None
+                logprobs = {"good": None, "bad": None}
                 if config.contrast:
-                    with torch.no_grad(), enable_only(adapters.values(), adapters["bad"]):
+                    with torch.no_grad(), enable_only([adapters["bad"]], among=adapters.values()):
                         logprobs["bad"] = sum_logprobs(model, some, RESPONSES, pad_id)
                 for name, other in (("good", "bad"), ("bad", "good")):
-                    with enable_only(adapters.values(), adapters[name]):
+                    with enable_only([adapters[name]], among=adapters.values()):
                         nll, part_contrast, logprobs[name] = dual_loss(
                             model, name, some, logprobs[other], pad_id, config
                         )
@@ -221,8 +224,11 @@ def main(config):
 
         # 2. train
         valid = sample(pairs["valid"], VALIDATION_PAIRS, config.seed)
-        held_out = (model, adapters, valid, tokenizer.pad_token_id, config.tokens_per_pass)
-        nll_start, _ = validate(*held_out)
+
+        def validate_now():
+            return validate(model, adapters, valid, tokenizer.pad_token_id, config.tokens_per_pass)
+
+        nll_start, _ = validate_now()
         with open_log(folder, "dual", config) as write_line:
             train(adapters, inputs, config, write_line)
             rewards = reward_metrics(
@@ -236,7 +242,7 @@ def main(config):
                 config.tokens_per_pass,
             )
             write_line({"step": config.steps, **rewards})
-        nll_end, accuracy = validate(*held_out)
+        nll_end, accuracy = validate_now()
 
         # 3. save
         leave()

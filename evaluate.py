@@ -9,7 +9,7 @@
 
 Preference accuracy does not notice a collapsed model, so every model also answers the prompts
 itself, greedily and at temperature 1. The implicit reward of stage 1 scores the answers (see
-common/score.py), and so does a judge, any callable (prompt, response) -> [0, 1], or a reward model.
+common/score.py), and so does a judge, any callable (prompt, response) -> number, or a reward model.
 A reward has a price: `kl_to_base` is how far a model has moved, in nats an answer. Beside the
 trained models stands the base that is told p+, since prompting costs nothing. Writes
 OUT/evaluate/report.json and samples.jsonl, whose rows have AlpacaEval's fields.
@@ -337,6 +337,7 @@ def main(config):
         models = {"base": (None, "plain"), "base_plus": (None, "positive")}
         for name, weights in adapters.items():
             models[name] = (weights, MODELS[name].prompt)
+        # SCIT's three models share one adapter
         by_kind = {MODELS[name].kind: weights for name, weights in adapters.items()}
         generation = GenerationSettings(config.max_new_tokens, config.batch_size, config.seed)
         implicit = implicit_rewards(by_kind)

@@ -120,8 +120,10 @@ def features(linear):
 
 
 @contextlib.contextmanager
-def enable_only(adapters, *enabled):
-    """Within the context, of `adapters` only those in `enabled` act on their model."""
+def enable_only(enabled, among):
+    """Within the context, of the adapters `among` only those in `enabled` act on their model; with
+    [] none of them does."""
+    adapters = list(among)
     before = [adapter.enabled for adapter in adapters]
     for adapter in adapters:
         adapter.enabled = any(adapter is other for other in enabled)

@@ -1,9 +1,9 @@
-"""Stage 1a, SCIT: one model learns to tell good from bad (paper section 3.1).
+"""Stage 1, SCIT: one model learns to tell good from bad (paper section 3.1).
 
     python scit.py                                       the embedded default
     python scit.py --model PATH_OR_HUB_NAME --data pairs.jsonl --steps 500 --lr 2e-4
 
-This is contrastive instruction tuning. Every pair gives two examples, (p+, q, r_h) and
+This is contrastive instruction tuning. Every pair gives two training examples, (p+, q, r_h) and
 (p-, q, r_l): the instruction asks for the kind of response that it comes with. The model learns
 the response (NLL), and that the opposite instruction p~ makes it less likely (contrast):
 
@@ -13,9 +13,10 @@ the response (NLL), and that the opposite instruction p~ makes it less likely (c
 
 In the paper ε is 0 and β is 1 (`--reduction sum --beta 1 --smoothing 0`); the authors' code takes
 the mean over the tokens in place of β times the sum, and ε 0.2 (`--reduction mean --beta 1
---smoothing 0.2`). Two things are ours: a LoRA is trained instead of all weights, and some examples
-without an instruction anchor the plain prompt (see `anchor`), on which align.py builds. Writes
-OUT/scit/adapter, the input of collect.py.
+--smoothing 0.2`). The default lies between them: the sum, with β 0.2 and ε 0.2. Two more things are
+ours: a LoRA is trained instead of all weights, and a share of the pairs (`--anchor`) also comes
+without an instruction, good and bad responses alike, so that the model under the plain prompt, on
+which align.py builds, stays between p+ and p-. Writes OUT/scit/adapter, the input of collect.py.
 """
 
 import math
@@ -86,40 +87,48 @@ class Config(SourceSettings, TrainingSettings):
 
 
 def contrast_loss(P, P_opposite, smoothing):
-    """How badly the right instruction is told from the opposite one: scalar.
+    """The penalty where the opposite instruction explains a response as well as the right one,
+    summed over n responses: scalar.
 
     P, P_opposite: [n], P(p) and P(p~), see scit_loss.
 
         contrast = (1-ε) softplus(P(p~) - P(p)) + ε softplus(P(p) - P(p~))
 
-    where softplus(P(p~) - P(p)) = -log( e^P(p) / (e^P(p) + e^P(p~)) ).
+    where softplus(P(p~) - P(p)) = -log( e^P(p) / (e^P(p) + e^P(p~)) ). For one response it is ln 2
+    where P(p) = P(p~), and at least the entropy of ε, see least_contrast.
     """
     right = F.softplus(P_opposite - P)
     wrong = F.softplus(P - P_opposite)
-    return ((1 - smoothing) * right + smoothing * wrong).mean()
+    return ((1 - smoothing) * right + smoothing * wrong).sum()
+
+
+def least_contrast(smoothing):
+    """The minimum of the contrast, at P(p) - P(p~) = ln((1-ε) / ε)."""
+    return sum(-x * math.log(x) for x in (smoothing, 1 - smoothing) if x > 0)
 
 
 def scit_loss(model, pairs, anchors, pad_id, config):
-    """The two parts of SCIT's loss for n pairs. anchors: those of them that also come without an
+    """The two parts of SCIT's loss for n pairs. anchors: the a of them that also come without an
     instruction.
 
-    Returns three things: the NLL, a scalar, summed over the response tokens of the examples under
-    the right instruction and without one; the contrast, a scalar, the mean over the 2n responses;
-    P, [n, 2, 2], detached: right and opposite instruction by chosen and rejected response.
+    Returns three things: the NLL, a scalar, summed over the response tokens under the right
+    instruction and without one; the contrast, a scalar, summed over the 2n responses; P, [n, 2, 2],
+    detached: right and opposite instruction by chosen and rejected response.
     """
-    examples = [pair.example(*names) for pair in pairs for names in INSTRUCTED]
-    examples += [pair.example(*names) for pair in anchors for names in ANCHORED]
-    logprobs, mask = response_logprobs(model, collate(examples, pad_id, model.device))
+    inputs = [pair.example(*names) for pair in pairs for names in INSTRUCTED]
+    inputs += [pair.example(*names) for pair in anchors for names in ANCHORED]
+    logprobs, mask = response_logprobs(model, collate(inputs, pad_id, model.device))
+    n = len(pairs)
 
-    # -log π(r | p, q): the first two of each pair's four examples, and the anchors
-    n = 4 * len(pairs)
-    sums = logprobs.sum(1)
-    nll = -(sums[:n].view(-1, 2, 2)[:, 0].sum() + sums[n:].sum())
+    # -log π(r | p, q) under the right instruction, and without one
+    sums = logprobs.sum(1)  # [4n + 2a]
+    instructed = sums[: 4 * n].view(n, 2, 2)  # [n, right | opposite, chosen | rejected]
+    nll = -(instructed[:, 0].sum() + sums[4 * n :].sum())
 
     # the contrast compares P under the right instruction with P under the opposite one
     P = config.beta * (sums if config.reduction == "sum" else token_mean(logprobs, mask))
-    P = P[:n].view(-1, 2, 2)
-    contrast = contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), config.smoothing)
+    P = P[: 4 * n].view(n, 2, 2)
+    contrast = contrast_loss(P[:, 0], P[:, 1], config.smoothing)
     return nll, contrast, P.detach()
 
 
@@ -139,9 +148,9 @@ def validate(model, pairs, pad_id, config):
         *_, P = scit_loss(model, [pairs[i] for i in part], [], pad_id, config)
         parts.append(P)
     P = torch.cat(parts)  # [n, right | opposite, chosen | rejected]
-    right, opposite = P[:, 0].flatten(), P[:, 1].flatten()
+    right, opposite = P.unbind(1)  # [n, chosen | rejected]
     return {
-        "contrast": contrast_loss(right, opposite, config.smoothing).item(),
+        "contrast": contrast_loss(right, opposite, config.smoothing).item() / right.numel(),
         "margin": (right - opposite).mean().item(),
         "accuracy": (right > opposite).float().mean().item(),
     }
@@ -172,7 +181,8 @@ def train(adapter, inputs, config, write_line):
     with checkpoint:
         for step in bar:
             batch = next(batches)
-            # rounded first: 0.07 * 100 is a little more than 7
+            # a random share, because the order within a batch is random; rounded first: 0.07 * 100
+            # is a little more than 7
             anchored = batch[: math.ceil(round(config.anchor * len(batch), 6))]
             tokens = sum(response_tokens[i] for i in [*batch, *anchored])
             loss, contrast = torch.zeros(2, device=model.device)
@@ -183,7 +193,7 @@ def train(adapter, inputs, config, write_line):
                 anchors = [pairs[i] for i in part if i in anchored]
                 part_pairs = [pairs[i] for i in part]
                 nll, part_contrast, _ = scit_loss(model, part_pairs, anchors, pad_id, config)
-                part_contrast = part_contrast * len(part) / len(batch)
+                part_contrast = part_contrast / (2 * len(batch))
                 part_loss = nll / tokens + part_contrast
                 part_loss.backward()
                 loss += part_loss.detach()
@@ -254,9 +264,9 @@ def main(config):
         remove_checkpoints(folder, "scit")
     contrast, margin, accuracy = validation.values()
     print(
-        f"wrote {folder / 'adapter'}; validation pairs: contrast {contrast:.3f} (ln 2 = 0.693 is "
-        f"untrained), P under the right instruction {margin:+.2f}, "
-        f"higher for {accuracy:.0%}"
+        f"wrote {folder / 'adapter'}; validation pairs: contrast {contrast:.3f} (0.693 untrained, "
+        f"{least_contrast(config.smoothing):.3f} at best), P under the right instruction "
+        f"{margin:+.2f}, higher for {accuracy:.0%}"
     )
     if contrast > 0.95 * math.log(2):
         print(

@@ -47,7 +47,9 @@ def attached(model, weights):
 
 def stop_tokens(model, tokenizer, end_token=None):
     """The ids that end an answer: of the model's generation config (else EOS), and end_token."""
-    stops = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    stops = model.generation_config.eos_token_id
+    if stops is None:
+        stops = tokenizer.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     return {*stops, end_token} - {None}
 
@@ -210,7 +212,7 @@ def answer_logprobs(model, prompts, answers, pad_id, tokens_per_pass=None):
 
 @torch.no_grad()
 def kl_to_base(model, adapter, prompts, base_prompts, answers, pad_id, tokens_per_pass=None):
-    """What the model's answers cost, in nats: a list of floats, for each answer
+    """The KL divergence of the model's answers from the base's, in nats, one float per answer:
 
         KL = Σ_t Σ_v π(v | p, q, r_<t) [log π(v | p, q, r_<t) - log π_base(v | q, r_<t)]
 
@@ -238,7 +240,7 @@ def kl_to_base(model, adapter, prompts, base_prompts, answers, pad_id, tokens_pe
     sums = [0.0] * len(examples)
     for indices in split_into_passes(range(len(examples)), lengths, pass_size):
         log_p, rows = logprobs([examples[i] for i in indices])
-        with enable_only([adapter] if adapter else []):
+        with enable_only([], among=[adapter] if adapter else []):
             log_base, _ = logprobs([base_examples[i] for i in indices])
         kl = (log_p.exp() * (log_p - log_base)).sum(-1)  # [N]
         per_answer = torch.zeros(len(indices), device=model.device).index_add_(0, rows, kl)

@@ -1,4 +1,13 @@
-"""What collect.py writes and align.py reads: hidden states, packed response by response."""
+"""What collect.py writes and align.py reads: hidden states, packed response by response.
+
+The tensors of a shard, a safetensors file of some responses, T recorded positions in all:
+
+    base.l, plus.l, minus.l    [T, D]          b, h+ and h- of layer l; v.l = h+ - h- in place of
+                                               plus and minus with --store diff
+    ids                        int32 [Σ n]     <q, r> of the responses, one after the other
+    lengths, starts            int32 [R]       n of each response, and its first recorded position
+    statistics                 fp64 [3, L]     Σ|v|, Σ|b| and Σ|v|/|b| of each layer
+"""
 
 from dataclasses import dataclass
 
@@ -44,7 +53,8 @@ class CollectedBatch:
 
 @dataclass
 class CollectedResponse:
-    """Where a response lies in its shard, whose tensors are views of the mapped file."""
+    """Where a response lies in its shard: the shard's tensors (views of the mapped file), its part
+    of their ids, its rows of their states."""
 
     tensors: dict
     ids: slice

@@ -411,9 +411,9 @@ def longest_token(tokenizer):
 class Batch:
     """Right-padded examples, [B, S]: ids int64; attention and response bool.
 
-    attention marks all real tokens, response those of r. positions: int64 [N], where in [B * S] the
-    tokens of r are. They are counted on the CPU: to ask a GPU which elements of a mask are set
-    would wait for everything that it has still to do.
+    attention marks all real tokens, response those of r (collect.py marks the last prompt token,
+    too). positions: int64 [N], where in [B * S] the marked tokens are. They are counted on the CPU:
+    to ask a GPU which elements of a mask are set would wait for everything that it has still to do.
     """
 
     ids: torch.Tensor
@@ -449,8 +449,9 @@ def shuffled_batches(lengths, size, seed, skip=0):
     """Yield batches of indices into lengths without end, reshuffled every epoch.
 
     The examples of a batch have about the same length, so that there is little padding: they are
-    sorted within pools of 32 batches, which keeps the batches random. skip: the number of batches
-    to leave out at the beginning, for a run that resumes.
+    sorted within pools of 32 batches, which keeps the batches random. Their order in a batch is
+    random, too: scit.py takes a batch's first pairs as anchors. skip: the number of batches to
+    leave out at the beginning, for a run that resumes.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -471,8 +472,8 @@ def shuffled_batches(lengths, size, seed, skip=0):
 def split_into_passes(batch, lengths, tokens):
     """Split a batch (indices into lengths) into passes of at most `tokens` tokens.
 
-    Padding counts. A pass has at least one example. Examples of several passes are sorted by
-    length; a batch that fits into one pass keeps its order.
+    Padding counts. A pass has at least one example. A batch that needs several passes is
+    sorted by length; one that fits into a pass keeps its order.
     """
     if not batch:
         return []

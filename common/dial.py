@@ -1,5 +1,4 @@
-"""A strength in nats: an adapter scaled until its answers have a given KL divergence from the
-base's.
+"""Scale an adapter until its answers have a given KL divergence from the base's.
 
 Scaling an adapter by s, s B A x in place of B A x, moves the model along a line from its base
 through what was trained. It trades reward for KL without training again (linear interpolation
@@ -91,7 +90,7 @@ def scale_to_kl(kl_at, target):
     strongest = max(measured)
     if measured[strongest] < target:
         raise UserError(
-            f"--kl {target:g} is out of reach: at {strongest:.2g} times its strength the adapter "
+            f"--kl {target:g} is out of reach: scaled by {strongest:.2g} the adapter "
             f"is {measured[strongest]:.3g} nats from the base: ask for less, or train longer or at "
             "a higher --strength"
         )

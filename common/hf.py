@@ -386,7 +386,7 @@ def check_trunk(name, model, quantize=None):
     if not difference < 1e-2:
         raise UserError(
             f"--model {name}: the first {layer + 1} blocks of {kind} have other states alone than "
-            f"in the whole model (off by {difference:.2f} of their length)"
+            f"in the whole model (off by {difference:.2f} of their norm)"
         )
 
 

@@ -20,20 +20,23 @@ def open_log(folder, name, config):
     reports it to the tracker of --report-to.
 
     The first line of a log is the versions. A run that resumes from a checkpoint appends to its
-    log. Of several processes the first one alone writes and reports.
+    log, and one that is refused leaves it as it is. Of several processes the first one alone writes
+    and reports.
     """
     if not is_first():
         yield lambda line: None
         return
     folder.mkdir(parents=True, exist_ok=True)
-    resumes = any(folder.glob(f".checkpoint-{name}*"))
+    resumes = not config.restart and any(folder.glob(f".checkpoint-{name}*"))
     with (
         tracker(config.report_to, f"{folder}/{name}", vars(config)) as report,
         open(folder / f"{name}.log", "a" if resumes else "w", 1, encoding="utf-8") as file,
     ):
-        print(json.dumps(versions()), file=file)
+        header = [versions()]
 
         def write_line(line):
+            while header:
+                print(json.dumps(header.pop()), file=file)
             print(json.dumps(line), file=file)
             report(line)
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def inherited_judge(settings):
 
 
 def load_judge(name):
-    """The scorer that calls "module:function", a function (prompt, response) -> [0, 1].
+    """The scorer that calls "module:function", a function (prompt, response) -> number.
 
     UserError where there is none, or, when it scores, where an answer makes it fail.
     """
@@ -156,15 +157,16 @@ def load_reward_model(name, dtype, device, batch_size):
     if pad_id is None or pad_id != model.config.pad_token_id:
         # a classifier that does not know the padding cannot read padded batches
         batch_size = 1
-    context = context_length(model.config)
-    max_length = min(tokenizer.model_max_length, context)
-    form = chat_form(tokenizer) if tokenizer.chat_template else None
+    max_length = min(tokenizer.model_max_length, longest_input(model))
+    with naming_reward_model(name):
+        form = chat_form(tokenizer) if tokenizer.chat_template else None
 
     def encode_chat(dialogues, replies):
         """Ids by the chat template: control tokens that a text spells out stay text."""
         texts = []
         for turns, reply in zip(dialogues, replies):
-            texts.append(render_chat(tokenizer, turns, reply=reply, form=form))
+            with naming_reward_model(name):
+                texts.append(render_chat(tokenizer, turns, reply=reply, form=form))
         ids = [ids[-max_length:].tolist() for ids in tokenize(tokenizer, texts, form.controls)]
         return tokenizer.pad({"input_ids": ids}, padding=batch_size > 1, return_tensors="pt")
 
@@ -190,6 +192,12 @@ def load_reward_model(name, dtype, device, batch_size):
             part = slice(start, start + batch_size)
             encode = encode_chat if form else encode_texts
             encoded = encode(dialogues[part], replies[part])
+            max_id, rows = encoded["input_ids"].max(), model.get_input_embeddings().num_embeddings
+            if max_id >= rows:
+                raise UserError(
+                    f"--reward-model {name}: its tokenizer has written the id {max_id}, but the "
+                    f"model has embeddings for {rows} ids only: its files do not belong together"
+                )
             logits = model(**encoded.to(device)).logits
             rewards += logits[:, 0].float().tolist()
         for reward, reply in zip(rewards, replies):
@@ -200,6 +208,27 @@ def load_reward_model(name, dtype, device, batch_size):
         return rewards
 
     return score
+
+
+@contextmanager
+def naming_reward_model(name):
+    """Within the context, what the chat template refuses is said of the reward model."""
+    try:
+        yield
+    except UserError as error:
+        # it has no such setting
+        message = str(error).removesuffix("; use --template plain")
+        raise UserError(f"--reward-model {name}: {message}") from None
+
+
+def longest_input(model):
+    """The longest input of a classifier in tokens. RoBERTa and its relatives count positions from
+    the padding's id on."""
+    longest = context_length(model.config)
+    for module_name, module in model.named_modules():
+        if module_name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            longest -= 1 + module.padding_idx if module.padding_idx is not None else 0
+    return longest
 
 
 def question(turns):
@@ -291,7 +320,7 @@ def reward_metrics(model, adapters, adapter, pairs, prompt, beta, pad_id, tokens
 
     def logps(enabled, prompt):
         prompts = prompts_of(pairs, prompt) * len(RESPONSES)
-        with enable_only(adapters, *enabled):
+        with enable_only(enabled, among=adapters):
             sums = answer_logprobs(model, prompts, answers, pad_id, tokens_per_pass)
         return torch.tensor(sums).view(len(RESPONSES), len(pairs))
 
@@ -365,7 +394,7 @@ def score_model(model, adapter, tokenizer, pairs, prompt, scoring, keep=None):
         if keep:
             keep(new_rows)
         all_scores = {name: scorer(dialogues, replies) for name, scorer in scoring.scorers.items()}
-        with enable_only([adapter] if adapter else []):
+        with enable_only([], among=[adapter] if adapter else []):
             for name, reward in scoring.implicit.items():
                 all_scores[name] = reward(model, pairs, new_answers, pad_id, tokens_per_pass)
         for name, scores in all_scores.items():
@@ -380,7 +409,7 @@ def score_model(model, adapter, tokenizer, pairs, prompt, scoring, keep=None):
     for row, value in zip(new_rows, kl):
         row["kl_to_base"] = value
     n_tokens = sum(map(len, answers))
-    with enable_only([adapter] if adapter else []):
+    with enable_only([], among=[adapter] if adapter else []):
         logprobs = answer_logprobs(model, plain * 2, answers, pad_id, tokens_per_pass)
     mean_kl, kl_error = mean_and_error(kl)
     report |= {

@@ -3,7 +3,7 @@
 A stage writes a folder (dual.py two) under a temporary name, its `stage.json` (the manifest) last,
 and renames the folder when it is complete, so that a folder with a `stage.json` is a complete one:
 
-    {"kind": "scit", "version": 9, "made_by": {...}, "settings": {...}, "digests": {file: sha256},
+    {"kind": "scit", "version": 10, "made_by": {...}, "settings": {...}, "digests": {file: sha256},
      "inputs": {"model" | "tokenizer" | "chat template" | "pairs": sha256}}
 
 A later stage reads the manifest, checks kind and version, and inherits the settings; it checks the
@@ -27,7 +27,7 @@ from common.config import UserError
 from common.distributed import barrier, is_first
 
 # The version of the files: a stage refuses any other.
-VERSION = 9
+VERSION = 10
 MANIFEST = "stage.json"
 RESUME_KEY = "resume_key"
 
@@ -323,10 +323,10 @@ def inherit(config, settings, names, source):
         print(f"from {source}: " + ", ".join(f"{name} {settings[name]}" for name in inherited))
 
 
-def fill(config, defaults, recorded, source):
-    """Fill the settings that the user left empty: from what an earlier stage has recorded for this
-    one, which is printed, else from the defaults."""
-    inherit(config, recorded, list(recorded), source)
+def fill(config, defaults, handed_on, source):
+    """Fill the settings that the user left empty: from what an earlier stage hands on for this one,
+    which is printed, else from the defaults."""
+    inherit(config, handed_on, list(handed_on), source)
     for name, value in defaults.items():
         if getattr(config, name) is None:
             setattr(config, name, value)

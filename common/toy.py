@@ -42,7 +42,7 @@ LATER = {
     "align": {"steps": 150, "lr": 1e-3, "strength": 0.25},
 }
 # here SCIT's own model is a better base for the LoRA than the original one
-LATER_OF_SCIT = {**LATER, "collect": {"limit": 600, "base": "instructed"}}
+LATER_OF_SCIT = {**LATER, "collect": {"limit": 600, "base": "stage1"}}
 
 
 @dataclass

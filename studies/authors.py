@@ -70,7 +70,7 @@ def scit_loss(model, pairs, n_anchors, pad_id):
     learned = torch.arange(len(examples), device=model.device) % 4 < 2
     learned[n_instructed:] = True
     P = token_mean(logprobs, mask)[:n_instructed].view(-1, 2, 2)
-    contrast = scit.contrast_loss(P[:, 0].flatten(), P[:, 1].flatten(), scit.Config.smoothing)
+    contrast = scit.contrast_loss(P[:, 0], P[:, 1], scit.Config.smoothing) / (2 * len(pairs))
     return contrast - logprobs[learned].sum() / mask[learned].sum()
 
 

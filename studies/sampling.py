@@ -72,7 +72,7 @@ class Stream:
     def logits(self):
         """fp32 [B, V] of the next token, B = prompts * count."""
         reads_prompts = self.cache.get_seq_length() == 0
-        with enable_only(self.adapters, *self.enabled):
+        with enable_only(self.enabled, among=self.adapters):
             output = self.model.base_model(
                 input_ids=self.ids,
                 attention_mask=self.attention,

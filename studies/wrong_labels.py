@@ -120,7 +120,7 @@ def dpo_loss(model, adapter, pairs, pad_id, beta=0.1):
     examples += [pair.example("plain", "rejected") for pair in pairs]
     batch = collate(examples, pad_id)
     logprob = response_logprobs(model, batch)[0].sum(1)  # [2n]
-    with torch.no_grad(), enable_only([adapter]):
+    with torch.no_grad(), enable_only([], among=[adapter]):
         base_logprob = response_logprobs(model, batch)[0].sum(1)
     chosen, rejected = (logprob - base_logprob).view(2, -1)
     return -F.logsigmoid(beta * (chosen - rejected)).mean()

@@ -97,7 +97,7 @@ def done(tiny, tmp_path_factory):
     for stage in (scit, dual):
         go(stage, *source, *quick)
     for method in ("scit", "dual"):
-        base = ["--base", "instructed" if method == "scit" else "original"]
+        base = ["--base", "stage1" if method == "scit" else "original"]
         go(collect, "--out", out, "--method", method, "--layers", "1", *base, *HERE)
         go(align, "--out", out, "--method", method, *quick)
     return out

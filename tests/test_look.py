@@ -100,7 +100,7 @@ def test_rewards_moves_and_answers_are_those_of_the_models(method, out, tokenize
         expected = [p - m for p, m in zip(*logps)]
         assert shown[response]["reward"] == pytest.approx(expected, abs=2e-3)
         base_weights = None
-        if settings["base"] == "instructed":
+        if settings["base"] == "stage1":
             base_weights = load_adapter(out / method / sides[0][0], model.base_model)
         ids, start = pair.example("plain", response)
         with attached(model, base_weights), torch.no_grad():

@@ -35,7 +35,7 @@ def test_identity_at_the_start_and_bit_for_bit_base_when_off(model):
         for B in adapter.B:
             B.normal_()
     assert not torch.allclose(logits_of(model, BATCH), base, atol=1e-3)
-    with enable_only([adapter]):
+    with enable_only([], among=[adapter]):
         assert torch.equal(logits_of(model, BATCH), base)
     adapter.remove()
     assert torch.equal(logits_of(model, BATCH), base)

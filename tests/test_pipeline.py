@@ -41,7 +41,7 @@ def runs(world, tmp_path_factory):
     for stage, method, steps in ((dual, "dual", 100), (scit, "scit", 200)):
         go(stage, *source, *suited(stage), "--steps", steps, *HERE)
         later = ["--out", out, "--method", method, *HERE]
-        base = "instructed" if method == "scit" else "original"
+        base = "stage1" if method == "scit" else "original"
         go(collect, *later, *LAYERS, "--base", base)
         outputs[method] = go(align, *later, *suited(align))
     return out, outputs
@@ -145,7 +145,7 @@ def test_an_adapter_is_scaled_to_the_kl_that_was_asked_for(world, collected):
     weights = load_file(collected / "dual" / "align" / ADAPTER_WEIGHTS)
     config = json.loads((collected / "dual" / "align" / ADAPTER_CONFIG).read_text())
     assert config["lora_alpha"] == pytest.approx(16 * manifest["scale"])
-    assert f"scaled to {manifest['scale']:.3g} of its strength" in output
+    assert f"scaled by {manifest['scale']:.3g}: KL" in output
 
     tokenizer = load_tokenizer(str(world[0]))
     pairs = prepare_pairs([world[1]], ("test",), tokenizer, 256, 0)["test"]
@@ -263,7 +263,7 @@ def test_without_stored_base_align_trains_the_same_adapter(runs, world, tmp_path
         shutil.copytree(out / method, tmp_path / method)
         later = ["--out", tmp_path, "--method", method, *HERE]
         training = ["--rank", "8", "--steps", "15"]
-        base = "instructed" if method == "scit" else "original"
+        base = "stage1" if method == "scit" else "original"
         folder = tmp_path / method / "align"
         go(align, *later, *training)
         expected, before = adapted_logits(world, folder), manifest_of(folder)
@@ -453,7 +453,7 @@ def test_settings_of_the_paper_and_of_stimuli_run(tiny, tmp_path):
     last prompt token, several shards."""
     stage1_args = ["--steps", "2", "--lora-targets", "q_proj,v_proj", *HERE]
     go(dual, *stage1_source(tiny, tmp_path), *stage1_args)
-    recording = ["--stimulus", "instructed", "--base", "instructed", "--last-prompt-token", "False"]
+    recording = ["--stimulus", "instructed", "--base", "stage1", "--last-prompt-token", "False"]
     recording += ["--layers", "0", "-1", "--shard-mb", "0.1", "--tokens-per-pass", "300", *HERE]
     go(collect, "--out", tmp_path, *recording)
     folder = tmp_path / "dual" / "collect"

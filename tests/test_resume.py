@@ -204,6 +204,22 @@ def test_an_interrupted_run_ends_as_one_that_never_stopped(
     assert {None, STEPS} <= set(steps)
 
 
+def test_a_refused_run_leaves_the_log_and_a_restarted_one_begins_it_anew(
+    tiny, tmp_path, watcher, fails
+):
+    stage, args = command_of("dual", tiny, tmp_path)
+    log = tmp_path / "dual" / "dual.log"
+    watcher.interrupt(4)
+    fails(stage, *args)
+    watcher.let_run()
+    interrupted = log.read_text()
+    code, _ = fails(stage, *args, "--lr", "0.1")
+    assert code == 2
+    assert log.read_text() == interrupted
+    go(stage, *args, "--restart", "True")
+    assert sum("torch" in line for line in read_log(log)) == 1
+
+
 def test_other_settings_are_refused_and_restart_starts_again(
     uninterrupted, tiny, tmp_path, watcher, fails
 ):

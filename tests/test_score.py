@@ -136,6 +136,40 @@ def test_a_tokenizer_with_a_separator_gets_question_and_reply_as_a_pair(tokenize
     assert pair_tokenizer("Hi.", "Bad.")["input_ids"].count(separator_id) == 2
 
 
+def test_a_reward_model_with_another_tokenizers_files_is_refused(reward_model, tokenizer):
+    folder, _ = reward_model()
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([f"<extra {i}>" for i in range(100)])
+    other.save_pretrained(folder)
+    scorer = score.load_reward_model(folder, "float32", "cpu", 2)
+    message = f"--reward-model {folder}: its tokenizer has written the id .* for 810 ids only"
+    with pytest.raises(UserError, match=message):
+        scorer([TURNS], ["<extra 99>"])
+
+
+def test_a_template_that_refuses_is_said_of_the_reward_model(reward_model):
+    folder, _ = reward_model(template="{{ raise_exception('not today') }}")
+    with pytest.raises(UserError, match=f"--reward-model {folder}: .*not today") as refused:
+        score.load_reward_model(folder, "float32", "cpu", 2)([TURNS], ["Good."])
+    assert "--template" not in str(refused.value)
+
+
+def test_positions_that_begin_after_the_padding_are_not_overrun(tokenizer, tmp_path):
+    """RoBERTa's table of 34 positions takes 32 tokens."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 810, "num_labels": 1, "pad_token_id": 1}
+    config = AutoConfig.for_model("roberta", **{**sizes, "max_position_embeddings": 34})
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 10**9
+    tokenizer.save_pretrained(tmp_path)
+    scorer = score.load_reward_model(str(tmp_path), "float32", "cpu", 2)
+    [reward] = scorer([TURNS], ["Good. " * 40])
+    ids = tokenizer(f"{render_transcript(TURNS)} " + "Good. " * 40)["input_ids"][-32:]
+    assert reward == pytest.approx(reward_of(model, ids), abs=1e-5)
+
+
 def test_long_inputs_lose_their_beginning(reward_model):
     folder, _ = reward_model()
     scorer = score.load_reward_model(folder, "float32", "cpu", 2)

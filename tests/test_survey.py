@@ -1,11 +1,13 @@
 """The survey: its measurements one example at a time, and what it recommends, by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import HERE, go, logits_of, random_adapter, some_batch, stage1_source
 
+import collect
 import dual
 import scit
 from common.config import UserError
@@ -63,7 +65,7 @@ class Reference:
     def states_under(self, pair, prompt, response, *enabled):
         """The recorded states of all 4 blocks, [4, T, D]."""
         ids, start = pair.example(prompt, response)
-        with enable_only(self.adapters, *enabled):
+        with enable_only(enabled, among=self.adapters):
             hidden = hidden_states(self.model.base_model, range(4), torch.tensor([ids]))
         return torch.stack(hidden)[:, 0, start - self.last_prompt_token :].double()
 
@@ -95,7 +97,7 @@ class Reference:
 
         if layer is not None:
             hook = self.model.base_model.layers[layer].register_forward_hook(move)
-        with enable_only(self.adapters, *self.base_adapters):
+        with enable_only(self.base_adapters, among=self.adapters):
             logprobs = self.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
         if layer is not None:
             hook.remove()
@@ -105,7 +107,7 @@ class Reference:
 @pytest.mark.parametrize(
     "method, options",
     [
-        ("scit", ["--base", "instructed"]),
+        ("scit", ["--base", "stage1"]),
         ("dual", []),
         ("dual", ["--last-prompt-token", "False", "--tokens-per-pass", "150"]),
     ],
@@ -149,6 +151,19 @@ def test_measurements_one_example_at_a_time(method, options, tiny, tmp_path):
         squares = torch.linalg.svdvals(v[layer]).square()
         shares = squares.cumsum(0) / squares.sum()
         assert block["shares"][:3] == pytest.approx(shares[:3].tolist(), rel=1e-3)
+
+
+def test_the_printed_command_collects_what_was_surveyed(tiny, tmp_path, capsys):
+    """Also where stage 1 or its embedded default says otherwise."""
+    go(dual, *stage1_source(tiny, tmp_path), "--steps", "3", *HERE)
+    rows = tmp_path / "other.jsonl"
+    rows.write_text(Path(tiny / "pairs.jsonl").read_text())
+    output = go(survey, "--out", tmp_path, "--base", "stage1", "--data", rows, *HERE)
+    [command] = [line for line in output.splitlines() if "collect.py" in line]
+    _, _, command = command.partition("collect.py ")
+    go(collect, *command.split(), *HERE)
+    settings = read_stage(tmp_path / "dual" / "collect", "collect", "")["settings"]
+    assert (settings["base"], settings["data"]) == ("stage1", [str(rows)])
 
 
 # ---------------------------------------------------------------- recommending

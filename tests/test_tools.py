@@ -10,10 +10,15 @@ import torch
 from helpers import HERE, go, listing, logits_of, make_model, some_batch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 import evaluate
-from common.hf import load_model
+from common.hf import load_model, quantizing_options
 from common.stages import read_stage
 from lora import LoRA, load_adapter
 from tools import export, profile
@@ -122,34 +127,77 @@ def test_exported_adapter_has_its_files_and_a_card(aligned):
     assert float(row.split("|")[2]) == pytest.approx(accuracy, abs=1e-3)
 
     # another adapter since then
-    report["adapters"]["dual_aligned"] = "another"
-    (out / "evaluate" / "report.json").write_text(json.dumps(report))
-    go(export, "--out", out, *HERE)
-    card = ModelCard.load(out / "dual" / "merged" / "README.md")
+    manifest = read_stage(out / "dual" / "align", "align", "")
+    assert export.read_report(out, "dual", manifest) == report
+    manifest["digests"]["adapter_model.safetensors"] = "another"
+    assert export.read_report(out, "dual", manifest) is None
+    card = export.model_card("merged", "dual", manifest, None)
     assert card.data.library_name == "transformers"
     assert "has not been run on this adapter" in card.text
 
 
-def test_what_a_card_may_name(tmp_path):
-    """Names on the hub as they are; of a path its last part, whether or not it still exists."""
+def test_a_damaged_report_is_refused(aligned, fails):
+    out, _ = aligned
+    go(evaluate, "--out", out, "--limit", "2", "--max-new-tokens", "2", *HERE)
+    (out / "evaluate" / "report.json").write_text('{"adapters": ')
+    code, lines = fails(export, "--out", out, *HERE)
+    assert code == 2
+    assert "report.json is missing or not the file" in lines[-1]
+
+
+def test_settings_of_sampling_are_exported_as_they_are(aligned, monkeypatch):
+    """transformers up to 5.22 refuses to save a generation config like this one."""
+    out, model_folder = aligned
+    path = Path(model_folder) / "generation_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), "temperature": 0.9, "top_p": 0.6}))
+
+    def validate(self, strict=False, **_):
+        if self.temperature not in (None, 1.0) and not self.do_sample and strict:
+            raise ValueError("GenerationConfig is invalid")
+
+    monkeypatch.setattr(GenerationConfig, "validate", validate)
+    try:
+        go(export, "--out", out, *HERE)
+    finally:
+        path.write_text(before)
+    exported = json.loads((out / "dual" / "merged" / "generation_config.json").read_text())
+    assert (exported["temperature"], exported["top_p"]) == (0.9, 0.6)
+    assert exported["eos_token_id"] == json.loads(before)["eos_token_id"]
+
+
+def test_what_a_card_may_name(tmp_path, monkeypatch):
+    """Names on the hub as they are; of a path its last part."""
     for name in ("org/model-7b", "gpt2", "hub:org/data:train"):
         assert export.public_name(name) == name
     for name in ("/home/someone/secret/model", "./secret/model", "secret/files/model", tmp_path):
         assert export.public_name(str(name)) == Path(name).name
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    assert export.public_name("out/model-that-was-there") == "model-that-was-there"
 
 
-def test_a_card_tells_the_scale_and_the_quantized_base(aligned):
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_a_card_tells_the_scale_and_the_quantized_base(quantize, aligned):
     out, _ = aligned
     manifest = read_stage(out / "dual" / "align", "align", "")
-    manifest["settings"] |= {"quantize": "4bit", "model": "org/base"}
+    manifest["settings"] |= {"quantize": quantize, "model": "org/base", "dtype": "bfloat16"}
     manifest |= {"scale": 0.5, "kl_at_scale": [[0.5, 2.9], [1.0, 9.0]]}
     report = {
         "models": {"base": {"a": 1.0}, "dual_aligned": {"a": 2.0}},
         "settings": {"pairs": 4, "data": ["d.jsonl"], "split": "train", "own_data": False},
     }
     card = export.model_card("adapter", "dual", manifest, report)
-    assert "scaled to 0.5 of its strength" in card.text and "2.9 nats" in card.text
-    assert "'org/base', quantization_config=BitsAndBytesConfig(load_in_4bit=True))" in card.text
+    assert "scaled by 0.5" in card.text and "2.9 nats" in card.text
+    [line] = [line for line in card.text.splitlines() if "quantization_config=" in line]
+    told = eval(
+        line.strip().removeprefix("quantization_config=").removesuffix(","),
+        {"BitsAndBytesConfig": BitsAndBytesConfig},
+    )
+    used = quantizing_options(quantize, torch.bfloat16, torch.device("cpu"))["quantization_config"]
+    # the head is left out by default
+    used.llm_int8_skip_modules = None
+    assert told.to_dict() == used.to_dict()
     assert "which training may have seen" in card.text
     assert card.data.base_model == "org/base"
     report["settings"]["split"] = "test"

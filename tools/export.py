@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from common.config import UserError, run, setting
 from common.hf import check_same_model, choose_device, load_model, load_tokenizer
@@ -117,25 +117,39 @@ class Config:
 
 
 def is_hub_name(source):
-    """Whether a model or data set is named as on the hub, and is not a local file or folder."""
+    """Whether a model or data set is named as on the hub, and not like a local file or folder: one
+    that is there, or was in a folder that is there."""
     name = re.fullmatch(r"(hub:)?[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source)
-    return bool(name) and not Path(source).exists()
+    local = Path(source).exists() or ("/" in source and Path(source).parent.exists())
+    return bool(name) and not local
 
 
 def public_name(source):
-    """How a card names a model or a data set: hub names as they are, of a path, whether or not it
-    still exists, the last part alone."""
+    """How a card names a model or a data set: hub names as they are, of a path the last part
+    alone."""
     return source if is_hub_name(source) else Path(source).name
 
 
 def read_report(out, method, manifest):
     """The report of evaluate.py, where it is about this adapter, else None."""
-    path = Path(out) / "evaluate" / "report.json"
-    if not path.is_file():
+    folder = Path(out) / "evaluate"
+    if not (folder / "report.json").is_file():
         return None
+    evaluated = read_stage(folder, "evaluate", "python evaluate.py")
+    path = verified_path(folder, evaluated, "report.json")
     report = json.loads(path.read_text(encoding="utf-8"))
     measured = report.get("adapters", {}).get(f"{method}_aligned")
     return report if measured == manifest["digests"][ADAPTER_WEIGHTS] else None
+
+
+def quantized_by(settings):
+    """How the base model was quantized in training, as code: see quantizing_options."""
+    if settings["quantize"] == "8bit":
+        return "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
+    return (
+        'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        f'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{settings["dtype"]}")'
+    )
 
 
 def model_card(form, method, manifest, report):
@@ -148,7 +162,7 @@ def model_card(form, method, manifest, report):
     if manifest["kl_at_scale"]:
         kl = dict(manifest["kl_at_scale"])[manifest["scale"]]
         scaled = (
-            f"It was then scaled to {manifest['scale']:.3g} of its strength, at which its answers "
+            f"It was then scaled by {manifest['scale']:.3g}, at which its answers "
             f"are {kl:.2g} nats from those of the base model (validation prompts)."
         )
     hub_data = [name.split(":")[1] for name in settings["data"] if name.startswith("hub:")]
@@ -184,9 +198,7 @@ def model_card(form, method, manifest, report):
         loading=LOADING[form].format(
             base=base,
             import_quantize=", BitsAndBytesConfig" if quantize else "",
-            quantize=f", quantization_config=BitsAndBytesConfig(load_in_{quantize}=True)"
-            if quantize
-            else "",
+            quantize=f",\n    quantization_config={quantized_by(settings)},\n" if quantize else "",
         ),
         data=", ".join(f"`{public_name(name)}`" for name in settings["data"]),
         settings="\n".join(f"| {name} | {settings.get(name)} |" for name in SETTINGS),
@@ -231,7 +243,11 @@ def write_merged(new, folder, manifest, config):
     check_same_model(config.model, tokenizer, manifest, folder)
     weights = load_adapter(folder, model.base_model)
     LoRA(model.base_model, weights=weights).merge()
+    own_generation, model.generation_config = model.generation_config, GenerationConfig()
     model.save_pretrained(new)
+    # As it is: save_pretrained refuses settings of sampling without do_sample, which many models
+    # have, up to transformers 5.22.
+    own_generation.to_json_file(new / "generation_config.json")
     # the model's own, without our padding token
     own_tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     own_tokenizer.save_pretrained(new)

@@ -79,7 +79,7 @@ def token_rewards(model, adapters, method, examples, pad_id):
     for enabled, prompt in sides:
         inputs = [pair.example(prompt, response) for pair, response in examples]
         batch = collate(inputs, pad_id, model.device)
-        with enable_only(adapters.values(), *(adapters[kind] for kind in enabled)):
+        with enable_only([adapters[kind] for kind in enabled], among=adapters.values()):
             dense, mask = response_logprobs(model, batch)
         logprobs.append([row[marked] for row, marked in zip(dense, mask)])
     return [(plus - minus).tolist() for plus, minus in zip(*logprobs)]

@@ -39,7 +39,7 @@ from common.stages import next_command, versions, write_json
 from lora import enable_only
 from tools.plots import check_plot, plot_survey
 
-# ρ: states moved by this share of their length
+# ρ: states moved by this share of their norm
 STRENGTHS = (0.1, 0.15, 0.25, 0.4, 0.6)
 
 # at most this many layers are recommended: their states take disk space
@@ -197,7 +197,7 @@ def print_table(blocks, base_nll):
     """Print the measurements, a row for each block."""
     print(
         f"NLL per token of validation pairs' chosen responses: {base_nll:.3f}; "
-        "with the states of one block moved by a share ρ of their length:"
+        "with the states of one block moved by ρ times their norm:"
     )
     titles = "".join(f"{f'ρ {strength:g}':>8}" for strength in STRENGTHS)
     print(f"{'block':>5} {'|v|/|b|':>8} {'AUC':>6} {'1 direction':>12}{titles}")
@@ -209,12 +209,15 @@ def print_table(blocks, base_nll):
         )
 
 
-def print_next_commands(config, layers, strengths, rank):
+def print_next_commands(config, stage1_settings, layers, strengths, rank):
     """Print the collect.py and tools.sweep commands that follow from the recommendation."""
     command = next_command("collect.py", config.out, config.method)
-    command += f" --layers {' '.join(map(str, layers))}"
-    if config.base != "original":
-        command += f" --base {config.base}"
+    command += f" --layers {' '.join(map(str, layers))} --base {config.base}"
+    for name in ("model", "data", "columns"):
+        value = getattr(config, name)
+        if value != stage1_settings[name]:
+            value = " ".join(value) if isinstance(value, list) else value
+            command += f" --{name} {value}"
     if config.method == "dual" and config.stimulus != "plain":
         command += f" --stimulus {config.stimulus}"
     if not config.last_prompt_token:
@@ -247,8 +250,8 @@ def main(config):
 
     # 2. measure; b is of the first adapter's model, or of the original one
     first_adapter = next(iter(adapters.values()))
-    enabled = [first_adapter] if config.base == "instructed" else []
-    with enable_only(adapters.values(), *enabled):
+    enabled = [first_adapter] if config.base == "stage1" else []
+    with enable_only(enabled, among=adapters.values()), collect.fast_float32():
         ratio, mean_v, shares = measure_v(record, both_responses(train, config.tokens_per_pass))
         passes = both_responses(valid, config.tokens_per_pass)
         nll, projections = measure_moves(model, record, passes, ratio, mean_v, config, pad_id)
@@ -277,7 +280,7 @@ def main(config):
     )
     if config.plot:
         plot_survey(config.plot, blocks, STRENGTHS, base_nll)
-    print_next_commands(config, layers, strengths, rank)
+    print_next_commands(config, stage1.manifest["settings"], layers, strengths, rank)
 
 
 if __name__ == "__main__":
