@@ -183,7 +183,7 @@ def record_states(trunk, adapters, config, examples, pad_id):
     def states(prompt, enabled):
         inputs = []
         for pair, response in examples:
-            ids, prompt_length = pair.example(prompt, response)
+            ids, prompt_length = pair.input(prompt, response)
             # one token earlier: the last prompt token is recorded, too
             inputs.append((ids, prompt_length - int(config.last_prompt_token)))
         batch = collate(inputs, pad_id, trunk.device)
@@ -275,7 +275,7 @@ def write_shard(path, shard, config):
         refuse_states(norm_v + norm_b, shard.examples, config)
     statistics = torch.stack([norm_v, norm_b, norm_v / norm_b]).sum(1)
     # what align needs to run <q, r> again: ids, their number, the first recorded position
-    inputs = [pair.example("plain", response) for pair, response in shard.examples]
+    inputs = [pair.input("plain", response) for pair, response in shard.examples]
     starts = [prompt_length - config.last_prompt_token for _, prompt_length in inputs]
     tensors = {
         "ids": list(itertools.chain.from_iterable(ids for ids, _ in inputs)),
@@ -460,8 +460,8 @@ def main(config):
             f"{config.states_dtype}, {sum(tokens.values()):,} tokens"
         )
         prompt = "positive" if config.stimulus == "instructed" else "plain"
-        example, _ = pairs["train"][0].example(prompt, "chosen")
-        print(f"one input: {tokenizer.decode(example)!r}")
+        ids, _ = pairs["train"][0].input(prompt, "chosen")
+        print(f"one input: {tokenizer.decode(ids)!r}")
 
         # 4. record, shard by shard: an interrupted run goes on with the missing ones
         files, names = plan_files(examples, config, bytes_per_token)

@@ -66,8 +66,8 @@ class Config(SourceSettings, TrainingSettings):
 def sum_logprobs(model, pairs, responses, pad_id):
     """Σ_t log π(r_t | q, r_<t) of the n pairs' responses: [len(responses), n]. responses: some of
     RESPONSES."""
-    examples = [pair.example("plain", r) for r, pair in itertools.product(responses, pairs)]
-    logprobs, _ = response_logprobs(model, collate(examples, pad_id, model.device))
+    inputs = [pair.input("plain", r) for r, pair in itertools.product(responses, pairs)]
+    logprobs, _ = response_logprobs(model, collate(inputs, pad_id, model.device))
     return logprobs.sum(1).view(len(responses), len(pairs))
 
 
@@ -213,8 +213,8 @@ def main(config):
                 config.lora_dropout,
                 config.lora_targets,
             )
-        example, _ = pairs["train"][0].example("plain", "chosen")
-        print(f"one input: {tokenizer.decode(example)!r}")
+        ids, _ = pairs["train"][0].input("plain", "chosen")
+        print(f"one input: {tokenizer.decode(ids)!r}")
         lengths = [pair.length("plain", "chosen") for pair in pairs["train"]]
         print(
             f"{memory_summary(model, *adapters.values())}; {config.steps} steps of "

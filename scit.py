@@ -115,8 +115,8 @@ def scit_loss(model, pairs, anchors, pad_id, config):
     instruction and without one; the contrast, a scalar, summed over the 2n responses; P, [n, 2, 2],
     detached: right and opposite instruction by chosen and rejected response.
     """
-    inputs = [pair.example(*names) for pair in pairs for names in INSTRUCTED]
-    inputs += [pair.example(*names) for pair in anchors for names in ANCHORED]
+    inputs = [pair.input(*names) for pair in pairs for names in INSTRUCTED]
+    inputs += [pair.input(*names) for pair in anchors for names in ANCHORED]
     logprobs, mask = response_logprobs(model, collate(inputs, pad_id, model.device))
     n = len(pairs)
 
@@ -228,8 +228,8 @@ def main(config):
             config.lora_targets,
         )
         for prompt in ("plain", "positive"):
-            example, _ = pairs["train"][0].example(prompt, "chosen")
-            print(f"one input, {prompt}: {tokenizer.decode(example)!r}")
+            ids, _ = pairs["train"][0].input(prompt, "chosen")
+            print(f"one input, {prompt}: {tokenizer.decode(ids)!r}")
         lengths = [pair.length("positive", "chosen") for pair in pairs["train"]]
         print(
             f"{memory_summary(model, adapter)}; {config.steps} steps of {config.batch_size} pairs "

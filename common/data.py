@@ -51,7 +51,7 @@ class EncodedPair:
     # ends every response; None where the tokenizer has no such token
     end_token: int | None
 
-    def example(self, prompt, response):
+    def input(self, prompt, response):
         """(list of ids of prompt + response, number of prompt ids)."""
         prompt_ids = self.prompts[prompt].tolist()
         return prompt_ids + self.responses[response].tolist(), len(prompt_ids)
@@ -409,7 +409,7 @@ def longest_token(tokenizer):
 
 @dataclass
 class Batch:
-    """Right-padded examples, [B, S]: ids int64; attention and response bool.
+    """Right-padded inputs, [B, S]: ids int64; attention and response bool.
 
     attention marks all real tokens, response those of r (collect.py marks the last prompt token,
     too). positions: int64 [N], where in [B * S] the marked tokens are. They are counted on the CPU:
@@ -429,13 +429,13 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def collate(examples, pad_id, device=None):
+def collate(inputs, pad_id, device=None):
     """A Batch of a list of (ids, number of prompt ids), padded to the longest. device: a
     torch.device, by default the CPU."""
     device = device or torch.device("cpu")
-    sequences = [torch.tensor(ids) for ids, _ in examples]
-    lengths = torch.tensor([len(ids) for ids, _ in examples])
-    prompt_lengths = torch.tensor([prompt_length for _, prompt_length in examples])
+    sequences = [torch.tensor(ids) for ids, _ in inputs]
+    lengths = torch.tensor([len(ids) for ids, _ in inputs])
+    prompt_lengths = torch.tensor([prompt_length for _, prompt_length in inputs])
 
     ids = pad_sequence(sequences, batch_first=True, padding_value=pad_id)
     position = torch.arange(ids.shape[1])

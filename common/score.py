@@ -254,8 +254,8 @@ def preferences(model, pairs, prompt, pad_id, tokens_per_pass=None):
     n_tokens = 0
     for indices in split_into_passes(range(len(pairs)), lengths, pass_size):
         n = len(indices)
-        examples = [pairs[i].example(prompt, "chosen") for i in indices]
-        examples += [pairs[i].example(prompt, "rejected") for i in indices]
+        examples = [pairs[i].input(prompt, "chosen") for i in indices]
+        examples += [pairs[i].input(prompt, "rejected") for i in indices]
         logprobs, mask = response_logprobs(model, collate(examples, pad_id, model.device))
         chosen, rejected = token_mean(logprobs, mask).view(2, n)
         margins.append(chosen - rejected)

@@ -69,8 +69,8 @@ def persistent_kernel(
             v -= tl.load(minus_row + columns, mask=read, other=0.0).to(ACC)
 
         # 0 everywhere where the position is no response token: so are its term and its gradient
-        r = h - (b + tl.full([], alpha, ACC) * v)
-        square = tl.sum(r * r)
+        e = h - (b + tl.full([], alpha, ACC) * v)
+        square = tl.sum(e * e)
         norm = tl.sqrt(square)
         scale = tl.full([], inverse_denom, ACC)
         tl.store(norms + tl.cast(layer, tl.int64) * T + row, norm, mask=is_response)
@@ -85,7 +85,7 @@ def persistent_kernel(
             else:
                 scale = tl.where(norm == 0, 0.0, scale / norm)
             grad_row = grad + tl.cast(program, tl.int64) * D
-            tl.store(grad_row + columns, (scale * r).to(grad.dtype.element_ty), mask=columns < D)
+            tl.store(grad_row + columns, (scale * e).to(grad.dtype.element_ty), mask=columns < D)
 
 
 class Launcher:

@@ -1,8 +1,8 @@
 """RAHF's alignment loss (paper section 3.3) over L target layers and T recorded positions:
 
-    r = h - (b + α (h+ - h-))            per layer, per recorded position
-    l2:   loss = Σ ||r||_2 / denom       grad = r / ||r|| / denom, 0 where r = 0   (authors' code)
-    mse:  loss = Σ ||r||² / D / denom    grad = 2 r / D / denom                    (the paper)
+    e = h - (b + α (h+ - h-))            the residual, per layer and recorded position
+    l2:   loss = Σ ||e||_2 / denom       grad = e / ||e|| / denom, 0 where e = 0   (authors' code)
+    mse:  loss = Σ ||e||² / D / denom    grad = 2 e / D / denom                    (the paper)
 
 h is the trained model's own hidden state, dense [B, S, D] per layer. b, h+ and h- were recorded at
 T of the B * S positions (the response's tokens and the last prompt token) and are packed: [T, D]
@@ -12,7 +12,7 @@ This file has the loss twice, in plain PyTorch (torch_loss) and as a Triton kern
 It does next to no arithmetic, so on a GPU it costs the bytes that it moves. PyTorch passes over
 the states many times: gather, subtract, scale, add, subtract, square, sum, and all of it
 backwards. The kernel passes over them once. One program holds one row of [B, S] in registers;
-when it knows ||r|| it still has r, and writes the gradient during the forward pass, zeros for
+when it knows ||e|| it still has e, and writes the gradient during the forward pass, zeros for
 the other positions included. Hence no atomics, no zero fill, no synchronisation, and the same bits
 every time. Counted in bytes per element of a recorded position, bf16, where a share f of the rows
 of [B, S] is recorded:
@@ -83,7 +83,7 @@ def representation_loss(
     denom: what the sum is divided by, by default L*T
     backend: "torch", "triton", or "auto": Triton on a GPU where it is available
 
-    Returns (loss, norms): a scalar, and detached [L, T] = ||r||_2 in packed order, both in fp32
+    Returns (loss, norms): a scalar, and detached [L, T] = ||e||_2 in packed order, both in fp32
     (fp64 where hidden is fp64). The Triton backend allows one backward pass per loss.
     Raises ValueError if shapes, dtypes, devices or the backend do not fit.
     """
@@ -198,12 +198,12 @@ def torch_loss(hidden, base, plus, minus, positions, alpha, kind, denom):
         if minus is not None:
             v = v - minus[layer].to(dtype)  # h+ - h-
         target = base[layer].to(dtype) + alpha * v  # b + α (h+ - h-)
-        r = h.flatten(0, 1).index_select(0, positions).to(dtype) - target  # [T, D]
-        norm = torch.linalg.vector_norm(r, dim=-1)  # [T]; its gradient is 0 where r = 0
+        e = h.flatten(0, 1).index_select(0, positions).to(dtype) - target  # [T, D]
+        norm = torch.linalg.vector_norm(e, dim=-1)  # [T]; its gradient is 0 where e = 0
         if kind == "l2":
             total = total + norm.sum()
         else:
-            total = total + r.square().sum() / D
+            total = total + e.square().sum() / D
         norms.append(norm.detach())
     # as the kernel does it, so that both round alike
     return total * (1 / denom), torch.stack(norms)
@@ -240,7 +240,7 @@ def loss_kernel(
     rows,  # [N] int32: each position's packed row, or -1
     grad,  # [L, N, D], written if GRADIENT: d loss / d h
     terms,  # [L, N], written: what each position adds to the loss
-    norms,  # [L, T], written: ||r||
+    norms,  # [L, T], written: ||e||
     # as plain floats these would arrive in fp32
     alpha: tl.float64,  # α
     inverse_denom: tl.float64,  # 1 / denom
@@ -287,8 +287,8 @@ def loss_kernel(
             minus_row = pick(minus, layer, L) + row * D
             v -= tl.load(minus_row + columns, mask=inside, other=0.0).to(ACC)  # h+ - h-
 
-        r = h - (b + tl.full([], alpha, ACC) * v)  # h - (b + α (h+ - h-))
-        square = tl.sum(r * r)
+        e = h - (b + tl.full([], alpha, ACC) * v)  # h - (b + α (h+ - h-))
+        square = tl.sum(e * e)
         norm = tl.sqrt(square)
         scale = tl.full([], inverse_denom, ACC)
         tl.store(norms + layer.to(tl.int64) * T + row, norm)
@@ -299,10 +299,10 @@ def loss_kernel(
 
         if GRADIENT:
             if SQUARED:
-                scale = 2.0 * scale / D  # d ||r||² / D = 2 r / D
+                scale = 2.0 * scale / D  # d ||e||² / D = 2 e / D
             else:
-                scale = tl.where(norm == 0, 0.0, scale / norm)  # d ||r|| = r / ||r||; NaN stays NaN
-            tl.store(grad_row + columns, (scale * r).to(grad.dtype.element_ty), mask=inside)
+                scale = tl.where(norm == 0, 0.0, scale / norm)  # d ||e|| = e / ||e||; NaN stays NaN
+            tl.store(grad_row + columns, (scale * e).to(grad.dtype.element_ty), mask=inside)
 
 
 @jit()

@@ -62,9 +62,9 @@ def full_logprobs(model, examples, pad_id):
 
 def scit_loss(model, pairs, n_anchors, pad_id):
     """scit.py's loss; the first n_anchors pairs also come without instruction."""
-    examples = [pair.example(*names) for pair in pairs for names in scit.INSTRUCTED]
+    examples = [pair.input(*names) for pair in pairs for names in scit.INSTRUCTED]
     for pair in pairs[:n_anchors]:
-        examples += [pair.example("plain", "chosen"), pair.example("plain", "rejected")]
+        examples += [pair.input("plain", "chosen"), pair.input("plain", "rejected")]
     logprobs, mask = full_logprobs(model, examples, pad_id)
     n_instructed = 4 * len(pairs)
     learned = torch.arange(len(examples), device=model.device) % 4 < 2
@@ -76,7 +76,7 @@ def scit_loss(model, pairs, n_anchors, pad_id):
 
 def dual_loss(model, pairs, response, pad_id):
     """dual.py's loss on the chosen or the rejected responses."""
-    examples = [pair.example("plain", response) for pair in pairs]
+    examples = [pair.input("plain", response) for pair in pairs]
     logprobs, mask = full_logprobs(model, examples, pad_id)
     return -logprobs.sum() / mask.sum()
 
@@ -183,4 +183,4 @@ def train_align(out, settings, method, layers, alpha, window, batch_size, device
 
 
 def inputs_of(examples, prompt):
-    return [pair.example(prompt, response) for pair, response in examples]
+    return [pair.input(prompt, response) for pair, response in examples]

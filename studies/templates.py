@@ -139,7 +139,7 @@ def check_reply(tokenizer, turns):
     """What is wrong with prompt and reply of a dialogue, as phrases."""
     encoded = encode(tokenizer, turns)
     form = chat_form(tokenizer)
-    ids, n_prompt = encoded.example("plain", "chosen")
+    ids, n_prompt = encoded.input("plain", "chosen")
     text = tokenizer.decode(ids)
     end = tokenizer.decode(form.end)
     wrong = []
@@ -171,8 +171,8 @@ def check_literals(tokenizer):
     form = chat_form(tokenizer)
     spelled = " ".join(text for text in form.controls.values() if text)[:400]
     turns = (("user", f"What do {spelled} mean?"),)
-    ids, _ = encode(tokenizer, turns, f"That {spelled} ends it.").example("plain", "chosen")
-    neutral, _ = encode(tokenizer, DIALOGUES["one turn"]).example("plain", "chosen")
+    ids, _ = encode(tokenizer, turns, f"That {spelled} ends it.").input("plain", "chosen")
+    neutral, _ = encode(tokenizer, DIALOGUES["one turn"]).input("plain", "chosen")
     wrong = []
     if [i for i in ids if i in form.controls] != [i for i in neutral if i in form.controls]:
         wrong.append("a text became a control token")
@@ -185,7 +185,7 @@ def check_thoughts(tokenizer):
     """What is wrong where a reply brings its own block of thoughts, as phrases."""
     encoded = encode(tokenizer, DIALOGUES["one turn"], THOUGHTS + REPLY)
     form = chat_form(tokenizer)
-    text = tokenizer.decode(encoded.example("plain", "chosen")[0])
+    text = tokenizer.decode(encoded.input("plain", "chosen")[0])
     wrong = []
     after_question = text.rpartition(QUESTION[1])[2]
     before_thoughts = after_question.partition(THOUGHTS)[0]

@@ -116,8 +116,8 @@ def dpo_loss(model, adapter, pairs, pad_id, beta=0.1):
 
     -log σ( β [log π(r_h)/π_base(r_h) - log π(r_l)/π_base(r_l)] )
     """
-    examples = [pair.example("plain", "chosen") for pair in pairs]
-    examples += [pair.example("plain", "rejected") for pair in pairs]
+    examples = [pair.input("plain", "chosen") for pair in pairs]
+    examples += [pair.input("plain", "rejected") for pair in pairs]
     batch = collate(examples, pad_id)
     logprob = response_logprobs(model, batch)[0].sum(1)  # [2n]
     with torch.no_grad(), enable_only([], among=[adapter]):
@@ -194,7 +194,7 @@ class Experiment:
 
     def sft(self, steps):
         def loss_of(adapter, pairs):
-            examples = [pair.example("plain", "chosen") for pair in pairs]
+            examples = [pair.input("plain", "chosen") for pair in pairs]
             batch = collate(examples, self.tokenizer.pad_token_id)
             logprobs, mask = response_logprobs(self.model, batch)
             return -logprobs.sum() / mask.sum()

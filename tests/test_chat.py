@@ -167,8 +167,8 @@ def test_control_tokens_inside_texts_stay_text(chat_tokenizer, text):
         return [i for i in ids if i in control_ids]
 
     for prompt in ("plain", "positive"):
-        ids, _ = encoded.example(prompt, "chosen")
-        neutral_ids, _ = neutral.example(prompt, "chosen")
+        ids, _ = encoded.input(prompt, "chosen")
+        neutral_ids, _ = neutral.input(prompt, "chosen")
         assert controls(ids) == controls(neutral_ids)
         written = chat_tokenizer.decode(neutral_ids).count(text)
         assert chat_tokenizer.decode(ids).count(text) == written + 3

@@ -1061,7 +1061,7 @@ def test_inputs_differ_in_the_instruction_only(tokenizer):
         assert prompt[extra:] == plain
         assert tokenizer.decode(prompt[:extra]) == instruction
     for response in ("chosen", "rejected"):
-        examples = [encoded.example(name, response) for name in encoded.prompts]
+        examples = [encoded.input(name, response) for name in encoded.prompts]
         endings = {tuple(ids[start:]) for ids, start in examples}
         # the response's tokens line up
         assert endings == {tuple(encoded.responses[response].tolist())}
@@ -1071,7 +1071,7 @@ def test_lengths_are_those_of_the_examples(tokenizer):
     encoded = encode_one(tokenizer)
     lengths = []
     for prompt, response in itertools.product(encoded.prompts, encoded.responses):
-        ids, _ = encoded.example(prompt, response)
+        ids, _ = encoded.input(prompt, response)
         assert encoded.length(prompt, response) == len(ids)
         lengths.append(len(ids))
     assert encoded.max_length() == max(lengths)
@@ -1081,7 +1081,7 @@ def test_plain_prompt_is_what_a_server_would_tokenize(tokenizer):
     encoded = encode_one(tokenizer)
     text = render_transcript(encoded.pair.prompt)
     assert encoded.prompts["plain"].tolist() == tokenizer(text)["input_ids"]
-    ids, _ = encoded.example("plain", "chosen")
+    ids, _ = encoded.input("plain", "chosen")
     assert ids[:-1] == tokenizer(text + " " + encoded.pair.chosen)["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id
 
@@ -1111,7 +1111,7 @@ def test_real_tokenizer_round_trip():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models/stories260K")
     encoded = encode_one(tokenizer)
     text = render_transcript(encoded.pair.prompt)
-    ids, _ = encoded.example("plain", "chosen")
+    ids, _ = encoded.input("plain", "chosen")
     decoded = tokenizer.decode(ids, skip_special_tokens=True)
     assert decoded.strip() == f"{text} {encoded.pair.chosen}".strip()
     assert encoded.prompts["plain"].tolist() == tokenizer(text)["input_ids"]

@@ -113,7 +113,7 @@ def test_reward_metrics_by_hand(tokenizer):
         for response in ("chosen", "rejected"):
             row = []
             for pair in pairs:
-                ids, start = pair.example(prompt, response)
+                ids, start = pair.input(prompt, response)
                 logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
                 row.append(sum(logits[t - 1, ids[t]].item() for t in range(start, len(ids))))
             rows.append(row)

@@ -64,7 +64,7 @@ def out(done, tmp_path):
 @torch.no_grad()
 def logps_of(model, pair, response, prompt):
     """log π of each token of a response, by one unpadded forward pass."""
-    ids, start = pair.example(prompt, response)
+    ids, start = pair.input(prompt, response)
     logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
     logps = logits.log_softmax(-1)
     return [logps[t - 1, ids[t]].item() for t in range(start, len(ids))]
@@ -92,7 +92,7 @@ def test_rewards_moves_and_answers_are_those_of_the_models(method, out, tokenize
             weights = load_adapter(out / method / folder, model.base_model)
             with attached(model, weights):
                 logps.append(logps_of(model, pair, response, prompt))
-                ids, start = pair.example(prompt, response)
+                ids, start = pair.input(prompt, response)
                 ids = torch.tensor([ids], device=model.device)
                 with torch.no_grad():
                     [h] = hf.hidden_states(model.base_model, [1], ids)
@@ -102,7 +102,7 @@ def test_rewards_moves_and_answers_are_those_of_the_models(method, out, tokenize
         base_weights = None
         if settings["base"] == "stage1":
             base_weights = load_adapter(out / method / sides[0][0], model.base_model)
-        ids, start = pair.example("plain", response)
+        ids, start = pair.input("plain", response)
         with attached(model, base_weights), torch.no_grad():
             [b] = hf.hidden_states(model.base_model, [1], torch.tensor([ids], device=model.device))
         v = (states[0] - states[1]).norm(dim=-1) / b[0, start:].norm(dim=-1)

@@ -73,16 +73,16 @@ def scit_reference(model, pairs, anchors, config):
             ("positive", "negative", "chosen"),
             ("negative", "positive", "rejected"),
         ):
-            logprobs = log_probabilities(model, *pair.example(prompt, response))
+            logprobs = log_probabilities(model, *pair.input(prompt, response))
             P = P_of(logprobs)
-            P_opposite = P_of(log_probabilities(model, *pair.example(opposite, response)))
+            P_opposite = P_of(log_probabilities(model, *pair.input(opposite, response)))
             right = torch.log1p(torch.exp(P_opposite - P))
             wrong = torch.log1p(torch.exp(P - P_opposite))
             contrasts.append((1 - smoothing) * right + smoothing * wrong)
             learned.append(logprobs)
     for pair in anchors:
         for response in ("chosen", "rejected"):
-            learned.append(log_probabilities(model, *pair.example("plain", response)))
+            learned.append(log_probabilities(model, *pair.input("plain", response)))
     return -torch.cat(learned).mean(), torch.stack(contrasts).mean()
 
 
@@ -93,7 +93,7 @@ def dual_reference(model, adapters, pairs, config):
     for name, adapter in adapters.items():
         with enable_only([adapter], among=adapters.values()):
             for response in ("chosen", "rejected"):
-                examples = [pair.example("plain", response) for pair in pairs]
+                examples = [pair.input("plain", response) for pair in pairs]
                 logprobs[name, response] = [log_probabilities(model, *one) for one in examples]
     contrasts = []
     for i in range(len(pairs)):
@@ -131,7 +131,7 @@ def test_scit_loss_by_the_equation(config, pairs):
     # a sum over the two responses of three pairs
     assert contrast.item() / 6 == pytest.approx(expected_contrast.item(), rel=1e-5)
     assert (nll / tokens).item() == pytest.approx(expected_nll.item(), rel=1e-5)
-    P_opposite = log_probabilities(model, *pairs[0].example("negative", "chosen"))
+    P_opposite = log_probabilities(model, *pairs[0].input("negative", "chosen"))
     P_opposite = config.beta * (
         P_opposite.sum() if config.reduction == "sum" else P_opposite.mean()
     )
@@ -236,7 +236,7 @@ def test_padding_and_batch_size_change_no_alignment_loss(pairs):
     """The alignment loss of 8 responses together is the token-weighted mean of each alone."""
     model = make_model("llama")
     layers = [1, 2]
-    examples = [pair.example("plain", "chosen") for pair in pairs[:8]]
+    examples = [pair.input("plain", "chosen") for pair in pairs[:8]]
     torch.manual_seed(0)
     # random b, h+, h- [T, D] for each response and layer
     recorded = []
@@ -283,7 +283,7 @@ def test_recorded_states_are_those_of_unpadded_inputs(method, pairs):
     row = 0
     for pair, response in examples:
         for states, enabled, prompt in stimuli:
-            ids, start = pair.example(prompt, response)
+            ids, start = pair.input(prompt, response)
             with enable_only(enabled, among=adapters.values()):
                 alone = hidden_states(model.base_model, [1, 2], torch.tensor([ids]))
             for layer in range(2):

@@ -45,7 +45,7 @@ def test_swap_exchanges_that_share_of_the_training_rows_alone():
 @torch.no_grad()
 def log_probability(model, pair, response):
     """log π(r | q), a sum over the response's tokens: one unpadded forward."""
-    ids, start = pair.example("plain", response)
+    ids, start = pair.input("plain", response)
     logits = model(input_ids=torch.tensor([ids])).logits[0].double()
     targets = torch.tensor(ids[start:])
     return logits.log_softmax(-1)[start - 1 : -1].gather(1, targets[:, None]).sum().item()

@@ -64,7 +64,7 @@ class Reference:
     @torch.no_grad()
     def states_under(self, pair, prompt, response, *enabled):
         """The recorded states of all 4 blocks, [4, T, D]."""
-        ids, start = pair.example(prompt, response)
+        ids, start = pair.input(prompt, response)
         with enable_only(enabled, among=self.adapters):
             hidden = hidden_states(self.model.base_model, range(4), torch.tensor([ids]))
         return torch.stack(hidden)[:, 0, start - self.last_prompt_token :].double()
@@ -89,7 +89,7 @@ class Reference:
     def nll(self, pair, layer=None, shift=None):
         """The NLL of the chosen response, summed over its tokens, with the states of one block
         moved by shift [T, D]."""
-        ids, start = pair.example("plain", "chosen")
+        ids, start = pair.input("plain", "chosen")
 
         def move(module, args, output):
             output[0, start - self.last_prompt_token :] += shift.float()

@@ -77,7 +77,7 @@ def token_rewards(model, adapters, method, examples, pad_id):
         sides = [(["scit"], "positive"), (["scit"], "negative")]
     logprobs = []
     for enabled, prompt in sides:
-        inputs = [pair.example(prompt, response) for pair, response in examples]
+        inputs = [pair.input(prompt, response) for pair, response in examples]
         batch = collate(inputs, pad_id, model.device)
         with enable_only([adapters[kind] for kind in enabled], among=adapters.values()):
             dense, mask = response_logprobs(model, batch)

@@ -130,7 +130,7 @@ def measure_moves(model, record, passes, ratio, mean_v, config, pad_id):
             recorded_length(pair, response, config.last_prompt_token) for pair, response in examples
         ]
         projections.append(mean_projections(base, mean_v, lengths))
-        chosen = [pair.example("plain", "chosen") for pair, _ in examples[::2]]
+        chosen = [pair.input("plain", "chosen") for pair, _ in examples[::2]]
         batch = collate(chosen, pad_id, model.device)
         mask = recorded_mask(batch.response, config.last_prompt_token)
         is_chosen = torch.arange(len(examples)).remainder(2).eq(0)
