@@ -1,13 +1,14 @@
 """Would Muon train the toy's base in less time than AdamW, to the same quality?
 
-    python -m studies.toy_base
+    python -m studies.toy_base --steps 900
+    python -m studies.toy_base --steps 1800 --optimizers AdamW
 
-Trains the base of common.toy with both optimizers for several numbers of steps and writes, run by
-run, the mean NLL of a reply token on fresh documents and the seconds to
-studies/results/toy_base.json; a later call goes on with what is missing.
+Trains the base of common.toy with both optimizers for some numbers of steps and writes, run by run,
+the mean NLL of a reply token on fresh documents and the seconds to studies/results/toy_base.json; a
+later call goes on with what is missing.
 
 torch.optim.Muon orthogonalizes its updates in bfloat16, which a CPU without such instructions
-multiplies tens of times slower. So Muon's runs do the same in float32, and what a step of either
+multiplies tens of times slower. So Muon's runs do the same in float32, and what an update of either
 costs is measured apart.
 """
 
@@ -23,17 +24,18 @@ from torch.optim import _muon
 from tqdm import tqdm
 
 from common import toy
-from common.config import run, setting
+from common.config import UserError, run, setting
 from common.data import collate, shuffled_batches
 from studies.shared import RESULTS, write_result
 
 # (optimizer, peak learning rate of the matrices)
-OPTIMIZERS = {"AdamW": None, "Muon, lr 0.01": 0.01, "Muon, lr 0.02": 0.02}
+OPTIMIZERS = {"AdamW": None, "Muon, lr 0.01": 0.01, "Muon, lr 0.02": 0.02, "Muon, lr 0.05": 0.05}
 
 
 @dataclass
 class Config:
-    steps: list[int] = setting(None, "numbers of steps; empty takes 1800, 900 and 600")
+    steps: list[int] = setting(None, "numbers of steps; empty takes 900")
+    optimizers: list[str] = setting(None, f"of {', '.join(OPTIMIZERS)}; empty takes all")
     seeds: list[int] = setting(None, "seeds of the world; empty takes 0")
     documents: int = setting(2000, "fresh documents to measure on", minimum=1)
 
@@ -144,6 +146,8 @@ def time_updates(world, n=5):
 
 
 def main(config):
+    if unknown := set(config.optimizers or []) - set(OPTIMIZERS):
+        raise UserError(f"--optimizers {min(unknown)}: choose from {', '.join(OPTIMIZERS)}")
     path = RESULTS / "toy_base.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     runs = found.get("runs", [])
@@ -151,13 +155,13 @@ def main(config):
     for seed in config.seeds or [0]:
         world = World(seed, config.documents)
         times = times or time_updates(world)
-        for name, muon_lr in OPTIMIZERS.items():
-            for steps in config.steps or [1800, 900, 600]:
+        for name in config.optimizers or OPTIMIZERS:
+            for steps in config.steps or [900]:
                 key = {"optimizer": name, "steps": steps, "seed": seed}
                 if any(key.items() <= line.items() for line in runs):
                     continue
                 with in_float32():
-                    model, seconds = train(world, steps, muon_lr)
+                    model, seconds = train(world, steps, OPTIMIZERS[name])
                 runs.append({**key, "nll": round(world.nll(model), 4), "seconds": round(seconds)})
                 print(runs[-1], flush=True)
                 write_result("toy_base", {"ms of an update": times, "runs": runs})
