@@ -140,7 +140,7 @@ class RecordingSettings:
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
         "what the model computes in (on a GPU with products in TF32); bfloat16 halves the memory, "
-        "but rounds by as much as a small v is long",
+        "but rounds by as much as the norm of a small v",
         group="run",
     )
 

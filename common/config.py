@@ -294,8 +294,8 @@ def run(main, config_class, distributed=False):
     def exit_with(code, message):
         if not is_first():
             # Mostly all processes fail alike. The others wait, so that torchrun has ended them
-            # before they repeat what the first one has said.
-            time.sleep(2)
+            # before they repeat what the first one has said; on a busy machine it takes seconds.
+            time.sleep(20)
         one_line = " ".join(str(message).split())
         print(f"{script}: {one_line}", file=sys.stderr)
         sys.exit(code)

@@ -84,8 +84,8 @@ def packed(hidden, base, plus, minus, mask, positions, alpha):
     """Response tokens only, in the states' own dtype: the cheapest eager form within tolerance."""
     total = 0.0
     for h, b, p, m in zip(hidden, base, plus, minus):
-        r = h.flatten(0, 1)[positions] - (b + alpha * (p - m))
-        total = total + torch.linalg.vector_norm(r, dim=-1, dtype=torch.float32).sum()
+        e = h.flatten(0, 1)[positions] - (b + alpha * (p - m))
+        total = total + torch.linalg.vector_norm(e, dim=-1, dtype=torch.float32).sum()
     return total / (len(base) * len(base[0]))
 
 
@@ -95,8 +95,8 @@ def where(hidden, base, plus, minus, mask, rows, alpha):
     total = 0.0
     for h, b, p, m in zip(hidden, base, plus, minus):
         target = b[rows].float() + alpha * (p[rows].float() - m[rows].float())
-        r = torch.where(is_response, h.flatten(0, 1).float() - target, 0.0)
-        total = total + torch.linalg.vector_norm(r, dim=-1).sum()
+        e = torch.where(is_response, h.flatten(0, 1).float() - target, 0.0)
+        total = total + torch.linalg.vector_norm(e, dim=-1).sum()
     return total / (len(base) * len(base[0]))
 
 
@@ -141,7 +141,7 @@ def forms():
         "torch backend": Form(torch_backend, 112, 2),
         # both passes read all four states
         "packed, compiled": Form(packed_compiled, 16, 2),
-        # reads h, writes and reads r, writes the gradient: at every row
+        # reads h, writes and reads e, writes the gradient: at every row
         "where, compiled": Form(where_compiled, 6, 8, by_row),
         "fused": Form(fused, 8, 2),
         # reads and writes the gradient once more
@@ -221,9 +221,9 @@ def relative_errors(inputs, upstream, loss, gradients, chunk_size=2048):
             if inputs.minus is not None:
                 v -= inputs.minus[layer][rows].double()
             target = inputs.base[layer][rows].double() + inputs.alpha * v
-            r = h.flatten(0, 1)[here].double() - target
-            norm = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
-            expected = upstream * r / norm / (L * T)
+            e = h.flatten(0, 1)[here].double() - target
+            norm = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
+            expected = upstream * e / norm / (L * T)
             error = gradient.flatten(0, 1)[here].double() - expected
             expected_loss = expected_loss + norm.sum() / (L * T)
             squared_error = squared_error + error.square().sum()

@@ -336,7 +336,7 @@ def read_nothing(width, device):
         batch = collate(examples, self.pad_id, device)
         tokens = sum(self.recorded_lengths[i] for i in indices)
         layers = [states[:tokens]] * len(self.layers)
-        return CollectedBatch(batch.ids, batch.response, batch.positions, layers, layers, layers)
+        return CollectedBatch(batch.ids, batch.positions, layers, layers, layers)
 
     Collection.read = read
 

@@ -37,15 +37,13 @@ class Config:
 
 
 def measure(config, name):
-    """What the stages report of one form, and their seconds."""
+    """What the stages report of one form."""
     out = str(Path(config.work) / name.replace(" ", ""))
     shared = {"out": out, "device": "cpu", "limit": config.limit}
     source = {"model": config.model, "data": [config.data], "dtype": config.dtype}
-    seconds = {
-        "dual": quietly(dual, **shared, **source, steps=config.steps, quantize=FORMS[name]),
-        "collect": quietly(collect, **shared),
-        "align": quietly(align, out=out, device="cpu", steps=config.steps, kl=config.kl),
-    }
+    quietly(dual, **shared, **source, steps=config.steps, quantize=FORMS[name])
+    quietly(collect, **shared)
+    quietly(align, out=out, device="cpu", steps=config.steps, kl=config.kl)
     good = read_stage(f"{out}/dual/good", "good", "python dual.py")
     aligned = read_stage(f"{out}/dual/align", "align", "python align.py")
     validation = good["validation"]
@@ -58,13 +56,13 @@ def measure(config, name):
         ],
         "scale": aligned["scale"],
         "kl": dict(aligned["kl_at_scale"])[aligned["scale"]],
-        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
     }
 
 
 def main(config):
     path = RESULTS / "quantized.json"
     settings = {
+        "data": Path(config.data).name,
         "dtype": config.dtype,
         "steps": config.steps,
         "limit": config.limit,

@@ -106,7 +106,8 @@ def train(world, steps, muon_lr):
             optimizer.param_groups[0]["lr"],
             total_steps=steps,
             pct_start=0.1,
-            cycle_momentum=False,
+            # as in common.toy; a group of Muon's has no betas to cycle
+            cycle_momentum=muon_lr is None,
         )
         for optimizer in optimizers
     ]
@@ -157,7 +158,12 @@ def main(config):
         times = times or time_updates(world)
         for name in config.optimizers or OPTIMIZERS:
             for steps in config.steps or [900]:
-                key = {"optimizer": name, "steps": steps, "seed": seed}
+                key = {
+                    "optimizer": name,
+                    "steps": steps,
+                    "seed": seed,
+                    "documents": config.documents,
+                }
                 if any(key.items() <= line.items() for line in runs):
                     continue
                 with in_float32():

@@ -39,6 +39,13 @@ from common import toy
 from common.config import NEGATIVE, POSITIVE
 
 
+def pytest_configure(config):
+    # pytest-xdist begins with the files of most tests. Ours of few tests take as long: at the end
+    # one would run alone.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param

@@ -180,6 +180,24 @@ def test_serving():
         assert ("convert_lora" in figures.get("not compared", "")) == verdict.startswith("no"), kind
 
 
+def test_quantized_base():
+    settings, forms = result("quantized")["settings"], result("quantized")["forms"]
+    command = f"studies.quantized --steps {settings['steps']} --limit {settings['limit']}`"
+    assert command in " ".join(RESULTS.split())
+    for name, form in forms.items():
+        nll, distance = (
+            " → ".join(f"{value:{places}}" for value in form[key])
+            for key, places in (
+                ("held-out NLL of the good model, a token", ".3f"),
+                ("distance to the target, before and after", ".1f"),
+            )
+        )
+        row = f"| {name} | {nll} | {form['held-out pairs ranked right']:.2f} | {distance} "
+        assert f"{row}| {form['scale']:.2f} | {form['kl']:.2f} |" in RESULTS
+    before = [form["held-out NLL of the good model, a token"][0] for form in forms.values()]
+    assert f"worse by {before[1] - before[0]:.2f} nats" in RESULTS
+
+
 def test_answers_at_several_strengths():
     answers = result("strengths")["answers"]
     shown = [kind for kind in answers if answers[kind]["question"] in README]

@@ -474,12 +474,12 @@ def test_more_than_2_to_the_31_elements():
     )
 
     positions = [0, 2, 3]
-    r = view.double().flatten(0, 1)[positions] - 1.5 * big[rows].double()
-    expected_norms = r.norm(dim=1)
+    e = view.double().flatten(0, 1)[positions] - 1.5 * big[rows].double()
+    expected_norms = e.norm(dim=1)
     assert loss.item() == pytest.approx(expected_norms.mean().item(), rel=1e-6)
     assert norms[0, rows].tolist() == pytest.approx(expected_norms.tolist(), rel=1e-6)
     gradient = gradient[0].flatten(0, 1)
-    expected = (r / expected_norms[:, None] / 3).cpu()
+    expected = (e / expected_norms[:, None] / 3).cpu()
     assert relative_error(gradient[positions], expected) <= TOLERANCE[torch.bfloat16]
     assert (gradient[1] == 0).all()
 

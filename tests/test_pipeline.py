@@ -401,12 +401,12 @@ def test_a_sweep_over_kl_scales_one_adapter(collected):
 def test_strength_is_the_users_or_the_embedded_defaults_or_a_kl(given, real, embedded):
     """(kl, strength, alpha), for real models and for the embedded default; its steps and learning
     rate come with it."""
-    for recorded, expected, training in (
+    for handed_on, expected, training in (
         ({}, real, (80, 16, 3e-4)),
         (toy.LATER["align"], embedded, (150, 16, 1e-3)),
     ):
         config = align.Config(**given)
-        align.choose_strength(config, recorded, "out/dual/collect")
+        align.choose_strength(config, handed_on, "out/dual/collect")
         assert (config.kl, config.strength, config.alpha) == expected
         assert (config.steps, config.batch_size, config.lr) == training
 

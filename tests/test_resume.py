@@ -205,19 +205,23 @@ def test_an_interrupted_run_ends_as_one_that_never_stopped(
 
 
 def test_a_refused_run_leaves_the_log_and_a_restarted_one_begins_it_anew(
-    tiny, tmp_path, watcher, fails
+    tiny, tmp_path, watcher, fails, monkeypatch
 ):
+    monkeypatch.setattr("common.log.LOG_INTERVAL", 2)
     stage, args = command_of("dual", tiny, tmp_path)
     log = tmp_path / "dual" / "dual.log"
     watcher.interrupt(4)
     fails(stage, *args)
     watcher.let_run()
     interrupted = log.read_text()
+    assert [line.get("step") for line in read_log(log)] == [None, 2, 4]
     code, _ = fails(stage, *args, "--lr", "0.1")
     assert code == 2
     assert log.read_text() == interrupted
     go(stage, *args, "--restart", "True")
-    assert sum("torch" in line for line in read_log(log)) == 1
+    # the last line has the rewards
+    steps = [line.get("step") for line in read_log(log)]
+    assert steps == [None, 2, 4, 6, STEPS, STEPS]
 
 
 def test_other_settings_are_refused_and_restart_starts_again(

@@ -1,6 +1,7 @@
 """The survey: its measurements one example at a time, and what it recommends, by hand."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -156,12 +157,12 @@ def test_measurements_one_example_at_a_time(method, options, tiny, tmp_path):
 def test_the_printed_command_collects_what_was_surveyed(tiny, tmp_path, capsys):
     """Also where stage 1 or its embedded default says otherwise."""
     go(dual, *stage1_source(tiny, tmp_path), "--steps", "3", *HERE)
-    rows = tmp_path / "other.jsonl"
+    rows = tmp_path / "other rows.jsonl"
     rows.write_text(Path(tiny / "pairs.jsonl").read_text())
     output = go(survey, "--out", tmp_path, "--base", "stage1", "--data", rows, *HERE)
     [command] = [line for line in output.splitlines() if "collect.py" in line]
     _, _, command = command.partition("collect.py ")
-    go(collect, *command.split(), *HERE)
+    go(collect, *shlex.split(command), *HERE)
     settings = read_stage(tmp_path / "dual" / "collect", "collect", "")["settings"]
     assert (settings["base"], settings["data"]) == ("stage1", [str(rows)])
 

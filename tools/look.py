@@ -89,8 +89,8 @@ def token_rewards(model, adapters, method, examples, pad_id):
 def token_moves(trunk, adapters, settings, alpha, examples, pad_id):
     """α|v|/|b| at each token of some responses, in each layer: a list of L lists for each.
 
-    settings: a collect.Config. α of a state says how far align.py wants it to move, in lengths of
-    it.
+    settings: a collect.Config. α of a state says how far align.py wants it to move, in units
+    of its own norm.
     """
     base, plus, minus = collect.record_states(trunk, adapters, settings, examples, pad_id)
     moves = [
@@ -177,7 +177,7 @@ def main(config):
     pairs = sample(prepared[config.split], config.pairs, config.seed)
 
     # 2. the rewards and moves of every token, by the models of stage 1
-    # in what collect computed in: bfloat16 rounds by as much as a small v is long
+    # in what collect computed in: bfloat16 rounds by as much as the norm of a small v
     dtype, quantize = settings["compute_dtype"], settings["quantize"]
     model = load_model(config.model, dtype, device, quantize=quantize)
     check_same_model(config.model, tokenizer, manifest, folder)

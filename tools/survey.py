@@ -12,6 +12,7 @@ Writes OUT/METHOD/survey.json and prints the collect.py and tools.sweep commands
 """
 
 import contextlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,11 +214,11 @@ def print_next_commands(config, stage1_settings, layers, strengths, rank):
     """Print the collect.py and tools.sweep commands that follow from the recommendation."""
     command = next_command("collect.py", config.out, config.method)
     command += f" --layers {' '.join(map(str, layers))} --base {config.base}"
-    for name in ("model", "data", "columns"):
-        value = getattr(config, name)
-        if value != stage1_settings[name]:
-            value = " ".join(value) if isinstance(value, list) else value
-            command += f" --{name} {value}"
+    if config.model != stage1_settings["model"]:
+        command += f" --model {shlex.quote(config.model)}"
+    if (config.data, config.columns) != (stage1_settings["data"], stage1_settings["columns"]):
+        command += f" --data {shlex.join(config.data)}"
+        command += f" --columns {shlex.join(config.columns)}" if config.columns else ""
     if config.method == "dual" and config.stimulus != "plain":
         command += f" --stimulus {config.stimulus}"
     if not config.last_prompt_token:
