@@ -15,6 +15,7 @@ the process held after its imports: on the CPU anonymous memory, as mapped files
 any time. With --save True it writes studies/results/bench_pipeline_SHAPE.json or scaling.json.
 """
 
+import contextlib
 import json
 import math
 import random
@@ -27,6 +28,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -285,14 +287,18 @@ def run_form(config, form, method, pairs):
         shared = {"out": str(out), "method": method, "layers": names, "max_gb": 1e6}
         collect.main(collect.Config(**shared, limit=pairs, compute_dtype=choose_dtype()))
     elif form.startswith("align"):
+        reading = contextlib.nullcontext()
         if form == "align, nothing read":
-            read_nothing(SHAPES[config.shape]["hidden_size"], device)
+            reading = read_nothing(SHAPES[config.shape]["hidden_size"], device)
         settings = {
             "steps": math.ceil(2 * pairs / config.batch_size),
             "batch_size": config.batch_size,
             "tokens_per_pass": 10**9 if form == "align, whole batches" else None,
         }
-        align.main(align.Config(out=str(out), method=method, alpha=ALPHA, restart=True, **settings))
+        with reading:
+            align.main(
+                align.Config(out=str(out), method=method, alpha=ALPHA, restart=True, **settings)
+            )
     elif form == "stage1":
         stage = scit if method == "scit" else dual
         batch_size = 8 if method == "scit" else config.batch_size
@@ -327,7 +333,8 @@ def run_form(config, form, method, pairs):
 
 
 def read_nothing(width, device):
-    """Let align.py find its states in memory. Any states will do: they cost the same."""
+    """Within the context, align.py finds its states in memory. Any states will do: they cost the
+    same."""
     states = torch.randn(10**4, width, device=device, dtype=getattr(torch, choose_dtype()))
 
     def read(self, indices, device):
@@ -338,7 +345,7 @@ def read_nothing(width, device):
         layers = [states[:tokens]] * len(self.layers)
         return CollectedBatch(batch.ids, batch.positions, layers, layers, layers)
 
-    Collection.read = read
+    return mock.patch.object(Collection, "read", read)
 
 
 def work(config):
