@@ -165,8 +165,7 @@ def train(adapters, inputs, config, write_line):
                 # One model after the other, so that only one has activations in memory; for each
                 # the other's log π is a constant. No optimizer step lies between: the two gradients
                 # are those of the whole loss (with dropout, up to its noise).
-                # log π [2, n] of either model; without contrast they stay None
-                logprobs = {"good": None, "bad": None}
+                logprobs = {"good": None, "bad": None}  # log π [2, n]; None without contrast
                 if config.contrast:
                     with torch.no_grad(), enable_only([adapters["bad"]], among=adapters.values()):
                         logprobs["bad"] = sum_logprobs(model, some, RESPONSES, pad_id)

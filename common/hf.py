@@ -161,12 +161,12 @@ def load_tokenizer(name):
     return tokenizer
 
 
-def check_ids(name, max_id):
+def check_ids(name, max_id, setting="--model"):
     """UserError unless a model has an embedding for every id up to max_id."""
     rows = load_config(name).vocab_size
     if max_id >= rows:
         raise UserError(
-            f"--model {name}: its tokenizer has written the id {max_id}, but the model has "
+            f"{setting} {name}: its tokenizer has written the id {max_id}, but the model has "
             f"embeddings for {rows} ids only: its files do not belong together"
         )
 
@@ -502,19 +502,10 @@ def find_linears(trunk, targets="all-linear"):
         part, last_name = part_of_block(name, path), name.rpartition(".")[2]
         if part in parts_of_experts or last_name in not_for_peft:
             del linears[name]
-    # Jamba has whole blocks with Attention in the name of their class
-    attention_prefixes = tuple(
-        f"{name}."
-        for name, module in modules.items()
-        if "Attention" in type(module).__name__ and module not in blocks
-    )
-    in_attention = {
-        name: linear for name, linear in linears.items() if name.startswith(attention_prefixes)
-    }
     if targets == "all-linear":
         chosen, missing = linears, []
     elif targets == "attention":
-        chosen, missing = in_attention, []
+        chosen, missing = choose_in_attention(linears, modules, blocks), []
     else:
         chosen, missing = choose_by_name(linears, targets)
     if missing or not chosen:
@@ -538,6 +529,17 @@ def find_parts_of_experts(trunk):
     path, blocks = find_blocks(trunk)
     names = [f"{path}.{name}" for name, _ in blocks.named_modules() if name]
     return {part_of_block(name, path) for name in names if "experts" in name.split(".")}
+
+
+def choose_in_attention(linears, modules, blocks):
+    """Those of {path: linear} that lie inside attention modules."""
+    prefixes = tuple(
+        f"{path}."
+        for path, module in modules.items()
+        # Jamba has whole blocks with Attention in the name of their class
+        if "Attention" in type(module).__name__ and module not in blocks
+    )
+    return {path: linear for path, linear in linears.items() if path.startswith(prefixes)}
 
 
 def choose_by_name(linears, targets):

@@ -32,12 +32,13 @@ def open_log(folder, name, config):
         tracker(config.report_to, f"{folder}/{name}", vars(config)) as report,
         open(folder / f"{name}.log", "a" if resumes else "w", 1, encoding="utf-8") as file,
     ):
-        header = [versions()]
+        # with the first line, which a run that is refused never writes
+        header = json.dumps(versions()) + "\n"
 
         def write_line(line):
-            while header:
-                print(json.dumps(header.pop()), file=file)
-            print(json.dumps(line), file=file)
+            nonlocal header
+            file.write(f"{header}{json.dumps(line)}\n")
+            header = ""
             report(line)
 
         yield write_line

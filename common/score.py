@@ -38,6 +38,7 @@ from common.chat import chat_form, render_chat, render_transcript
 from common.config import UserError, first_line
 from common.data import RESPONSES, collate, split_into_passes, tokenize
 from common.hf import (
+    check_ids,
     choose_tokens_per_pass,
     context_length,
     loading_options,
@@ -192,12 +193,7 @@ def load_reward_model(name, dtype, device, batch_size):
             part = slice(start, start + batch_size)
             encode = encode_chat if form else encode_texts
             encoded = encode(dialogues[part], replies[part])
-            max_id, rows = encoded["input_ids"].max(), model.get_input_embeddings().num_embeddings
-            if max_id >= rows:
-                raise UserError(
-                    f"--reward-model {name}: its tokenizer has written the id {max_id}, but the "
-                    f"model has embeddings for {rows} ids only: its files do not belong together"
-                )
+            check_ids(name, encoded["input_ids"].max().item(), "--reward-model")
             logits = model(**encoded.to(device)).logits
             rewards += logits[:, 0].float().tolist()
         for reward, reply in zip(rewards, replies):
@@ -226,8 +222,9 @@ def longest_input(model):
     the padding's id on."""
     longest = context_length(model.config)
     for module_name, module in model.named_modules():
-        if module_name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            longest -= 1 + module.padding_idx if module.padding_idx is not None else 0
+        padding = getattr(module, "padding_idx", None)
+        if module_name.endswith("position_embeddings") and padding is not None:
+            longest -= padding + 1
     return longest
 
 

@@ -372,7 +372,7 @@ def tokenize_documents(tokenizer, docs):
 
 
 def document_loss(model, batch, prompt_weight=0.1):
-    """Mean NLL of a batch's tokens, those of the replies at 1, those of the prompts at a tenth."""
+    """Mean NLL of a batch's tokens, weighted: 1 in a reply, prompt_weight in a prompt."""
     output = model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)
     logits = output.logits[:, :-1]  # [B, S-1, V]
     nll = F.cross_entropy(logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")

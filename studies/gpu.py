@@ -243,25 +243,13 @@ def embedded_pieces(config):
     return pieces
 
 
-# those of studies.bench_pipeline, after the inputs that they share
-FORMS_OF_THE_PIPELINE = (
-    "inputs",
-    "stage1",
-    "authors stage1",
-    "collect",
-    "align",
-    "align, nothing read",
-    "longest",
-    "window",
-)
-
-
 def authors_pieces(config, shape):
     """Ours and the authors' way, each form for itself: one that does not fit is recorded so."""
     pieces = {}
     pairs, work = 8 if config.tiny else 96, str(Path(config.work) / "authors")
     for method in ("dual",) if config.tiny else ("dual", "scit"):
-        for form in FORMS_OF_THE_PIPELINE:
+        # the other forms read the inputs; align reads what collect has written
+        for form in ("inputs", *bench_pipeline.FORMS):
             command = ["-m", "studies.bench_pipeline", "--shape", shape, "--work", work]
             command += ["--worker", f"{form}:{method}:{pairs}"]
             pieces[f"authors' way, {shape}: {form}, {method}"] = (command, last_json)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from torch.optim import _muon
 from tqdm import tqdm
 
 from common import toy
@@ -28,7 +27,7 @@ from common.config import UserError, run, setting
 from common.data import collate, shuffled_batches
 from studies.shared import RESULTS, write_result
 
-# (optimizer, peak learning rate of the matrices)
+# peak learning rate of the matrices; None is that of all weights in common.toy
 OPTIMIZERS = {"AdamW": None, "Muon, lr 0.01": 0.01, "Muon, lr 0.02": 0.02, "Muon, lr 0.05": 0.05}
 
 
@@ -40,19 +39,9 @@ class Config:
     documents: int = setting(2000, "fresh documents to measure on", minimum=1)
 
 
-def newton_schulz(grad, coefficients, steps, eps):
-    """As in torch.optim.Muon, but in the gradient's own dtype. grad [m, n]."""
-    a, b, c = coefficients
-    x = grad.T if grad.size(0) > grad.size(1) else grad
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if grad.size(0) > grad.size(1) else x
-
-
 def in_float32():
-    return mock.patch.object(_muon, "_zeropower_via_newtonschulz", newton_schulz)
+    """Within the context torch.optim.Muon's cast to bfloat16 is one to float32."""
+    return mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float)
 
 
 def make_optimizers(model, adamw_lr, muon_lr):

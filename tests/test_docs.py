@@ -185,17 +185,22 @@ def test_quantized_base():
     command = f"studies.quantized --steps {settings['steps']} --limit {settings['limit']}`"
     assert command in " ".join(RESULTS.split())
     for name, form in forms.items():
-        nll, distance = (
-            " → ".join(f"{value:{places}}" for value in form[key])
-            for key, places in (
-                ("held-out NLL of the good model, a token", ".3f"),
-                ("distance to the target, before and after", ".1f"),
-            )
-        )
+        nll = "{:.3f} → {:.3f}".format(*form["held-out NLL of the good model, a token"])
+        distance = "{:.1f} → {:.1f}".format(*form["distance to the target, before and after"])
         row = f"| {name} | {nll} | {form['held-out pairs ranked right']:.2f} | {distance} "
         assert f"{row}| {form['scale']:.2f} | {form['kl']:.2f} |" in RESULTS
     before = [form["held-out NLL of the good model, a token"][0] for form in forms.values()]
     assert f"worse by {before[1] - before[0]:.2f} nats" in RESULTS
+
+
+def test_seconds_of_a_real_model():
+    lines = (ROOT / "studies" / "results" / "frontier.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in lines.split("\n") if line]
+    line = next(line for line in lines if (line["task"], line["method"]) == ("sentiment", "DUAL"))
+    collected = line["settings"]["dual/collect"]["layers"]
+    assert (line["seed"], line["dtype"], len(collected)) == (0, "bfloat16", 10)
+    sentence = "took {dual:.0f}, {collect:.0f} (of ten layers) and {align:.0f} seconds"
+    assert sentence.format(**line["seconds of stages"]["."]) in " ".join(README.split())
 
 
 def test_answers_at_several_strengths():

@@ -154,7 +154,7 @@ def test_measurements_one_example_at_a_time(method, options, tiny, tmp_path):
         assert block["shares"][:3] == pytest.approx(shares[:3].tolist(), rel=1e-3)
 
 
-def test_the_printed_command_collects_what_was_surveyed(tiny, tmp_path, capsys):
+def test_the_printed_command_collects_what_was_surveyed(tiny, tmp_path):
     """Also where stage 1 or its embedded default says otherwise."""
     go(dual, *stage1_source(tiny, tmp_path), "--steps", "3", *HERE)
     rows = tmp_path / "other rows.jsonl"

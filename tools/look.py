@@ -89,8 +89,8 @@ def token_rewards(model, adapters, method, examples, pad_id):
 def token_moves(trunk, adapters, settings, alpha, examples, pad_id):
     """α|v|/|b| at each token of some responses, in each layer: a list of L lists for each.
 
-    settings: a collect.Config. α of a state says how far align.py wants it to move, in units
-    of its own norm.
+    settings: a collect.Config. The value says how far align.py wants a state to move, as a share
+    of its norm.
     """
     base, plus, minus = collect.record_states(trunk, adapters, settings, examples, pad_id)
     moves = [
