@@ -61,6 +61,7 @@ class Config:
     task: str = setting("sentiment", f"one of {', '.join(tasks.TASKS)}")
     seeds: list[int] = setting(None, "seeds to measure; empty takes 0")
     methods: list[str] = setting(None, "methods to measure; empty takes all")
+    strengths: list[float] = setting(None, "strengths to measure of them; empty takes all")
     wrong_labels: float = setting(
         0.0, "share of the training pairs that are swapped", minimum=0, maximum=1, group="data"
     )
@@ -350,7 +351,9 @@ def measure_missing(config, seed):
                 append_line({**line, **figures, **made})
     for (method, strength), make_policy in experiment.policies().items():
         key = (experiment.name, seed, method, strength)
-        if key in lines or (config.methods and method not in config.methods):
+        left_out = config.methods and method not in config.methods
+        left_out = left_out or (config.strengths and strength not in config.strengths)
+        if key in lines or left_out:
             continue
         policy = make_policy()
         line = {"task": experiment.name, "seed": seed, "method": method, "strength": strength}

@@ -2,7 +2,9 @@
 
     python -m studies.frontier_report      writes studies/results/frontier.json and frontier.png
 
-Methods are compared at the same KL: the reward of each is interpolated between its strengths.
+Methods are compared at the same KL: the reward of each is interpolated between its strengths. The
+rival is the DPO whose learning rate is best at that KL on the first seed; other seeds need no more
+than that one.
 """
 
 import math
@@ -37,7 +39,11 @@ def at_budget(rewards, kls, budget):
 
 
 class Figures:
-    """What was measured for one task: rewards and KLs by prompt."""
+    """What was measured for one task: rewards and KLs by prompt.
+
+    lines: {(seed, method, strength): line}; strengths: {method: {strength: seeds}}; everything: the
+    indices of all prompts.
+    """
 
     def __init__(self, lines, task):
         """lines: as read_lines returns them."""
@@ -45,43 +51,45 @@ class Figures:
         self.strengths = defaultdict(dict)
         for seed, method, strength in self.lines:
             self.strengths[method].setdefault(strength, []).append(seed)
-        self.n_prompts = len(next(iter(self.lines.values()))["reward"])
+        self.everything = np.arange(len(next(iter(self.lines.values()))["reward"]))
 
     def seeds(self, method):
-        """The seeds for which every strength of a method and the base are there."""
-        sets = [set(seeds) for seeds in self.strengths[method].values()]
-        return sorted(set.intersection(*sets, set(self.strengths["base"][0.0])))
+        """The seeds for which something of a method was measured, and the base."""
+        measured = {seed for seeds in self.strengths[method].values() for seed in seeds}
+        return sorted(measured & set(self.strengths["base"][0.0]))
 
     def curve(self, method, seed, prompts):
-        """(rewards, KLs) of a method's strengths over some prompts, the base's first."""
+        """(rewards, KLs) over some prompts of the base and of the strengths that were measured of a
+        method on a seed."""
         lines = [self.lines[seed, "base", 0.0]]
-        if method != "base":
-            lines += [self.lines[seed, method, strength] for strength in self.strengths[method]]
+        for strength, seeds in self.strengths[method].items():
+            if seed in seeds and method != "base":
+                lines.append(self.lines[seed, method, strength])
         rewards = np.array([np.array(line["reward"])[prompts].mean() for line in lines])
         return rewards, np.array([np.array(line["kl"])[prompts].mean() for line in lines])
 
-    def at_budgets(self, methods, seeds=None, draws=500):
-        """{method: {budget: (mean, standard error, draws)}}, seeds pooled: all that a method has,
-        or those given. The prompts are drawn anew for each draw of the bootstrap, alike for all
+    def seeds_that_reach(self, method, budget):
+        """The seeds on which a method's strengths go as far as a KL."""
+        curves = {seed: self.curve(method, seed, self.everything) for seed in self.seeds(method)}
+        return [seed for seed, curve in curves.items() if at_budget(*curve, budget) is not None]
+
+    def reward_at(self, budget, method, seeds, draws=500):
+        """(mean, standard error, draws) of a method's reward at a KL, seeds pooled; None where
+        there are no seeds. The prompts are drawn anew for each draw of the bootstrap, alike for all
         methods."""
         rng = np.random.default_rng(0)
-        samples = [np.arange(self.n_prompts)]
-        samples += list(rng.integers(self.n_prompts, size=(draws, self.n_prompts)))
-        result = {}
-        for method in methods:
-            result[method] = {}
-            for budget in BUDGETS:
-                values = []
-                for prompts in samples:
-                    rewards = [
-                        at_budget(*self.curve(method, seed, prompts), budget)
-                        for seed in seeds or self.seeds(method)
-                    ]
-                    values.append(np.mean(rewards) if rewards and None not in rewards else None)
-                drawn = [value for value in values[1:] if value is not None]
-                if values[0] is not None and len(drawn) > 0.9 * draws:
-                    result[method][budget] = (values[0], float(np.std(drawn)), values[1:])
-        return result
+        n_prompts = len(self.everything)
+        samples = [self.everything, *rng.integers(n_prompts, size=(draws, n_prompts))]
+        values = []
+        for prompts in samples:
+            curves = [self.curve(method, seed, prompts) for seed in seeds]
+            rewards = [at_budget(*curve, budget) for curve in curves]
+            values.append(np.mean(rewards) if rewards and None not in rewards else None)
+        drawn = [value for value in values[1:] if value is not None]
+        # a method that barely reaches the KL does not on every draw
+        if values[0] is None or len(drawn) < 0.9 * draws:
+            return None
+        return float(values[0]), float(np.std(drawn)), values[1:]
 
 
 def difference(ours, theirs):
@@ -92,9 +100,8 @@ def difference(ours, theirs):
     return ours[0] - theirs[0], float(low), float(high)
 
 
-def summarize(figures):
-    """The rows of the table, the rewards at the budgets, and the differences to the best DPO, on
-    the seeds that a method and all of DPO's learning rates have in common."""
+def rows_of(figures):
+    """The rows of the table: what was measured of each method and strength, seeds pooled."""
     rows = []
     for method, strengths in figures.strengths.items():
         for strength, seeds in sorted(strengths.items()):
@@ -114,27 +121,40 @@ def summarize(figures):
                 values = [line[name] for line in lines if name in line]
                 row[name] = float(np.mean(values)) if values else None
             rows.append(row)
-    methods = [name for name, values in figures.strengths.items() if max(values) > 0]
-    budgets = figures.at_budgets(methods)
-    dpo = [name for name in methods if "DPO" in name]
-    differences = {}
-    for method in [name for name in methods if name not in dpo]:
-        seeds = [set(figures.seeds(name)) for name in [method, *dpo]]
-        common = set.intersection(*seeds)
-        if not common:
-            continue
-        compared = figures.at_budgets([method, *dpo], sorted(common))
-        for budget in BUDGETS:
-            rivals = [compared[name][budget] for name in dpo if budget in compared[name]]
-            if budget in compared[method] and rivals:
-                best = max(rivals, key=lambda rival: rival[0])
-                ahead = difference(compared[method][budget], best)
-                differences.setdefault(method, {})[f"{budget:g}"] = ahead
-    at_budgets = {
-        method: {f"{budget:g}": values[:2] for budget, values in by_budget.items()}
-        for method, by_budget in budgets.items()
+    return rows
+
+
+def best_dpo(figures, methods, budget):
+    """The DPO that is best at a KL on the first seed, or None where none reaches it."""
+    first = figures.seeds("base")[0]
+    rewards = {
+        name: at_budget(*figures.curve(name, first, figures.everything), budget)
+        for name in methods
+        if "DPO" in name and first in figures.seeds_that_reach(name, budget)
     }
-    return {"rows": rows, "at budgets": at_budgets, "ahead of the best DPO": differences}
+    return max(rewards, key=rewards.get, default=None)
+
+
+def summarize(figures):
+    """The rows of the table, the rewards at the budgets, and the differences to the best DPO, on
+    the seeds on which a method and that DPO reach the KL."""
+    methods = [name for name, values in figures.strengths.items() if max(values) > 0]
+    at_budgets, ahead = {}, {}
+    for budget in BUDGETS:
+        rival = best_dpo(figures, methods, budget)
+        rival_seeds = figures.seeds_that_reach(rival, budget) if rival else []
+        for method in methods:
+            seeds = figures.seeds_that_reach(method, budget)
+            values = figures.reward_at(budget, method, seeds)
+            cells = at_budgets.setdefault(method, {})
+            if values:
+                cells[f"{budget:g}"] = {"reward": values[:2], "seeds": seeds}
+            common = sorted(set(seeds) & set(rival_seeds))
+            ours, theirs = (figures.reward_at(budget, name, common) for name in (method, rival))
+            if "DPO" not in method and ours and theirs:
+                compared = {"rival": rival, "seeds": common, "difference": difference(ours, theirs)}
+                ahead.setdefault(method, {})[f"{budget:g}"] = compared
+    return {"rows": rows_of(figures), "at budgets": at_budgets, "ahead of the best DPO": ahead}
 
 
 def markdown(summary):
@@ -156,14 +176,14 @@ def markdown(summary):
     for method, values in summary["at budgets"].items():
         cells = []
         for budget in BUDGETS:
-            mean, error = values.get(f"{budget:g}", (None, None))
-            cells.append("" if mean is None else f"{mean:.3f} ± {error:.3f}")
+            cell = values.get(f"{budget:g}")
+            cells.append("{:.3f} ± {:.3f}".format(*cell["reward"]) if cell else "")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def plot(figures_by_task):
-    """frontier.png: a panel for each task, reward over KL, a line for each method."""
+    """frontier.png: a panel for each task, reward over KL, a line for each method and seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -175,15 +195,13 @@ def plot(figures_by_task):
     colours = {method: f"C{i}" for i, method in enumerate(methods)}
     figure, axes = pyplot.subplots(1, count, figsize=(6 * count, 4.5), squeeze=False)
     for axis, (task, figures) in zip(axes[0], figures_by_task.items()):
-        everything = np.arange(figures.n_prompts)
         for method in figures.strengths:
-            seeds = figures.seeds(method)
-            if method == "base" or not seeds:
-                continue
-            curves = [figures.curve(method, seed, everything) for seed in seeds]
-            rewards, kls = (np.mean(values, 0) for values in zip(*curves))
-            order = np.argsort(kls)
-            axis.plot(kls[order], rewards[order], marker="o", label=method, color=colours[method])
+            # a line for each seed
+            for i, seed in enumerate(figures.seeds(method) if method != "base" else []):
+                rewards, kls = figures.curve(method, seed, figures.everything)
+                order = np.argsort(kls)
+                label = None if i else method
+                axis.plot(kls[order], rewards[order], "o-", label=label, color=colours[method])
         axis.set(title=task, xlabel="KL to the base, nats an answer", ylabel="reward")
         axis.set_xlim(0, 15)
         axis.legend(fontsize=8)
@@ -201,8 +219,12 @@ def main(config):
     for task, summary in summaries.items():
         print(f"\n{task}\n\n{markdown(summary)}\n")
         for method, budgets in summary["ahead of the best DPO"].items():
-            for budget, (mean, low, high) in budgets.items():
-                print(f"{method} at KL {budget}: {mean:+.3f} [{low:+.3f}, {high:+.3f}] to DPO")
+            for budget, compared in budgets.items():
+                mean, low, high = compared["difference"]
+                print(
+                    f"{method} at KL {budget}: {mean:+.3f} [{low:+.3f}, {high:+.3f}] to "
+                    f"{compared['rival']}, seeds {compared['seeds']}"
+                )
     write_result("frontier", summaries)
     try:
         plot(figures)

@@ -2,6 +2,7 @@
 
     python -m studies.toy_base --steps 900
     python -m studies.toy_base --steps 1800 --optimizers AdamW
+    python -m studies.toy_base --steps 450 --optimizers "Muon, lr 0.01" "Muon, lr 0.02"
 
 Trains the base of common.toy with both optimizers for some numbers of steps and writes, run by run,
 the mean NLL of a reply token on fresh documents and the seconds to studies/results/toy_base.json; a
@@ -133,6 +134,19 @@ def time_updates(world, n=5):
                     optimizer.step()
         times[name] = round(1000 * (time.perf_counter() - start) / n, 1)
     return times
+
+
+def markdown(runs):
+    """A table of the runs, with their seconds as shares of the slowest AdamW's."""
+    whole = max(line["seconds"] for line in runs if line["optimizer"] == "AdamW")
+    lines = ["| optimizer | steps | NLL of a reply token | seconds |", "|---|---|---|---|"]
+    for line in sorted(runs, key=lambda line: (line["optimizer"], line["steps"])):
+        share = line["seconds"] / whole
+        lines.append(
+            f"| {line['optimizer']} | {line['steps']:,} | {line['nll']:.3f} | "
+            f"{line['seconds']} ({share:.2f}) |"
+        )
+    return "\n".join(lines)
 
 
 def main(config):

@@ -34,6 +34,7 @@ from studies import (
     smollm2,
     strengths,
     tasks,
+    toy_base,
     wrong_labels,
 )
 from tools import export, profile, survey, sweep
@@ -155,7 +156,8 @@ def test_the_frontier_on_a_real_model():
     for task, budgets in (("sentiment", ("2", "5", "10")), ("plain", ("1", "2", "5", "10"))):
         for budget in budgets:
             ahead = result("frontier")[task]["ahead of the best DPO"]["DUAL"][budget]
-            mean, low, high = (f"{value:+.2f}".replace("-", "−") for value in ahead)
+            figures = ahead["difference"]
+            mean, low, high = (f"{value:+.2f}".replace("-", "−") for value in figures)
             assert f"{mean} [{low}, {high}]" in text, (task, budget)
 
 
@@ -275,6 +277,15 @@ def test_cost_and_growth():
     assert bench_pipeline.markdown(measured) in RESULTS
     assert bench_pipeline.growth(result("scaling")["found"]) in RESULTS
     assert few_tokens.markdown(result("few_tokens")["seeds"]) in RESULTS
+
+
+def test_the_bases_optimizer():
+    measured = result("toy_base")
+    assert toy_base.markdown(measured["runs"]) in RESULTS
+    updates = measured["ms of an update"]
+    text = " ".join(RESULTS.split())
+    assert f"one update takes {updates['Muon']:,.0f} ms" in text
+    assert f"in float32 {updates['Muon in float32']:.0f}, AdamW's {updates['AdamW']:.0f}" in text
 
 
 def test_bytes_on_disk():

@@ -130,18 +130,21 @@ def test_the_best_of_n_by_hand():
 
 
 def test_the_report_of_made_up_lines(tmp_path):
-    """A method that is 0.1 better than DPO at every prompt and strength is ahead by 0.1."""
+    """A method that is 0.1 better than DPO at every prompt and strength is ahead by 0.1. DPO's
+    learning rate is the best one of the first seed, whatever others had been on a later one."""
     rng = np.random.default_rng(0)
     prompts = rng.normal(scale=0.1, size=16)
     lines = {}
-    for seed in (0, 1):
-        for method, strength, gain, kl in (
+    for seed in (0, 1, 2):
+        rows = [
             ("base", 0.0, 0.0, 0.0),
             ("DUAL", 0.5, 0.3, 1.0),
             ("DUAL", 1.0, 0.6, 4.0),
             ("DPO, lr 0.0005", 1.0, 0.2, 1.0),
-            ("DPO, lr 0.001", 1.0, 0.1, 4.0),
-        ):
+            ("DPO, lr 0.001", 1.0, 0.5 if seed else 0.1, 4.0),
+        ]
+        # the last seed has neither the weaker DUAL nor the other DPO
+        for method, strength, gain, kl in rows[:1] + rows[2:4] if seed == 2 else rows:
             line = {"reward": (prompts + gain).tolist(), "kl": [kl] * 16, "sigma": 0.5}
             line |= {"distinct2": 1.0, "length": 9.0, "ended": 0.5, "kl off task": 0.1}
             lines["made up", seed, method, strength] = line
@@ -149,13 +152,21 @@ def test_the_report_of_made_up_lines(tmp_path):
     summary = frontier_report.summarize(figures)
     json.dumps(summary)
     budgets = summary["at budgets"]
-    assert budgets["DUAL"]["1"][0] == pytest.approx(prompts.mean() + 0.3)
+    assert budgets["DUAL"]["1"]["reward"][0] == pytest.approx(prompts.mean() + 0.3)
+    assert budgets["DUAL"]["1"]["seeds"] == [0, 1, 2]
     assert "2" not in budgets["DPO, lr 0.0005"]
-    mean, low, high = summary["ahead of the best DPO"]["DUAL"]["1"]
-    assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
+    ahead = summary["ahead of the best DPO"]["DUAL"]
+    assert (ahead["1"]["rival"], ahead["1"]["seeds"]) == ("DPO, lr 0.0005", [0, 1, 2])
+    assert ahead["1"]["difference"] == pytest.approx((0.1, 0.1, 0.1))
+    # DUAL has no 5 nats. At 2 nats it has 0.3 √2, DPO 0.1 √½ on the first seed, then 0.5 √½
+    assert set(ahead) == {"1", "2"}
+    gap = 0.3 * 2**0.5 - 0.3 * 2**-0.5
+    assert (ahead["2"]["rival"], ahead["2"]["seeds"]) == ("DPO, lr 0.001", [0, 1])
+    assert ahead["2"]["difference"] == pytest.approx((gap,) * 3)
     [row] = [r for r in summary["rows"] if (r["method"], r["strength"]) == ("DUAL", 0.5)]
     assert row["efficiency"] == pytest.approx(0.3 / (0.5 * 2**0.5))
     assert "| DUAL | 0.5 | 2 |" in frontier_report.markdown(summary)
+    assert "| DUAL | 1 | 3 |" in frontier_report.markdown(summary)
 
 
 @pytest.fixture
@@ -183,7 +194,12 @@ def test_a_frontier_measures_what_is_missing(small_study):
     """Every row that needs no other library, once; the second call finds all of them."""
     methods = ["base", "base told p+", "preferred-SFT", "DUAL", "weights", "logits", "SCIT"]
     methods += ["DUAL, γ = 0", "RAHF as published", frontier.BEST_OF_N]
-    small_study.methods = methods
+    small_study.methods, small_study.strengths = methods, [0.25]
+    frontier.measure_missing(small_study, 0)
+    assert {key[2:] for key in frontier.read_lines() if key[2] != frontier.BEST_OF_N} == {
+        ("weights", 0.25)
+    }
+    small_study.strengths = None
     frontier.measure_missing(small_study, 0)
     lines = frontier.read_lines()
     assert len(lines) == 3 + 4 + 3 + 3 + 4 + 2 + 2 + 4
