@@ -64,10 +64,11 @@ def run_stage(processes, stage, *args):
 
 
 def run_all(processes, method, source, out):
-    """All three stages into a folder."""
+    """Stage 1 into a folder, for DUAL all three stages: what follows is the same for SCIT."""
     run_stage(processes, STAGE1[method], *source, "--out", out, *STEPS)
-    run_stage(processes, collect, "--out", out, *COLLECT)
-    run_stage(processes, align, "--out", out, *STEPS, "--lr", "1e-2")
+    if method == "dual":
+        run_stage(processes, collect, "--out", out, *COLLECT)
+        run_stage(processes, align, "--out", out, *STEPS, "--lr", "1e-2")
 
 
 def last_line(path):
@@ -83,7 +84,7 @@ def method(request):
 
 @pytest.fixture(scope="module")
 def alone(method, tiny, tmp_path_factory):
-    """A folder with all stages of a method, run by one process."""
+    """What run_all makes with one process."""
     out = tmp_path_factory.mktemp("alone")
     run_all(1, method, stage1_source(tiny, out)[:4], out)
     return out
@@ -92,7 +93,7 @@ def alone(method, tiny, tmp_path_factory):
 def test_two_processes_do_what_one_does(method, alone, tiny, tmp_path):
     run_all(2, method, stage1_source(tiny, tmp_path)[:4], tmp_path)
     paths = [path.relative_to(alone) for path in alone.rglob("adapter_model.safetensors")]
-    assert len(paths) == {"scit": 2, "dual": 3}[method]
+    assert len(paths) == {"scit": 1, "dual": 3}[method]
     for path in paths:
         expected, found = load_file(alone / path), load_file(tmp_path / path)
         for name, tensor in expected.items():

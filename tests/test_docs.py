@@ -83,8 +83,12 @@ def test_quick_start_runs(tmp_path):
     succeed(toy, "--out", tmp_path, *arguments(small))
     world = tmp_path / "toy" / "seed0"
     source = ["--model", world / "model", "--data", world / "pairs.jsonl", "--steps", "5"]
-    # as the embedded default would tell align
-    more_of = {"scit.py": source, "align.py": arguments(toy.LATER["align"])}
+    # as the embedded default would tell align, in fewer steps
+    more_of = {
+        "scit.py": source,
+        "align.py": arguments({**toy.LATER["align"], "steps": 5}),
+        "evaluate.py": ["--limit", "4", "--max-new-tokens", "8"],
+    }
     for command in commands:
         script, *args = shlex.split(command)[1:]
         more = map(str, more_of.get(script, []))

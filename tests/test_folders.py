@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from helpers import CPU, ROOT, call, go, listing, stage1_source, succeed
+from helpers import CPU, ROOT, go, listing, stage1_source
 from templates import CHATML
 from transformers import AutoTokenizer
 
@@ -382,6 +382,22 @@ def test_numbers_of_other_types_are_scores():
 # ---------------------------------------------------------------- terminals
 
 
+ONE_AFTER_THE_OTHER = """
+import runpy, sys
+
+rest, codes = sys.argv[1:], []
+while rest:
+    end = rest.index(";")
+    sys.argv, rest = rest[:end], rest[end + 1 :]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        codes.append(0)
+    except SystemExit as stop:
+        codes.append(stop.code)
+print("exit codes", codes)
+"""
+
+
 def test_a_terminal_without_utf8_costs_nothing(tiny, tmp_path):
     """Rows, and folders, with characters that the terminal and the locale lack."""
     rows = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]
@@ -392,16 +408,26 @@ def test_a_terminal_without_utf8_costs_nothing(tiny, tmp_path):
     folder.mkdir()
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
-    # an 8-bit locale, which Python does not replace by UTF-8
-    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     source = ["--model", tiny / "model", "--data", folder / "pairs.jsonl"]
     out = ["--out", folder / "out"]
-    succeed(dual, *source, *out, *QUICK, **environment)
-    options = ["--limit", "2", "--max-new-tokens", "2", *CPU]
-    succeed(evaluate, *out, *options, **environment)
+    few = ["--limit", "2", "--max-new-tokens", "2"]
+    commands = [
+        ["dual.py", *source, *out, *QUICK],
+        ["evaluate.py", *out, *few, *CPU],
+        ["evaluate.py", *out, "--prompt", "Grüße?", *CPU],
+        ["evaluate.py", "--out", tmp_path / "→"],
+    ]
+    # one interpreter for all of them: it takes seconds to start
+    arguments = [argument for command in commands for argument in (*command, ";")]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, *arguments],
+        cwd=ROOT,
+        # an 8-bit locale, which Python does not replace by UTF-8
+        env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        check=False,
+        capture_output=True,
+    )
+    assert b"Traceback" not in done.stderr, done.stderr
+    assert done.stdout.splitlines()[-1] == b"exit codes [0, 0, 0, 2]", done.stderr
     samples = (folder / "out" / "evaluate" / "samples.jsonl").read_text(encoding="utf-8")
     assert "Ţļ→" in samples
-    succeed(evaluate, *out, "--prompt", "Grüße?", *CPU, **environment)
-    wrong = call(evaluate, "--out", tmp_path / "→", **environment)
-    assert wrong.returncode == 2
-    assert "Traceback" not in wrong.stderr

@@ -196,9 +196,8 @@ def test_a_frontier_measures_what_is_missing(small_study):
     methods += ["DUAL, γ = 0", "RAHF as published", frontier.BEST_OF_N]
     small_study.methods, small_study.strengths = methods, [0.25]
     frontier.measure_missing(small_study, 0)
-    assert {key[2:] for key in frontier.read_lines() if key[2] != frontier.BEST_OF_N} == {
-        ("weights", 0.25)
-    }
+    measured = {key[2:] for key in frontier.read_lines() if key[2] != frontier.BEST_OF_N}
+    assert measured == {("weights", 0.25), ("logits", 0.25)}
     small_study.strengths = None
     frontier.measure_missing(small_study, 0)
     lines = frontier.read_lines()

@@ -685,8 +685,9 @@ def test_what_the_launchers_lack_is_named(monkeypatch, tmp_path):
 def test_align_trains_the_same_adapter_with_either_backend(tiny, tmp_path):
     source = ("--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--out", tmp_path)
     go(dual, *source, "--steps", "20", "--device", DEVICE, "--dtype", "float32")
-    go(collect, "--out", tmp_path, "--device", DEVICE)
-    options = ("--out", tmp_path, "--steps", "8", "--batch-size", "4", "--device", DEVICE)
+    go(collect, "--out", tmp_path, "--layers", "1", "3", "--device", DEVICE)
+    options = ("--out", tmp_path, "--steps", "4", "--batch-size", "2", "--device", DEVICE)
+    options += ("--limit", "16")
     adapters = []
     for backend in BACKENDS:
         go(align, *options, "--backend", backend)
