@@ -262,6 +262,7 @@ def main(config, target=None):
     manifest = complete_settings(config)
     collected, layers = manifest["settings"], config.layers
     folder = Path(config.out) / config.method
+    collect_folder = folder / "collect"
     target = Path(target or folder / "align")
     with claim(target):
         # 1. what collect recorded
@@ -272,29 +273,13 @@ def main(config, target=None):
         alpha = choose_alpha(config, ratios)
         tokenizer = load_tokenizer(config.model)
         pad_id = tokenizer.pad_token_id
-        collection = open_collection(folder / "collect", manifest, "shards", layers, pad_id)
-        validation = open_collection(
-            folder / "collect", manifest, "validation_shards", layers, pad_id
-        )
+        collection = open_collection(collect_folder, manifest, "shards", layers, pad_id)
+        validation = open_collection(collect_folder, manifest, "validation_shards", layers, pad_id)
         if config.limit:
             collection.keep_random(config.limit, config.seed)
 
-        # 2. the model up to the highest target layer, with stage 1's adapter if b is of that model
-        trunk = load_trunk(
-            config.model,
-            layers[-1] + 1,
-            collected["dtype"],
-            device,
-            config.gradient_checkpointing,
-            collected["quantize"],
-        )
-        check_same_model(config.model, tokenizer, manifest, folder / "collect")
-        stage1_weights = None
-        if collected["base"] == "stage1":
-            stage1_folder = verified_path(folder / "collect", manifest, "base_adapter")
-            stage1_weights = load_adapter(stage1_folder, trunk)
-            # its hooks keep it on the trunk, which from here on computes stage 1's model
-            LoRA(trunk, weights=stage1_weights).requires_grad_(False).eval()
+        # 2. the model that b is of, and the new adapter on it
+        trunk, stage1_weights = load_base(config, manifest, collect_folder, tokenizer, device)
         shares = project_on_directions(collection, validation, config, device)
         torch.manual_seed(config.seed)
         adapter = LoRA(
@@ -364,6 +349,30 @@ def open_collection(folder, manifest, key, layers, pad_id):
     """The Collection of the shards that a collection's manifest names under a key."""
     paths = [verified_path(folder, manifest, name) for name in manifest[key]]
     return Collection(paths, layers, manifest["settings"]["store"], pad_id)
+
+
+def load_base(config, manifest, folder, tokenizer, device):
+    """The model whose states are b, up to the highest target layer: (trunk, AdapterWeights of stage
+    1, or None where b is of the original model). folder: the collection's.
+
+    UserError where it is not the model that the collection is of.
+    """
+    collected = manifest["settings"]
+    trunk = load_trunk(
+        config.model,
+        config.layers[-1] + 1,
+        collected["dtype"],
+        device,
+        config.gradient_checkpointing,
+        collected["quantize"],
+    )
+    check_same_model(config.model, tokenizer, manifest, folder)
+    if collected["base"] == "original":
+        return trunk, None
+    weights = load_adapter(verified_path(folder, manifest, "base_adapter"), trunk)
+    # its hooks keep it on the trunk, which from here on computes stage 1's model
+    LoRA(trunk, weights=weights).requires_grad_(False).eval()
+    return trunk, weights
 
 
 def forget_weights(trunk):

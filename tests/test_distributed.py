@@ -19,6 +19,7 @@ import collect
 import dual
 import evaluate
 import scit
+from common import config
 
 STAGE1 = {"scit": scit, "dual": dual}
 # 60 pairs in batches of 13: the fifth of an epoch has 8; of 3 processes one has fewer than others
@@ -227,18 +228,23 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(tiny, tmp_path):
         assert (tmp_path / path).read_bytes() == (again / path).read_bytes()
 
 
+def test_evaluate_is_one_process(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "WORLD_SIZE", 2)
+    refused(evaluate, "--out", tmp_path, words="torchrun: this runs in one process")
+
+
 def test_bad_input_is_one_line(tiny, tmp_path):
+    """Found before the processes have met, and after."""
     source = stage1_source(tiny, tmp_path)
-    for stage, args, message in (
-        (dual, [*source, "--batch-size", "1"], "--batch-size 1: 2 processes share a step's batch"),
-        (dual, [*source, "--lr", "none"], "--lr"),
-        (evaluate, ["--out", tmp_path], "torchrun: this runs in one process"),
+    for args, message in (
+        (["--lr", "none"], "--lr"),
+        (["--batch-size", "1"], "--batch-size 1: 2 processes share a step's batch"),
     ):
-        code, _, stderr = finish(torchrun(2, stage, *args))
+        code, _, stderr = finish(torchrun(2, dual, *source, *args))
         assert code == 1
-        lines = [line for line in stderr.splitlines() if line.startswith(f"{stage.__name__}.py: ")]
+        lines = [line for line in stderr.splitlines() if line.startswith("dual.py: ")]
         assert len(lines) == 1, stderr
-        assert lines[0].startswith(f"{stage.__name__}.py: error: ")
+        assert lines[0].startswith("dual.py: error: ")
         assert message in lines[0]
         # of the process, in torchrun's report
         assert re.search(r"exitcode\s*: 2", stderr)
