@@ -221,9 +221,9 @@ def test_real_weights_and_real_pairs(tmp_path):
     source += ["--data", SHARED / "data/hh_harmless_test.jsonl.gz"]
     source += ["--out", tmp_path, "--limit", "150", "--max-length", "200", *HERE]
     source += ["--dtype", "float32"]
-    go(dual, *source, "--steps", "30")
+    go(dual, *source, "--steps", "30", "--batch-size", "4")
     go(collect, "--out", tmp_path, "--limit", "60", *HERE)
-    go(align, "--out", tmp_path, "--steps", "60", *HERE)
+    go(align, "--out", tmp_path, "--steps", "60", "--batch-size", "8", *HERE)
     manifest = manifest_of(tmp_path / "dual" / "align")
     for start, end in zip(manifest["distance_start"], manifest["distance_end"]):
         assert end <= 0.6 * start
