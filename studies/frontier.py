@@ -341,6 +341,14 @@ def measure_missing(config, seed):
     same_run = [line for key, line in lines.items() if key[:2] == (experiment.name, seed)]
     if any(line["dtype"] != config.dtype for line in same_run):
         raise UserError(f"--dtype {config.dtype}: {LINES} has figures of this seed in another one")
+    policies = experiment.policies()
+    methods, strengths = ({key[i] for key in policies} for i in (0, 1))
+    if unknown := set(config.methods or []) - methods - {BEST_OF_N}:
+        choices = ", ".join([*sorted(methods), BEST_OF_N])
+        raise UserError(f"--methods {min(unknown)}: choose from {choices}")
+    if unknown := set(config.strengths or []) - strengths:
+        choices = ", ".join(f"{strength:g}" for strength in sorted(strengths))
+        raise UserError(f"--strengths {min(unknown):g}: choose from {choices}")
     made = {"digest": experiment.digest, "dtype": config.dtype}
     made |= {"machine": machine(), "versions": versions()}
     if not config.methods or BEST_OF_N in config.methods:
@@ -349,11 +357,10 @@ def measure_missing(config, seed):
             if n in missing:
                 line = {"task": experiment.name, "seed": seed, "method": BEST_OF_N, "strength": n}
                 append_line({**line, **figures, **made})
-    for (method, strength), make_policy in experiment.policies().items():
+    for (method, strength), make_policy in policies.items():
         key = (experiment.name, seed, method, strength)
-        left_out = config.methods and method not in config.methods
-        left_out = left_out or (config.strengths and strength not in config.strengths)
-        if key in lines or left_out:
+        wanted = method in (config.methods or [method])
+        if not wanted or strength not in (config.strengths or [strength]) or key in lines:
             continue
         policy = make_policy()
         line = {"task": experiment.name, "seed": seed, "method": method, "strength": strength}

@@ -63,7 +63,7 @@ class Figures:
         method on a seed."""
         lines = [self.lines[seed, "base", 0.0]]
         for strength, seeds in self.strengths[method].items():
-            if seed in seeds and method != "base":
+            if seed in seeds:
                 lines.append(self.lines[seed, method, strength])
         rewards = np.array([np.array(line["reward"])[prompts].mean() for line in lines])
         return rewards, np.array([np.array(line["kl"])[prompts].mean() for line in lines])
@@ -93,7 +93,7 @@ class Figures:
 
 
 def difference(ours, theirs):
-    """(mean, low, high) of the paired difference of two entries of at_budgets, 95% interval."""
+    """(mean, low, high) of the paired difference of two results of reward_at, 95% interval."""
     pairs = zip(ours[2], theirs[2])
     drawn = [a - b for a, b in pairs if a is not None and b is not None]
     low, high = np.quantile(drawn, [0.025, 0.975])
@@ -127,11 +127,11 @@ def rows_of(figures):
 def best_dpo(figures, methods, budget):
     """The DPO that is best at a KL on the first seed, or None where none reaches it."""
     first = figures.seeds("base")[0]
-    rewards = {
-        name: at_budget(*figures.curve(name, first, figures.everything), budget)
-        for name in methods
-        if "DPO" in name and first in figures.seeds_that_reach(name, budget)
-    }
+    rewards = {}
+    for method in methods:
+        if "DPO" in method and first in figures.seeds_that_reach(method, budget):
+            curve = figures.curve(method, first, figures.everything)
+            rewards[method] = at_budget(*curve, budget)
     return max(rewards, key=rewards.get, default=None)
 
 
@@ -150,8 +150,10 @@ def summarize(figures):
             if values:
                 cells[f"{budget:g}"] = {"reward": values[:2], "seeds": seeds}
             common = sorted(set(seeds) & set(rival_seeds))
+            if "DPO" in method or not common:
+                continue
             ours, theirs = (figures.reward_at(budget, name, common) for name in (method, rival))
-            if "DPO" not in method and ours and theirs:
+            if ours and theirs:
                 compared = {"rival": rival, "seeds": common, "difference": difference(ours, theirs)}
                 ahead.setdefault(method, {})[f"{budget:g}"] = compared
     return {"rows": rows_of(figures), "at budgets": at_budgets, "ahead of the best DPO": ahead}
@@ -171,13 +173,17 @@ def markdown(summary):
             f"| {row['method']} | {row['strength']:g} | {len(row['seeds'])} | {reward} "
             f"| {row['kl']:.2f} | {efficiency} | {off_task} |"
         )
-    head = "".join(f" KL {budget:g} |" for budget in BUDGETS)
+    head = "".join(f" KL {budget:g} (seeds) |" for budget in BUDGETS)
     lines += ["", f"| |{head}", "|---|" + "---|" * len(BUDGETS)]
     for method, values in summary["at budgets"].items():
         cells = []
         for budget in BUDGETS:
             cell = values.get(f"{budget:g}")
-            cells.append("{:.3f} ± {:.3f}".format(*cell["reward"]) if cell else "")
+            if cell:
+                reward, error = cell["reward"]
+                cells.append(f"{reward:.3f} ± {error:.3f} ({len(cell['seeds'])})")
+            else:
+                cells.append("")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

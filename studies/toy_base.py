@@ -139,14 +139,14 @@ def time_updates(world, n=5):
 def markdown(runs):
     """A table of the runs, with their seconds as shares of the slowest AdamW's."""
     whole = max(line["seconds"] for line in runs if line["optimizer"] == "AdamW")
-    lines = ["| optimizer | steps | NLL of a reply token | seconds |", "|---|---|---|---|"]
+    table = ["| optimizer | steps | NLL of a reply token | seconds |", "|---|---|---|---|"]
     for line in sorted(runs, key=lambda line: (line["optimizer"], line["steps"])):
         share = line["seconds"] / whole
-        lines.append(
+        table.append(
             f"| {line['optimizer']} | {line['steps']:,} | {line['nll']:.3f} | "
             f"{line['seconds']} ({share:.2f}) |"
         )
-    return "\n".join(lines)
+    return "\n".join(table)
 
 
 def main(config):

@@ -131,7 +131,7 @@ def test_the_best_of_n_by_hand():
 
 def test_the_report_of_made_up_lines(tmp_path):
     """A method that is 0.1 better than DPO at every prompt and strength is ahead by 0.1. DPO's
-    learning rate is the best one of the first seed, whatever others had been on a later one."""
+    learning rate is the one that is best on the first seed, even where it is not on a later one."""
     rng = np.random.default_rng(0)
     prompts = rng.normal(scale=0.1, size=16)
     lines = {}
@@ -257,6 +257,14 @@ def test_the_signal_of_everything_that_is_trained(small_study, monkeypatch, tmp_
 
 
 # ---------------------------------------------------------------- what is missing
+
+
+@pytest.mark.parametrize("name, value", [("methods", ["DUALL"]), ("strengths", [0.25, 0.7])])
+def test_what_no_policy_has_is_refused(small_study, name, value):
+    setattr(small_study, name, value)
+    with pytest.raises(UserError, match=f"--{name} {value[-1]}: choose from .*(DUAL|0.25)"):
+        frontier.measure_missing(small_study, 0)
+    assert not frontier.LINES.exists()
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, refused, tmp_path):
