@@ -142,8 +142,13 @@ class Experiment:
         self.stage1(dual)
         return self.load("dual/good"), self.load("dual/bad")
 
+    def scit(self):
+        """AdapterWeights of the instructed model."""
+        self.stage1(scit)
+        return self.load("scit/adapter")
+
     def variant(self, name, **settings):
-        """The Experiment of the same pairs whose DUAL has other settings in stage 1."""
+        """The Experiment of the same pairs whose stage 1 has other settings."""
         other = copy.copy(self)
         other.out = self.out / name
         other.stage1_settings = settings

@@ -1,6 +1,7 @@
 """What carries the signal? Correlations with the reward, of everything that is trained on the way.
 
     python -m studies.signal --task sentiment        writes studies/results/signal.json
+    python -m studies.signal --figures SCIT "SCIT, lr 1e-3"       those alone
 
 For answers of the base to the validation prompts, x is the log-ratio that a method would tilt the
 base along; see studies/corr.py for what its correlation with the reward says. The method's own
@@ -16,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from common.answers import answer_logprobs, attached
-from common.config import run, setting
+from common.config import UserError, run, setting
 from common.dial import scaled
 from common.hf import model_digest
 from lora import stack
@@ -32,11 +33,18 @@ ANSWERS = 8
 # The λ of base + λ (good - bad).
 LAMBDA = 0.5
 
-# Stage 1 with other settings than the default's: {name: settings of dual.py}.
-VARIANTS = {
+# Stage 1 with other settings than the default's: {name: settings of dual.py}, then of scit.py.
+DUAL_VARIANTS = {
     "γ 0 (the paper)": {"contrast": 0.0},
     "γ 4": {"contrast": 4.0},
     "γ 16": {"contrast": 16.0},
+    "lr 1e-3": {"lr": 1e-3},
+    "120 steps": {"steps": 120},
+}
+SCIT_VARIANTS = {
+    "β 1 (the paper)": {"beta": 1.0},
+    "mean over tokens (the authors)": {"reduction": "mean", "beta": 1.0},
+    "no anchors (the paper)": {"anchor": 0.0},
     "lr 1e-3": {"lr": 1e-3},
     "120 steps": {"steps": 120},
 }
@@ -45,6 +53,7 @@ VARIANTS = {
 @dataclass
 class Config:
     task: str = setting("sentiment", f"one of {', '.join(tasks.TASKS)}")
+    figures: list[str] = setting(None, "figures to measure; empty takes all")
     wrong_labels: float = setting(0.0, "as in studies.frontier", group="data")
     seed: int = setting(0, "seed of the pairs and of what is trained", group="run")
     model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
@@ -117,37 +126,67 @@ class Figures(dict):
         write_result("signal", {"runs": {**self.kept, self.name: self}})
 
 
-def measure(config):
-    """Measure everything that is trained on the pairs of one task and seed, or by arithmetic.
-    Returns the Figures."""
-    experiment = Experiment(config, config.seed)
-    signal = Signal(experiment)
-    figures = Figures(config)
+def of_base(signal):
+    return signal.logprobs(None, "positive") - signal.logprobs(None, "negative")
 
-    def add_policy(name, load):
-        """A policy by its log-ratio to the base. load: a function that returns its weights."""
-        if name not in figures:
-            figures.add(name, signal.measure(signal.logprobs(load()) - signal.base))
 
-    def add_pair(name, variant):
-        """The two models of stage 1, by their log-ratio and by arithmetic with their weights."""
-        if f"weights{name}" in figures:
-            return
-        good, bad = variant.dual()
-        x = signal.logprobs(good) - signal.logprobs(bad)
-        figures.add(f"good against bad{name}", signal.measure(x))
-        add_policy(f"weights{name}", lambda: stack(scaled(good, LAMBDA), scaled(bad, -LAMBDA)))
+def of_policy(load, signal):
+    """A policy against the base. load: a function that returns its AdapterWeights."""
+    return signal.logprobs(load()) - signal.base
 
-    if "base, p+ against p-" not in figures:
-        x = signal.logprobs(None, "positive") - signal.logprobs(None, "negative")
-        figures.add("base, p+ against p-", signal.measure(x))
-    add_pair("", experiment)
-    for layers in ("upper", "middle"):
-        add_policy(f"DUAL, {layers} layers", partial(experiment.aligned, "dual", layers))
+
+def of_pair(variant, signal):
+    """DUAL's good model against its bad one."""
+    good, bad = variant.dual()
+    return signal.logprobs(good) - signal.logprobs(bad)
+
+
+def of_instructed(variant, signal):
+    """SCIT's model under p+ against itself under p-."""
+    instructed = variant.scit()
+    return signal.logprobs(instructed, "positive") - signal.logprobs(instructed, "negative")
+
+
+def weights_of(variant):
+    good, bad = variant.dual()
+    return stack(scaled(good, LAMBDA), scaled(bad, -LAMBDA))
+
+
+def log_ratios(experiment):
+    """{figure: function of a Signal that trains what it needs and returns its x [P, n]}."""
+    ratios = {"base, p+ against p-": of_base}
+    variants = {"": experiment}
+    for name, settings in DUAL_VARIANTS.items():
+        variants[f", {name}"] = experiment.variant(name, **settings)
+    for name, variant in variants.items():
+        ratios[f"good against bad{name}"] = partial(of_pair, variant)
+        ratios[f"weights{name}"] = partial(of_policy, partial(weights_of, variant))
     for lr in DPO_LRS:
-        add_policy(f"DPO, lr {lr:g}", partial(experiment.dpo, lr))
-    for name, settings in VARIANTS.items():
-        add_pair(f", {name}", experiment.variant(name, **settings))
+        ratios[f"DPO, lr {lr:g}"] = partial(of_policy, partial(experiment.dpo, lr))
+    ratios["SCIT"] = partial(of_instructed, experiment)
+    for name, settings in SCIT_VARIANTS.items():
+        variant = experiment.variant(f"scit, {name}", **settings)
+        ratios[f"SCIT, {name}"] = partial(of_instructed, variant)
+    for method in ("dual", "scit"):
+        for layers in ("upper", "middle"):
+            load = partial(experiment.aligned, method, layers)
+            ratios[f"{method.upper()} aligned, {layers} layers"] = partial(of_policy, load)
+    return ratios
+
+
+def measure(config):
+    """Measure what has no figure yet. Returns the Figures."""
+    experiment = Experiment(config, config.seed)
+    ratios = log_ratios(experiment)
+    if unknown := set(config.figures or []) - set(ratios):
+        raise UserError(f"--figures {min(unknown)!r}: choose from {'; '.join(ratios)}")
+    figures = Figures(config)
+    wanted = config.figures or list(ratios)
+    missing = [name for name in wanted if name not in figures]
+    if missing:
+        signal = Signal(experiment)
+        for name in missing:
+            figures.add(name, signal.measure(ratios[name](signal)))
     return figures
 
 

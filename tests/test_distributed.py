@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import CPU, ROOT, command_line, go, listing, script_of, stage1_source
+from rank import run_ranks
 from safetensors.torch import load_file
 
 import align
@@ -55,16 +56,22 @@ def finish(process, timeout=120):
     return process.returncode, stdout, stderr
 
 
-def run_stage(processes, stage, *args):
-    """Run a stage in one process without torchrun, or in several. Returns what it printed."""
-    if processes == 1:
-        return go(stage, *args, *CPU)
-    code, stdout, stderr = finish(torchrun(processes, stage, *args))
-    assert code == 0, stderr
-    return stdout
+@pytest.fixture(scope="module")
+def run_stage(tmp_path_factory):
+    """A function that runs a stage in one process, or in several with what torchrun tells them.
+    Returns what it printed."""
+
+    def run(processes, stage, *args):
+        if processes == 1:
+            return go(stage, *args, *CPU)
+        arguments = [*command_line(stage, args), "--device", "cpu"]
+        script = ROOT / f"{stage.__name__}.py"
+        return run_ranks(processes, script, arguments, tmp_path_factory.mktemp("ranks"))
+
+    return run
 
 
-def run_all(processes, method, source, out):
+def run_all(run_stage, processes, method, source, out):
     """Stage 1 into a folder, for DUAL all three stages: what follows is the same for SCIT."""
     run_stage(processes, STAGE1[method], *source, "--out", out, *STEPS)
     if method == "dual":
@@ -84,15 +91,15 @@ def method(request):
 
 
 @pytest.fixture(scope="module")
-def alone(method, tiny, tmp_path_factory):
+def alone(method, run_stage, tiny, tmp_path_factory):
     """What run_all makes with one process."""
     out = tmp_path_factory.mktemp("alone")
-    run_all(1, method, stage1_source(tiny, out)[:4], out)
+    run_all(run_stage, 1, method, stage1_source(tiny, out)[:4], out)
     return out
 
 
-def test_two_processes_do_what_one_does(method, alone, tiny, tmp_path):
-    run_all(2, method, stage1_source(tiny, tmp_path)[:4], tmp_path)
+def test_two_processes_do_what_one_does(method, alone, run_stage, tiny, tmp_path):
+    run_all(run_stage, 2, method, stage1_source(tiny, tmp_path)[:4], tmp_path)
     paths = [path.relative_to(alone) for path in alone.rglob("adapter_model.safetensors")]
     assert len(paths) == {"scit": 1, "dual": 3}[method]
     for path in paths:
@@ -102,7 +109,7 @@ def test_two_processes_do_what_one_does(method, alone, tiny, tmp_path):
             assert difference < 1e-4, f"{path}: {name} is off by {difference}"
 
 
-def test_the_first_gradient(method, tiny, tmp_path):
+def test_the_first_gradient(method, run_stage, tiny, tmp_path):
     """The norm of the gradient, and the loss, after one step. 3 processes share 13 pairs."""
     lines = {}
     for processes in (1, 3):
@@ -116,7 +123,7 @@ def test_the_first_gradient(method, tiny, tmp_path):
         assert lines[3][name] == pytest.approx(lines[1][name], rel=1e-6), name
 
 
-def test_processes_without_an_example(tiny, tmp_path):
+def test_processes_without_an_example(run_stage, tiny, tmp_path):
     """The last batch of an epoch has one pair for three processes."""
     lines = {}
     for processes in (1, 3):
@@ -135,7 +142,7 @@ def collections(folder):
 
 
 @pytest.mark.parametrize("method", ["dual"], indirect=True, scope="module")
-def test_collections_are_byte_equal(method, alone, tmp_path):
+def test_collections_are_byte_equal(method, alone, run_stage, tmp_path):
     """Three processes record the files that one records; also where files are fewer than
     processes."""
     for name in ("good", "bad"):
@@ -193,7 +200,7 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.05)
 
 
-def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(tiny, tmp_path):
+def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(run_stage, tiny, tmp_path):
     """kill -9 in the middle of dual.py; then a signal to torchrun; then the rest."""
     source = [*stage1_source(tiny, tmp_path), *STEPS, "--steps", "30"]
     source += ["--checkpoint-minutes", "0"]
@@ -217,7 +224,8 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(tiny, tmp_path):
     assert stderr.count("stopped; to resume: torchrun --nproc-per-node 2 dual.py") == 1
     stopped_at = torch.load(checkpoint, weights_only=True)["step"]
 
-    stdout = run_stage(2, dual, *source)
+    code, stdout, stderr = finish(torchrun(2, dual, *source))
+    assert code == 0, stderr
     assert f"resuming after step {stopped_at}" in stdout
     assert (tmp_path / "dual" / "bad" / "stage.json").exists()
     # as a run of two processes that nothing has stopped

@@ -240,17 +240,24 @@ def test_wrong_labels_are_a_task_of_their_own(small_study, tmp_path):
 
 def test_the_signal_of_everything_that_is_trained(small_study, monkeypatch, tmp_path):
     monkeypatch.setattr(signal, "DPO_LRS", ())
-    monkeypatch.setattr(signal, "VARIANTS", {"γ 0": {"contrast": 0.0}})
+    monkeypatch.setattr(signal, "DUAL_VARIANTS", {"γ 0": {"contrast": 0.0}})
+    monkeypatch.setattr(signal, "SCIT_VARIANTS", {"no anchors": {"anchor": 0.0}})
     monkeypatch.setattr(signal, "RESULTS", tmp_path)
     monkeypatch.setattr(shared, "RESULTS", tmp_path)
     settings = {"task": "plain", "model": small_study.model, "work": small_study.work}
+    with pytest.raises(UserError, match=r"--figures 'SKIT': choose from .*SCIT, no anchors"):
+        signal.measure(signal.Config(figures=["SKIT"], **settings))
+    only = signal.measure(signal.Config(figures=["SCIT"], **settings))
+    assert list(only) == ["SCIT"]
     figures = signal.measure(signal.Config(**settings))
-    assert len(figures) == 1 + 2 * 2 + 2
+    assert len(figures) == 1 + 2 * 2 + 2 + 2 * 2
+    assert figures["SCIT"] == only["SCIT"]
     for values in figures.values():
         assert -1 <= values["corr"] <= 1
         assert values["spread"] > 0
     pair, other = figures["good against bad"], figures["good against bad, γ 0"]
     assert pair["corr"] != other["corr"]
+    assert figures["SCIT"]["corr"] != figures["SCIT, no anchors"]["corr"]
     # a later call measures nothing again
     monkeypatch.setattr(signal.Signal, "measure", None)
     assert signal.measure(signal.Config(**settings)) == figures
