@@ -190,9 +190,18 @@ def measure(config):
     return figures
 
 
+def markdown(figures):
+    """The table of one run's figures, by their correlation."""
+    lines = ["| log-ratio x | correlation with the reward | spread of x in nats |", "|---|---|---|"]
+    for name, values in sorted(figures.items(), key=lambda item: item[1]["corr"]):
+        corr = f"{values['corr']:.2f} ± {values['error']:.2f}"
+        lines.append(f"| {name} | {corr} | {values['spread']:.1f} |")
+    return "\n".join(lines)
+
+
 def main(config):
     tasks.check_scorers()
-    measure(config)
+    print(markdown(measure(config)))
 
 
 if __name__ == "__main__":
