@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -69,9 +70,8 @@ class Stream:
         self.ids, self.attention = left_pad(prompts, pad_id)
         self.cache = DynamicCache(config=model.config)
 
-    def logits(self):
-        """fp32 [B, V] of the next token, B = prompts * count."""
-        reads_prompts = self.cache.get_seq_length() == 0
+    def states(self):
+        """[B, S, D] after the last block, of the S tokens that have not been read."""
         with enable_only(self.enabled, among=self.adapters):
             output = self.model.base_model(
                 input_ids=self.ids,
@@ -79,8 +79,13 @@ class Stream:
                 past_key_values=self.cache,
                 use_cache=True,
             )
+        return output.last_hidden_state
+
+    def logits(self):
+        """fp32 [B, V] of the next token, B = prompts * count."""
+        reads_prompts = self.cache.get_seq_length() == 0
         # contiguous: else the head's matrix is copied for each prompt
-        last = output.last_hidden_state[:, -1].contiguous()
+        last = self.states()[:, -1].contiguous()
         logits = self.model.get_output_embeddings()(last).float()
         if reads_prompts:
             self.cache.batch_repeat_interleave(self.count)
@@ -89,8 +94,8 @@ class Stream:
         return logits
 
     def append(self, tokens):
-        """tokens: int64 [B]."""
-        self.ids = tokens[:, None]
+        """tokens: int64 [B, n], to be read next."""
+        self.ids = tokens
         self.attention = torch.cat([self.attention, torch.ones_like(self.ids)], 1)
 
 
@@ -157,8 +162,37 @@ def sample_batch(model, tokenizer, batch, policy, adapters, stops, count, noise,
         if not running.any():
             break
         for one in {id(s): s for s in [base, *streams]}.values():
-            one.append(tokens)
+            one.append(tokens[:, None])
     return [
         Answer(answer, text_of(tokenizer, answer, stops), kl[i].item(), answer[-1] in stops)
         for i, answer in enumerate(ids)
     ]
+
+
+@torch.no_grad()
+def logprobs_of_answers(model, prompts, answers, pad_id):
+    """Σ_t log π(r_t | q, r_<t) of n answers to each of P prompts, [P, n].
+
+    prompts: P lists of ids; answers: P lists of n lists of ids. As answer_logprobs in
+    common/answers.py, but a prompt is read once for all its answers.
+    """
+    head = model.get_output_embeddings()
+    n = len(answers[0])
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    n_prompts = max(1, BATCH // n)
+    sums = np.zeros((len(prompts), n))
+    for start in range(0, len(order), n_prompts):
+        some = order[start : start + n_prompts]
+        batch = [torch.tensor(answer) for i in some for answer in answers[i]]
+        stream = Stream(model, (), None, [prompts[i] for i in some], n, pad_id)
+        first = stream.logits().log_softmax(-1)  # [B, V]
+        # padded on the right, where no answer looks
+        stream.append(pad_sequence(batch, batch_first=True, padding_value=pad_id))
+        states = stream.states()  # [B, T, D]
+        totals = []
+        for k, answer in enumerate(batch):
+            later = head(states[k, : len(answer) - 1]).float().log_softmax(-1)  # [T-1, V]
+            log_p = torch.cat([first[k : k + 1], later])
+            totals.append(log_p.gather(1, answer[:, None]).sum().item())
+        sums[some] = np.array(totals).reshape(-1, n)
+    return sums

@@ -9,14 +9,13 @@ settings are chosen by it: it takes a minute where a frontier takes an hour. Eac
 as soon as it is there, and a later call goes on with the missing ones.
 """
 
-import itertools
 import json
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from common.answers import answer_logprobs, attached
+from common.answers import attached
 from common.config import UserError, run, setting
 from common.dial import scaled
 from common.hf import model_digest
@@ -24,7 +23,7 @@ from lora import stack
 from studies import tasks
 from studies.corr import correlation, within
 from studies.frontier import DPO_LRS, Experiment
-from studies.sampling import Policy, encode_prompts, sample_answers
+from studies.sampling import Policy, encode_prompts, logprobs_of_answers, sample_answers
 from studies.shared import RESULTS, write_result
 
 # The base's answers to each validation prompt.
@@ -87,11 +86,10 @@ class Signal:
     def logprobs(self, weights, prompt="plain"):
         """Σ log π of each answer under the base with an adapter (or None), [P, n]."""
         model = self.experiment.model
-        prompts = [pair.prompts[prompt].tolist() for pair in self.encoded for _ in range(ANSWERS)]
-        ids = list(itertools.chain.from_iterable(self.answers))
+        prompts = [pair.prompts[prompt].tolist() for pair in self.encoded]
+        pad_id = self.experiment.tokenizer.pad_token_id
         with attached(model, weights):
-            sums = answer_logprobs(model, prompts, ids, self.experiment.tokenizer.pad_token_id)
-        return np.array(sums).reshape(-1, ANSWERS)
+            return logprobs_of_answers(model, prompts, self.answers, pad_id)
 
     def measure(self, x):
         """The correlation of x with the reward, its error, and the spread of x in nats."""

@@ -11,12 +11,12 @@ import pytest
 import torch
 from helpers import make_model, random_adapter
 
-from common.answers import kl_to_base
+from common.answers import answer_logprobs, kl_to_base
 from common.config import UserError
 from common.data import encode_pairs
 from common.pairs import Pair
 from studies import corr, frontier, frontier_report, shared, signal, smollm2, tasks
-from studies.sampling import Policy, sample_answers
+from studies.sampling import Policy, logprobs_of_answers, sample_answers
 
 
 def test_no_subject_is_in_two_splits():
@@ -112,6 +112,21 @@ def test_policies_share_their_noise_and_report_the_exact_kl(encoded, tokenizer):
     kl = kl_to_base(model, adapter, prompts, prompts, ids, tokenizer.pad_token_id)
     assert [answer.kl for answer in answers] == pytest.approx(kl, rel=1e-3)
     assert not torch.equal(torch.tensor(kl), torch.zeros(len(kl)))
+
+
+def test_answers_to_a_prompt_read_once_have_the_same_logprobs(encoded, tokenizer):
+    model = make_model("llama")
+    prompts = [pair.prompts["plain"].tolist() for pair in encoded]
+    answers = [[[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]], [[5], [6, 5]]]
+    expected = answer_logprobs(
+        model,
+        [prompt for prompt in prompts for _ in range(2)],
+        [answer for group in answers for answer in group],
+        tokenizer.pad_token_id,
+    )
+    found = logprobs_of_answers(model, prompts, answers, tokenizer.pad_token_id)
+    assert found.shape == (3, 2)
+    assert found.ravel().tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_reward_at_a_budget_is_linear_in_the_root_of_kl():
