@@ -197,7 +197,8 @@ class Experiment:
 
     def settings(self):
         """What the stages that have run so far were told, {folder: settings}."""
-        names = ("steps", "batch_size", "lr", "contrast", "beta", "layers", "limit")
+        names = ("steps", "batch_size", "lr", "contrast", "beta", "reduction", "smoothing")
+        names += ("anchor", "layers", "limit")
         settings = {}
         for path in sorted(self.out.rglob("stage.json")):
             manifest = json.loads(path.read_text())
@@ -377,9 +378,7 @@ def measure_missing(config, seed):
 
 
 def main(config):
-    if config.task not in tasks.TASKS:
-        raise UserError(f"--task {config.task}: choose from {', '.join(tasks.TASKS)}")
-    tasks.check_scorers()
+    tasks.check_task(config.task)
     if importlib.util.find_spec("trl") is None:
         raise UserError("DPO needs `pip install trl`")
     for seed in config.seeds or [0]:

@@ -59,7 +59,8 @@ def encode_prompts(tokenizer, prompts, **instructions):
 
 
 class Stream:
-    """One model that reads a batch of prompts once, then `count` answers of each token by token."""
+    """One model that reads a batch of prompts once, then `count` answers to each of them, some
+    tokens at a time."""
 
     def __init__(self, model, adapters, adapter, prompts, count, pad_id):
         """adapters: all LoRA on the model; adapter: the one of them that is enabled, or None."""
@@ -70,8 +71,9 @@ class Stream:
         self.ids, self.attention = left_pad(prompts, pad_id)
         self.cache = DynamicCache(config=model.config)
 
-    def states(self):
-        """[B, S, D] after the last block, of the S tokens that have not been read."""
+    def read(self):
+        """Read the n tokens that wait. Returns [B, n, D], what the head takes; B = prompts * count,
+        but for the prompts themselves, which logits reads, B = prompts."""
         with enable_only(self.enabled, among=self.adapters):
             output = self.model.base_model(
                 input_ids=self.ids,
@@ -85,7 +87,7 @@ class Stream:
         """fp32 [B, V] of the next token, B = prompts * count."""
         reads_prompts = self.cache.get_seq_length() == 0
         # contiguous: else the head's matrix is copied for each prompt
-        last = self.states()[:, -1].contiguous()
+        last = self.read()[:, -1].contiguous()
         logits = self.model.get_output_embeddings()(last).float()
         if reads_prompts:
             self.cache.batch_repeat_interleave(self.count)
@@ -173,8 +175,9 @@ def sample_batch(model, tokenizer, batch, policy, adapters, stops, count, noise,
 def logprobs_of_answers(model, prompts, answers, pad_id):
     """Σ_t log π(r_t | q, r_<t) of n answers to each of P prompts, [P, n].
 
-    prompts: P lists of ids; answers: P lists of n lists of ids. As answer_logprobs in
-    common/answers.py, but a prompt is read once for all its answers.
+    prompts: P lists of ids; answers: P lists of n lists of ids, none of them empty. As
+    answer_logprobs in common/answers.py, but a prompt is read once for all its answers, and nothing
+    is cut at the model's context.
     """
     head = model.get_output_embeddings()
     n = len(answers[0])
@@ -188,10 +191,11 @@ def logprobs_of_answers(model, prompts, answers, pad_id):
         first = stream.logits().log_softmax(-1)  # [B, V]
         # padded on the right, where no answer looks
         stream.append(pad_sequence(batch, batch_first=True, padding_value=pad_id))
-        states = stream.states()  # [B, T, D]
+        states = stream.read()  # [B, T, D], T of the longest
         totals = []
         for k, answer in enumerate(batch):
-            later = head(states[k, : len(answer) - 1]).float().log_softmax(-1)  # [T-1, V]
+            # the state at one token predicts the next: [tokens - 1, V]
+            later = head(states[k, : len(answer) - 1]).float().log_softmax(-1)
             log_p = torch.cat([first[k : k + 1], later])
             totals.append(log_p.gather(1, answer[:, None]).sum().item())
         sums[some] = np.array(totals).reshape(-1, n)

@@ -5,10 +5,11 @@
 
 For answers of the base to the validation prompts, x is the log-ratio that a method would tilt the
 base along; see studies/corr.py for what its correlation with the reward says. The method's own
-settings are chosen by it: it takes a minute where a frontier takes an hour. Each figure is written
-as soon as it is there, and a later call goes on with the missing ones.
+settings are chosen by it: a figure takes minutes of forward passes where a frontier takes an hour
+of sampling. Each is written as soon as it is there, and a later call goes on with the missing ones.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ ANSWERS = 8
 # The λ of base + λ (good - bad).
 LAMBDA = 0.5
 
-# Stage 1 with other settings than the default's: {name: settings of dual.py}, then of scit.py.
+# Stage 1 with other settings than the default's: {name: settings of dual.py}.
 DUAL_VARIANTS = {
     "γ 0 (the paper)": {"contrast": 0.0},
     "γ 4": {"contrast": 4.0},
@@ -40,6 +41,8 @@ DUAL_VARIANTS = {
     "lr 1e-3": {"lr": 1e-3},
     "120 steps": {"steps": 120},
 }
+
+# The same of scit.py.
 SCIT_VARIANTS = {
     "β 1 (the paper)": {"beta": 1.0},
     "mean over tokens (the authors)": {"reduction": "mean", "beta": 1.0},
@@ -152,10 +155,13 @@ def weights_of(variant):
 
 def log_ratios(experiment):
     """{figure: function of a Signal that trains what it needs and returns its x [P, n]}."""
+    # in a folder of their own: a line of the frontier names all settings in its folder
+    others = copy.copy(experiment)
+    others.out = experiment.out.with_name(f"signal-{experiment.out.name}")
     ratios = {"base, p+ against p-": of_base}
     variants = {"": experiment}
     for name, settings in DUAL_VARIANTS.items():
-        variants[f", {name}"] = experiment.variant(name, **settings)
+        variants[f", {name}"] = others.variant(f"dual, {name}", **settings)
     for name, variant in variants.items():
         ratios[f"good against bad{name}"] = partial(of_pair, variant)
         ratios[f"weights{name}"] = partial(of_policy, partial(weights_of, variant))
@@ -163,7 +169,7 @@ def log_ratios(experiment):
         ratios[f"DPO, lr {lr:g}"] = partial(of_policy, partial(experiment.dpo, lr))
     ratios["SCIT"] = partial(of_instructed, experiment)
     for name, settings in SCIT_VARIANTS.items():
-        variant = experiment.variant(f"scit, {name}", **settings)
+        variant = others.variant(f"scit, {name}", **settings)
         ratios[f"SCIT, {name}"] = partial(of_instructed, variant)
     for method in ("dual", "scit"):
         for layers in ("upper", "middle"):
@@ -179,8 +185,8 @@ def measure(config):
     if unknown := set(config.figures or []) - set(ratios):
         raise UserError(f"--figures {min(unknown)!r}: choose from {'; '.join(ratios)}")
     figures = Figures(config)
-    wanted = config.figures or list(ratios)
-    missing = [name for name in wanted if name not in figures]
+    missing = [name for name in ratios if name in (config.figures or ratios)]
+    missing = [name for name in missing if name not in figures]
     if missing:
         signal = Signal(experiment)
         for name in missing:
@@ -198,7 +204,7 @@ def markdown(figures):
 
 
 def main(config):
-    tasks.check_scorers()
+    tasks.check_task(config.task)
     print(markdown(measure(config)))
 
 

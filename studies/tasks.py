@@ -244,9 +244,13 @@ TASKS = {
 }
 
 
-def check_scorers():
-    """UserError where a scorer is not installed."""
-    vader()
+def check_task(name):
+    """UserError where a task is unknown or its scorer is not installed."""
+    if name not in TASKS:
+        raise UserError(f"--task {name}: choose from {', '.join(TASKS)}")
+    # of the only task that needs a package
+    if name == "sentiment":
+        vader()
 
 
 # ---------------------------------------------------------------- pairs
@@ -284,7 +288,8 @@ def draw_answers(model, tokenizer, prompts, count, seed):
 
 def main(config):
     splits = make_prompts()
-    check_scorers()
+    for name in TASKS:
+        check_task(name)
     tokenizer = load_tokenizer(config.model)
     model = load_sampler(config.model, config.dtype)
     rows = {task: [] for task in TASKS}

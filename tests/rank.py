@@ -1,23 +1,27 @@
-"""One of several processes of a stage with what torchrun tells it, without torchrun.
+"""Several processes of a stage with what torchrun tells them, without torchrun.
 
-They are forked off a process that has imported torch and transformers, so that a test waits for
+They are forked off a server that has imported torch and transformers, so that the tests wait for
 these imports once. Nothing of this project is imported here, because common/distributed.py reads
-the rank when it is imported.
+the rank when it is imported. The processes have the environment that the server began with.
 """
 
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
+import time
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
+
+import torch
+import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
 
 
-def run_rank(rank, processes, port, script, arguments, printed):
-    """Run a script as one rank; what it prints goes to the file `printed`."""
+def run_rank(rank, processes, port, script, arguments, stdout, stderr):
+    """Run a script as one rank; what it prints goes to two files."""
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(processes),
@@ -25,27 +29,46 @@ def run_rank(rank, processes, port, script, arguments, printed):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
+        # the parent has the store, as torchrun has
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
     }
+    torch.set_num_threads(1)
     sys.argv = [str(script), *arguments]
-    with open(printed, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        runpy.run_path(str(script), run_name="__main__")
+    # a line at a time, so that a killed process leaves its lines
+    with (
+        stdout.open("w", 1) as out,
+        stderr.open("w", 1) as err,
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def run_ranks(processes, script, arguments, folder, timeout=120):
-    """Run a script in several processes. Returns what the first one printed; all must end well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    files = [folder / f"rank{rank}.txt" for rank in range(processes)]
-    ranks = [
-        CONTEXT.Process(target=run_rank, args=(rank, processes, port, script, arguments, file))
-        for rank, file in enumerate(files)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout)
-        process.kill()
-    for process, file in zip(ranks, files):
-        assert process.exitcode == 0, file.read_text()
-    return files[0].read_text()
+    """Run a script in several processes, which must all end well in time (seconds). Returns what
+    each printed on standard output; files of it stay in the folder."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    files = {name: [folder / f"{name}{r}" for r in range(processes)] for name in ("out", "err")}
+    ranks = []
+    for rank, (out, err) in enumerate(zip(files["out"], files["err"])):
+        told = (rank, processes, store.port, script, arguments, out, err)
+        ranks.append(CONTEXT.Process(target=run_rank, args=told, daemon=True))
+    end = time.monotonic() + timeout
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(max(0, end - time.monotonic()))
+    finally:
+        for process in ranks:
+            if process.pid:
+                process.kill()
+                process.join()
+    errors = "\n".join(path.read_text() for path in files["err"] if path.exists())
+    assert all(process.exitcode == 0 for process in ranks), errors
+    return [path.read_text() for path in files["out"]]

@@ -15,7 +15,7 @@ from common.answers import answer_logprobs, kl_to_base
 from common.config import UserError
 from common.data import encode_pairs
 from common.pairs import Pair
-from studies import corr, frontier, frontier_report, shared, signal, smollm2, tasks
+from studies import corr, frontier, frontier_report, sampling, shared, signal, smollm2, tasks
 from studies.sampling import Policy, logprobs_of_answers, sample_answers
 
 
@@ -114,7 +114,9 @@ def test_policies_share_their_noise_and_report_the_exact_kl(encoded, tokenizer):
     assert not torch.equal(torch.tensor(kl), torch.zeros(len(kl)))
 
 
-def test_answers_to_a_prompt_read_once_have_the_same_logprobs(encoded, tokenizer):
+def test_answers_to_a_prompt_read_once_have_the_same_logprobs(encoded, tokenizer, monkeypatch):
+    # two batches
+    monkeypatch.setattr(sampling, "BATCH", 4)
     model = make_model("llama")
     prompts = [pair.prompts["plain"].tolist() for pair in encoded]
     answers = [[[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]], [[5], [6, 5]]]
@@ -126,7 +128,7 @@ def test_answers_to_a_prompt_read_once_have_the_same_logprobs(encoded, tokenizer
     )
     found = logprobs_of_answers(model, prompts, answers, tokenizer.pad_token_id)
     assert found.shape == (3, 2)
-    assert found.ravel().tolist() == pytest.approx(expected, rel=1e-4)
+    assert found.ravel().tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_reward_at_a_budget_is_linear_in_the_root_of_kl():
@@ -273,6 +275,7 @@ def test_the_signal_of_everything_that_is_trained(small_study, monkeypatch, tmp_
     pair, other = figures["good against bad"], figures["good against bad, γ 0"]
     assert pair["corr"] != other["corr"]
     assert figures["SCIT"]["corr"] != figures["SCIT, no anchors"]["corr"]
+    assert f"| SCIT | {figures['SCIT']['corr']:.2f} ± " in signal.markdown(figures)
     # a later call measures nothing again
     monkeypatch.setattr(signal.Signal, "measure", None)
     assert signal.measure(signal.Config(**settings)) == figures
