@@ -112,7 +112,8 @@ class Experiment:
     def run_stage(self, stage, **settings):
         """Run a stage; its seconds are added to what the folder's stages have taken."""
         shared = {"out": str(self.out), "device": "cpu", "seed": self.seed}
-        self.add_seconds(stage.__name__, quietly(stage, **shared, **settings))
+        name = f"{settings['method']} {stage.__name__}" if "method" in settings else stage.__name__
+        self.add_seconds(name, quietly(stage, **shared, **settings))
 
     def add_seconds(self, name, seconds):
         path = self.out / "seconds.json"
