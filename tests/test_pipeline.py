@@ -17,7 +17,7 @@ import collect
 import dual
 import evaluate
 import scit
-from common import stage1, toy
+from common import score, stage1, toy
 from common.answers import GenerationSettings, attached, generate, kl_to_base
 from common.collection import Collection, principal_directions
 from common.config import parse_command_line
@@ -25,7 +25,7 @@ from common.data import prepare_pairs
 from common.hf import hidden_states, load_model, load_tokenizer
 from common.stages import read_stage
 from lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoRA, load_adapter
-from tools import sweep
+from tools import export, sweep
 
 METHODS = ("scit", "dual")
 LAYERS = ["--layers", "1", "2"]
@@ -356,6 +356,64 @@ def test_alpha_0_starts_at_the_target(runs, collected, tmp_path):
     go(collect, "--out", tmp_path / "again", "--store-base", "no", *LAYERS, *HERE)
     go(align, "--out", tmp_path / "again", *args)
     assert manifest_of(tmp_path / "again" / "dual" / "align")["distance_start"] == [0.0, 0.0]
+
+
+def test_sweep_keeps_every_adapter_and_marks_the_best(runs, world, tmp_path):
+    """The last adapter is the one that its setting alone gives, byte for byte; the collapsed one is
+    named and not chosen; align is the best."""
+    model_folder, pairs_file = world
+    for name in ("good", "bad", "collect"):
+        shutil.copytree(runs[0] / "dual" / name, tmp_path / "dual" / name)
+    options = ["--out", tmp_path, "--steps", "80", "--lr", "1e-3", *CPU]
+    scoring = ["--judge", "common.toy:judge", "--max-new-tokens", "24"]
+    output = go(sweep, *options, *scoring, "--strength", "0.02", "0.25", "4")
+    folder = tmp_path / "dual" / "sweep"
+    summary = json.loads((folder / "sweep.json").read_text())
+    models = summary["models"]
+    names = ["strength_0.02", "strength_0.25", "strength_4"]
+    assert list(models) == ["base", *names]
+    assert summary["best"] == "strength_0.25"
+    assert "best judge" in summary["why"]
+    assert "strength_4 shows a collapse" in summary["why"]
+    assert summary["settings"]["data"] == [str(pairs_file)]
+    judged = {name: models[name]["judge_greedy"] for name in names}
+    assert judged["strength_0.25"] > judged["strength_0.02"] + 0.2
+    assert score.signs_of_collapse(models["strength_4"], models["base"])
+    assert not score.signs_of_collapse(models["strength_0.25"], models["base"])
+
+    text = (folder / "sweep.md").read_text()
+    assert text.count("\n| ") == 5
+    assert "best: strength_0.25" in text
+    assert f"{models['base']['chosen_nll']:.3f}" in text
+    assert text in output
+
+    # the base's row is what evaluate.py measures on the same pairs
+    tokenizer = load_tokenizer(str(model_folder))
+    base = load_model(str(model_folder), "float32", "cpu")
+    pairs = prepare_pairs([pairs_file], ("valid",), tokenizer, 256, 0)["valid"]
+    _, _, nll = score.preferences(base, pairs, "plain", tokenizer.pad_token_id)
+    assert models["base"]["chosen_nll"] == pytest.approx(nll, rel=1e-5)
+
+    # align holds the best; it can be exported
+    weights = {name: (folder / name / ADAPTER_WEIGHTS).read_bytes() for name in names}
+    assert len(set(weights.values())) == 3
+    aligned = tmp_path / "dual" / "align"
+    assert (aligned / ADAPTER_WEIGHTS).read_bytes() == weights["strength_0.25"]
+    settings = read_stage(aligned, "align", "")["settings"]
+    assert settings["strength"] == 0.25
+    assert settings["alpha"] is None
+    go(export, "--out", tmp_path, *HERE)
+    manifest = read_stage(tmp_path / "dual" / "merged", "merged", "")
+    assert manifest["settings"]["strength"] == 0.25
+    merged = load_model(str(tmp_path / "dual" / "merged"), "float32", "cpu")
+    name = "layers.1.mlp.down_proj"
+    A, B = load_adapter(aligned, base.base_model).tensors[name]
+    expected = base.base_model.get_submodule(name).weight + 2 * B @ A
+    weight = merged.base_model.get_submodule(name).weight
+    assert torch.allclose(weight, expected, atol=1e-6)
+
+    go(align, *options, "--strength", "4")
+    assert (aligned / ADAPTER_WEIGHTS).read_bytes() == weights["strength_4"]
 
 
 def test_a_sweep_over_kl_scales_one_adapter(collected):

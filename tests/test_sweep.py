@@ -1,20 +1,12 @@
-"""The sweep: what it chooses, by hand, and that each adapter is the one align.py would train."""
-
-import json
+"""The sweep: what it chooses, by hand, and what it refuses. Whole sweeps are in test_pipeline.py."""
 
 import pytest
-import torch
-from helpers import CPU, HERE, go, stage1_source, suited
+from helpers import HERE, go, stage1_source
 
-import align
 import collect
 import dual
 from common import score
-from common.data import prepare_pairs
-from common.hf import load_model, load_tokenizer
-from common.stages import read_stage
-from lora import ADAPTER_WEIGHTS, load_adapter
-from tools import export, sweep
+from tools import sweep
 
 # ---------------------------------------------------------------- choosing
 
@@ -80,65 +72,6 @@ def test_where_all_have_collapsed_one_of_them_is_chosen():
 
 
 # ---------------------------------------------------------------- the tool
-
-
-def test_sweep_keeps_every_adapter_and_marks_the_best(world, tmp_path):
-    """The last adapter is the one that its setting alone gives, byte for byte; the collapsed one is
-    named and not chosen; align is the best."""
-    model_folder, pairs_file = world
-    source = ["--model", model_folder, "--data", pairs_file, "--out", tmp_path]
-    go(dual, *source, *suited(dual), "--steps", "100", *CPU)
-    go(collect, "--out", tmp_path, "--layers", "1", "2", *CPU)
-    options = ["--out", tmp_path, "--steps", "80", "--lr", "1e-3", *CPU]
-    scoring = ["--judge", "common.toy:judge", "--max-new-tokens", "24"]
-    output = go(sweep, *options, *scoring, "--strength", "0.02", "0.25", "4")
-    folder = tmp_path / "dual" / "sweep"
-    summary = json.loads((folder / "sweep.json").read_text())
-    models = summary["models"]
-    names = ["strength_0.02", "strength_0.25", "strength_4"]
-    assert list(models) == ["base", *names]
-    assert summary["best"] == "strength_0.25"
-    assert "best judge" in summary["why"]
-    assert "strength_4 shows a collapse" in summary["why"]
-    assert summary["settings"]["data"] == [str(pairs_file)]
-    judged = {name: models[name]["judge_greedy"] for name in names}
-    assert judged["strength_0.25"] > judged["strength_0.02"] + 0.2
-    assert score.signs_of_collapse(models["strength_4"], models["base"])
-    assert not score.signs_of_collapse(models["strength_0.25"], models["base"])
-
-    text = (folder / "sweep.md").read_text()
-    assert text.count("\n| ") == 5
-    assert "best: strength_0.25" in text
-    assert f"{models['base']['chosen_nll']:.3f}" in text
-    assert text in output
-
-    # the base's row is what evaluate.py measures on the same pairs
-    tokenizer = load_tokenizer(str(model_folder))
-    base = load_model(str(model_folder), "float32", "cpu")
-    pairs = prepare_pairs([pairs_file], ("valid",), tokenizer, 256, 0)["valid"]
-    _, _, nll = score.preferences(base, pairs, "plain", tokenizer.pad_token_id)
-    assert models["base"]["chosen_nll"] == pytest.approx(nll, rel=1e-5)
-
-    # align holds the best; it can be exported
-    weights = {name: (folder / name / ADAPTER_WEIGHTS).read_bytes() for name in names}
-    assert len(set(weights.values())) == 3
-    aligned = tmp_path / "dual" / "align"
-    assert (aligned / ADAPTER_WEIGHTS).read_bytes() == weights["strength_0.25"]
-    settings = read_stage(aligned, "align", "")["settings"]
-    assert settings["strength"] == 0.25
-    assert settings["alpha"] is None
-    go(export, "--out", tmp_path, *HERE)
-    manifest = read_stage(tmp_path / "dual" / "merged", "merged", "")
-    assert manifest["settings"]["strength"] == 0.25
-    merged = load_model(str(tmp_path / "dual" / "merged"), "float32", "cpu")
-    name = "layers.1.mlp.down_proj"
-    A, B = load_adapter(aligned, base.base_model).tensors[name]
-    expected = base.base_model.get_submodule(name).weight + 2 * B @ A
-    weight = merged.base_model.get_submodule(name).weight
-    assert torch.allclose(weight, expected, atol=1e-6)
-
-    go(align, *options, "--strength", "4")
-    assert (aligned / ADAPTER_WEIGHTS).read_bytes() == weights["strength_4"]
 
 
 def test_an_adapter_that_diverges_is_left_out(done, tmp_path):
