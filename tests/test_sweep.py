@@ -1,4 +1,4 @@
-"""The sweep: what it chooses, by hand, and what it refuses. Whole sweeps are in test_pipeline.py."""
+"""The sweep: what it chooses, by hand, and what it refuses. A whole one is in test_pipeline.py."""
 
 import pytest
 from helpers import HERE, go, stage1_source
