@@ -198,8 +198,9 @@ class Experiment:
 
     def settings(self):
         """What the stages that have run so far were told, {folder: settings}."""
-        names = ("steps", "batch_size", "lr", "contrast", "beta", "reduction", "smoothing")
-        names += ("anchor", "layers", "limit")
+        names = ["steps", "batch_size", "lr", "layers", "limit"]
+        # of stage 1's losses
+        names += ["contrast", "beta", "reduction", "smoothing", "anchor"]
         settings = {}
         for path in sorted(self.out.rglob("stage.json")):
             manifest = json.loads(path.read_text())

@@ -72,8 +72,9 @@ class Stream:
         self.cache = DynamicCache(config=model.config)
 
     def read(self):
-        """Read the n tokens that wait. Returns [B, n, D], what the head takes; B = prompts * count,
-        but for the prompts themselves, which logits reads, B = prompts."""
+        """Read the n tokens that have not been read: their last states [B, n, D], the input of the
+        head. B is the number of prompts where these are read (by logits, which then repeats the
+        cache), later prompts * count."""
         with enable_only(self.enabled, among=self.adapters):
             output = self.model.base_model(
                 input_ids=self.ids,

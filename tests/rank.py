@@ -53,10 +53,11 @@ def run_ranks(processes, script, arguments, folder, timeout=120):
     """Run a script in several processes, which must all end well in time (seconds). Returns what
     each printed on standard output; files of it stay in the folder."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    files = {name: [folder / f"{name}{r}" for r in range(processes)] for name in ("out", "err")}
+    stdouts = [folder / f"stdout{rank}" for rank in range(processes)]
+    stderrs = [folder / f"stderr{rank}" for rank in range(processes)]
     ranks = []
-    for rank, (out, err) in enumerate(zip(files["out"], files["err"])):
-        told = (rank, processes, store.port, script, arguments, out, err)
+    for rank, (stdout, stderr) in enumerate(zip(stdouts, stderrs)):
+        told = (rank, processes, store.port, script, arguments, stdout, stderr)
         ranks.append(CONTEXT.Process(target=run_rank, args=told, daemon=True))
     end = time.monotonic() + timeout
     try:
@@ -69,6 +70,6 @@ def run_ranks(processes, script, arguments, folder, timeout=120):
             if process.pid:
                 process.kill()
                 process.join()
-    errors = "\n".join(path.read_text() for path in files["err"] if path.exists())
+    errors = "\n".join(path.read_text() for path in stderrs if path.exists())
     assert all(process.exitcode == 0 for process in ranks), errors
-    return [path.read_text() for path in files["out"]]
+    return [path.read_text() for path in stdouts]

@@ -165,6 +165,11 @@ def test_the_frontier_on_a_real_model():
             figures = ahead["difference"]
             mean, low, high = (f"{value:+.2f}".replace("-", "−") for value in figures)
             assert f"{mean} [{low}, {high}]" in text, (task, method, budget)
+    seconds = frontier.read_lines()["sentiment", 1, "SCIT", 1.0]["seconds of stages"]["."]
+    stages = "{scit:,.0f}, {scit collect:.0f} and {scit align:.0f} s".format_map(seconds)
+    assert f"its three stages took {stages}" in text
+    stages = "{dual:,.0f}, {dual collect:.0f} and {dual align:.0f}".format_map(seconds)
+    assert f"DUAL's {stages}, DPO {seconds['dpo 0.0005']:.0f} (float32)" in text
 
 
 def test_serving():
