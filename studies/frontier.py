@@ -263,20 +263,13 @@ class Experiment:
             self.model, self.tokenizer, encoded, policy, count, seed, tasks.ANSWER_TOKENS
         )
 
-    def score_test(self, drawn):
-        """The rewards of some answers to each test prompt: a list of lists."""
-        return [
-            [self.scorer(prompt, answer.text) for answer in group]
-            for prompt, group in zip(self.prompts["test"], drawn)
-        ]
-
     def measure_best_of(self):
         """{n: figures} of the best of n answers of the base by the scorer itself: what could be had
         by a method that knew the reward. The KL is log n - (n - 1) / n, or less where answers tie.
         """
         start = time.perf_counter()
         drawn = self.draw(Policy(), self.prompts["test"], BEST_OF[-1], 20_000)
-        rewards = np.sort(self.score_test(drawn))
+        rewards = np.sort(rewards_of(self.scorer, self.prompts["test"], drawn))
         figures = {}
         for n in BEST_OF:
             expected = rewards @ weights_of_best(n, BEST_OF[-1])
@@ -291,7 +284,7 @@ class Experiment:
         """The figures of one policy on the test prompts."""
         start = time.perf_counter()
         drawn = self.draw(policy, self.prompts["test"], ANSWERS, 10_000)
-        rewards = self.score_test(drawn)
+        rewards = rewards_of(self.scorer, self.prompts["test"], drawn)
         answers = list(itertools.chain.from_iterable(drawn))
         bigrams = []
         for answer in answers:
@@ -308,6 +301,14 @@ class Experiment:
             "first answers": [answer.text for answer in answers[:12:4]],
             "seconds": round(time.perf_counter() - start, 1),
         }
+
+
+def rewards_of(scorer, prompts, drawn):
+    """The rewards [P, n] of n answers to each of P prompts."""
+    rewards = []
+    for prompt, answers in zip(prompts, drawn):
+        rewards.append([scorer(prompt, answer.text) for answer in answers])
+    return np.array(rewards)
 
 
 def weights_of_best(n, drawn):

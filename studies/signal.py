@@ -14,8 +14,6 @@ import json
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from common.answers import attached
 from common.config import UserError, run, setting
 from common.dial import scaled
@@ -23,7 +21,7 @@ from common.hf import model_digest
 from lora import stack
 from studies import tasks
 from studies.corr import correlation, within
-from studies.frontier import DPO_LRS, Experiment
+from studies.frontier import DPO_LRS, Experiment, rewards_of
 from studies.sampling import Policy, encode_prompts, logprobs_of_answers, sample_answers
 from studies.shared import RESULTS, write_result
 
@@ -98,13 +96,6 @@ class Signal:
         """The correlation of x with the reward, its error, and the spread of x in nats."""
         value, error = correlation(x, self.rewards)
         return {"corr": value, "error": error, "spread": float(within(x).std())}
-
-
-def rewards_of(scorer, prompts, drawn):
-    """The rewards [P, n] of the answers to each prompt."""
-    return np.array(
-        [[scorer(q, answer.text) for answer in answers] for q, answers in zip(prompts, drawn)]
-    )
 
 
 class Figures(dict):
