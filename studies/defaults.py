@@ -19,7 +19,6 @@ from common.hf import model_digest
 from studies import tasks
 from studies.shared import RESULTS, quietly, write_result
 
-
 # What the table shows of evaluate's figures.
 COLUMNS = ("judge_sampled", "kl_to_base", "repeated_ngrams", "mean_length", "ended")
 
