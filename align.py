@@ -15,9 +15,9 @@ Three things are ours. --strength ρ sets α so that states move by ρ times the
 scales the adapter until its answers are --kl nats from the base's (see common/dial.py): how far one
 goes is hard to know beforehand.
 
-The LoRA is on blocks 0 to the highest target layer; nothing above is loaded or run ("trunk" means
-a model without its head). One collection serves many α. Writes OUT/METHOD/align, a PEFT adapter for
-the original base model.
+The LoRA is on blocks 0 to the highest target layer; training neither loads nor runs what is above
+("trunk" means a model without its head). One collection serves many α. Writes OUT/METHOD/align, a
+PEFT adapter for the original base model.
 """
 
 import math
@@ -91,7 +91,7 @@ class Config(TrainingSettings):
     strength: float | None = setting(
         None,
         f"ρ: states move by this share of their norm, on average over tokens and layers; "
-        f"empty takes {STRENGTH}, unless --alpha is given",
+        f"empty takes {STRENGTH}, unless --alpha is given; the embedded default has its own",
     )
     alpha: float | None = setting(None, "α, as in the paper; empty takes what --strength says")
     rank: int | None = setting(
@@ -108,14 +108,17 @@ class Config(TrainingSettings):
         "target layers among the collected ones, as in collect.py; empty takes all of them",
     )
     steps: int | None = setting(
-        None, f"optimizer steps; empty takes {DEFAULTS['steps']}", minimum=1
+        None,
+        f"optimizer steps; empty takes {DEFAULTS['steps']}; the embedded default has its own",
+        minimum=1,
     )
     batch_size: int | None = setting(
         None, f"responses in a step; empty takes {DEFAULTS['batch_size']}", minimum=1
     )
     lr: float | None = setting(
         None,
-        f"learning rate, constant as in the authors' code; empty takes {DEFAULTS['lr']}",
+        f"learning rate, constant as in the authors' code; empty takes {DEFAULTS['lr']}; the "
+        "embedded default has its own",
         minimum=0,
     )
     max_new_tokens: int = setting(
@@ -136,7 +139,8 @@ class Config(TrainingSettings):
     out: str = setting("out", "folder that all stages write to", group="run")
     seed: int | None = setting(
         None,
-        "seed of the adapter's first weights and of the order of responses; empty takes collect's",
+        "seed of the adapter's first weights, of the order of responses, of --limit and of the "
+        "answers for --kl; empty takes collect's",
         group="run",
     )
     backend: Literal["auto", "torch", "triton"] = setting(

@@ -116,7 +116,8 @@ class RecordingSettings:
     )
     limit: int | None = setting(
         None,
-        f"use this many training pairs, drawn at random; empty takes {LIMIT}",
+        f"record this many training pairs, drawn at random, and no more validation pairs; empty "
+        f"takes {LIMIT}; the embedded default has its own",
         minimum=1,
         group="data",
     )
@@ -289,7 +290,7 @@ def write_shard(path, shard, config):
 
 def record_files(folder, files, run_pass, config, width, device):
     """Record the shards {file name: passes} into a folder; a second thread writes one while the
-    next is recorded. At most two are in memory."""
+    next is recorded. At most two are in memory, on a GPU three (see record_shard)."""
     writing = None
     with ThreadPoolExecutor(1) as writer:
         for name, passes in files.items():
@@ -372,7 +373,10 @@ def plan_passes(examples, lengths, tokens_per_pass):
     not fit in memory shows early."""
     # split_into_passes goes from short to long
     parts = split_into_passes(range(len(lengths)), lengths, tokens_per_pass)[::-1]
-    return [[examples[i] for i in part] for part in parts]
+    passes = []
+    for part in parts:
+        passes.append([examples[i] for i in part])
+    return passes
 
 
 def plan_shards(passes, sizes, shard_bytes, min_shards):

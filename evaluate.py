@@ -87,7 +87,8 @@ class Config:
     )
     judge: str | None = setting(
         None,
-        "module:function that scores (prompt, response); empty inherits, unless --data is given",
+        "module:function that scores (prompt, response); empty takes the embedded default's, where "
+        "the stages ran on it and --data is not given",
     )
     reward_model: str | None = setting(
         None, "sequence classifier of one label that scores the answers: folder or hub name"

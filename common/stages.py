@@ -32,7 +32,7 @@ MANIFEST = "stage.json"
 RESUME_KEY = "resume_key"
 
 # Settings that do not change what a run computes, beyond rounding: it may resume with others. Of
-# alpha and strength the resulting α of each layer counts, which align.py adds.
+# alpha and strength the resulting α counts, which align.py adds.
 IRRELEVANT = (
     "out",
     "device",

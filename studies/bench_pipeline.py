@@ -41,12 +41,22 @@ import scit
 from common.collection import CollectedBatch, Collection
 from common.config import run, setting
 from common.data import collate, prepare_pairs
-from common.hf import find_blocks, load_tokenizer, load_trunk, model_digests
+from common.hf import (
+    choose_device,
+    choose_dtype,
+    find_blocks,
+    load_tokenizer,
+    load_trunk,
+    model_digests,
+)
 from common.stages import read_stage, write_stage
 from common.training import peak_flops
 from lora import LoRA, save_adapter
 from studies import authors
 from studies.shared import write_result
+
+DEVICE = choose_device(None)
+DTYPE = choose_dtype(None, DEVICE)
 
 # Deciles of HH-RLHF's harmless pairs, in tokens (1.3 a word).
 PROMPT_LENGTHS = (9, 18, 26, 49, 79, 108, 138, 172, 220, 324, 700)
@@ -140,14 +150,6 @@ class Config:
 # ---------------------------------------------------------------- inputs
 
 
-def choose_device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_dtype():
-    return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
 def folder_of(config, method, pairs):
     return Path(config.work) / f"{config.shape}-{method}-{pairs}"
 
@@ -184,9 +186,9 @@ def make_model(shape):
     special_tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
     llama_config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, **special_tokens)
     torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, choose_dtype()))
+    torch.set_default_dtype(getattr(torch, DTYPE))
     try:
-        with choose_device():
+        with DEVICE:
             return LlamaForCausalLM(llama_config)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -223,7 +225,7 @@ def write_stage1(out, method, model):
         "data": [str(out / "pairs.jsonl")],
         "template": "plain",
         "out": str(out),
-        "dtype": choose_dtype(),
+        "dtype": DTYPE,
         "max_length": WINDOW[method],
         "split_seed": 0,
     }
@@ -281,11 +283,11 @@ class Memory:
 
 def run_form(config, form, method, pairs):
     """What one measurement measures: one epoch of a form."""
-    out, device, layers = folder_of(config, method, pairs), choose_device(), LAYERS[config.shape]
+    out, device, layers = folder_of(config, method, pairs), DEVICE, LAYERS[config.shape]
     if form == "collect":
         names = [str(layer) for layer in layers]
         shared = {"out": str(out), "method": method, "layers": names, "max_gb": 1e6}
-        collect.main(collect.Config(**shared, limit=pairs, compute_dtype=choose_dtype()))
+        collect.main(collect.Config(**shared, limit=pairs, compute_dtype=DTYPE))
     elif form.startswith("align"):
         reading = contextlib.nullcontext()
         if form == "align, nothing read":
@@ -321,7 +323,7 @@ def run_form(config, form, method, pairs):
             method,
             WINDOW[method],
             config.batch_size,
-            choose_dtype(),
+            DTYPE,
             device,
         )
     else:
@@ -335,7 +337,7 @@ def run_form(config, form, method, pairs):
 def read_nothing(width, device):
     """Within the context, align.py finds its states in memory. Any states will do: they cost the
     same."""
-    states = torch.randn(10**4, width, device=device, dtype=getattr(torch, choose_dtype()))
+    states = torch.randn(10**4, width, device=device, dtype=getattr(torch, DTYPE))
 
     def read(self, indices, device):
         responses = [self.responses[i] for i in indices]
@@ -426,7 +428,7 @@ def summarize(config, method, rounds):
     medians = {form: seconds["median"] for form, seconds in summary["seconds"].items()}
     timed = ("collect + align", "align", "longest", "window")
     summary["tokens a second"] = {form: round(tokens / medians[form]) for form in timed}
-    peak = peak_flops(choose_device())
+    peak = peak_flops(DEVICE)
     if peak:
         flops = 4 * block_parameters(config, method) * tokens
         summary["align, model FLOP utilisation"] = round(flops / medians["align"] / peak, 3)

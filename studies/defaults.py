@@ -17,7 +17,7 @@ import evaluate
 from common.config import run, setting
 from common.hf import model_digest
 from studies import tasks
-from studies.shared import RESULTS, quietly, write_result
+from studies.shared import measured_before, quietly, write_result
 
 # What the table shows of evaluate's figures.
 COLUMNS = ("judge_sampled", "kl_to_base", "repeated_ngrams", "mean_length", "ended")
@@ -49,13 +49,8 @@ def measure(config, task):
 
 
 def main(config):
-    path = RESULTS / "defaults.json"
     settings = {"dtype": config.dtype, "digest": model_digest(config.model)[:12]}
-    measured = {}
-    if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        # of other settings nothing can be compared
-        measured = earlier["tasks"] if earlier["settings"] == settings else {}
+    measured = measured_before("defaults", settings, "tasks")
     for task in tasks.TASKS:
         if task not in measured:
             measured[task] = measure(config, task)

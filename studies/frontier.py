@@ -34,10 +34,10 @@ from common.config import UserError, run, setting
 from common.dial import scaled
 from common.hf import load_tokenizer, model_digest
 from common.stages import versions, write_json
-from lora import load_adapter, stack
+from lora import load_adapter
 from studies import tasks
 from studies.sampling import Policy, encode_prompts, load_sampler, sample_answers
-from studies.shared import RESULTS, machine, quietly, swap_labels
+from studies.shared import RESULTS, machine, quietly, swap_labels, weight_difference
 
 LINES = RESULTS / "frontier.jsonl"
 
@@ -219,8 +219,7 @@ class Experiment:
             return Policy([(1.0, scaled(weights, scale), "plain")])
 
         def weights(strength):
-            good, bad = self.dual()
-            return of(stack(scaled(good, strength), scaled(bad, -strength)))
+            return of(weight_difference(*self.dual(), strength))
 
         def logits(strength):
             good, bad = self.dual()
@@ -292,15 +291,20 @@ class Experiment:
         unrelated = [answers[0] for answers in self.draw(policy, tasks.UNRELATED, 1, 10_000)]
         return {
             "reward": [round(float(np.mean(row)), 4) for row in rewards],
-            "kl": [round(float(np.mean([a.kl for a in group])), 4) for group in drawn],
+            "kl": [mean_kl(group) for group in drawn],
             "sigma": round(float(np.std(rewards)), 4),
             "distinct2": round(len(set(bigrams)) / len(bigrams), 4),
             "length": round(float(np.mean([len(answer.ids) for answer in answers])), 2),
             "ended": round(float(np.mean([answer.ended for answer in answers])), 4),
-            "kl off task": round(float(np.mean([answer.kl for answer in unrelated])), 4),
+            "kl off task": mean_kl(unrelated),
             "first answers": [answer.text for answer in answers[:12:4]],
             "seconds": round(time.perf_counter() - start, 1),
         }
+
+
+def mean_kl(answers):
+    """The mean KL of some Answers."""
+    return round(float(np.mean([answer.kl for answer in answers])), 4)
 
 
 def rewards_of(scorer, prompts, drawn):
@@ -351,7 +355,7 @@ def measure_missing(config, seed):
     if any(line["dtype"] != config.dtype for line in same_run):
         raise UserError(f"--dtype {config.dtype}: {LINES} has figures of this seed in another one")
     policies = experiment.policies()
-    methods, strengths = ({key[i] for key in policies} for i in (0, 1))
+    methods, strengths = map(set, zip(*policies))
     if unknown := set(config.methods or []) - methods - {BEST_OF_N}:
         choices = ", ".join([*sorted(methods), BEST_OF_N])
         raise UserError(f"--methods {min(unknown)}: choose from {choices}")

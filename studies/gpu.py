@@ -7,8 +7,8 @@
     python -m studies.gpu --part 1 --tiny True       the same on the CPU in seconds, for a test
 
 Each figure is appended to studies/results/gpu.jsonl as soon as it is there. Every piece runs in a
-process of its own: one that fails, or runs out of memory or time, is recorded as such, and the next
-begins.
+process of its own (with --tiny, most run in this one): one that fails, or runs out of memory or
+time, is recorded as such, and the next begins.
 """
 
 import contextlib
@@ -57,7 +57,9 @@ class Config:
     work: str = setting("/tmp/rahf-gpu", "folder of models and stages", group="run")
     to: str = setting(str(RESULTS), "folder of gpu.jsonl", group="run")
     piece: str | None = setting(
-        None, "for the program itself: STAGE:SHAPE:CUDNN to measure in this process", group="run"
+        None,
+        "for the program itself: what to measure in this process, STAGE:SHAPE:default or :cudnn",
+        group="run",
     )
 
 

@@ -6,7 +6,6 @@ Adapters are trained, states recorded and the KL measured on the model that --qu
 Writes studies/results/quantized.json, form by form; a later call goes on with the missing ones.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import dual
 from common.config import run, setting
 from common.hf import model_digest
 from common.stages import read_stage
-from studies.shared import RESULTS, quietly, write_result
+from studies.shared import measured_before, quietly, write_result
 
 FORMS = {"not quantized": None, "4 bits": "4bit", "8 bits": "8bit"}
 
@@ -60,7 +59,6 @@ def measure(config, name):
 
 
 def main(config):
-    path = RESULTS / "quantized.json"
     settings = {
         "data": Path(config.data).name,
         "dtype": config.dtype,
@@ -69,11 +67,7 @@ def main(config):
         "kl": config.kl,
     }
     settings["digest"] = model_digest(config.model)[:12]
-    forms = {}
-    if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        # of other settings nothing can be compared
-        forms = earlier["forms"] if earlier["settings"] == settings else {}
+    forms = measured_before("quantized", settings, "forms")
     for name in FORMS:
         if name not in forms:
             forms[name] = measure(config, name)

@@ -20,6 +20,7 @@ from common.answers import left_pad, stop_tokens, text_of
 from common.data import choose_template, encode_pairs
 from common.hf import choose_device, load_model
 from common.pairs import Pair
+from common.score import prompts_of
 from lora import LoRA, enable_only
 
 # The answers drawn at a time.
@@ -134,7 +135,7 @@ def sample_batch(model, tokenizer, batch, policy, adapters, stops, count, noise,
     """`count` Answers to each prompt of a batch, one prompt's after the other's."""
 
     def stream(weights, prompt):
-        prompts = [pair.prompts[prompt].tolist() for pair in batch]
+        prompts = prompts_of(batch, prompt)
         adapter = adapters[id(weights)] if weights is not None else None
         return Stream(model, adapters.values(), adapter, prompts, count, tokenizer.pad_token_id)
 

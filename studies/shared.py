@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import random
 import sys
 import time
@@ -12,10 +13,11 @@ import torch
 from common import toy
 from common.answers import GenerationSettings, attached
 from common.data import prepare_pairs
+from common.dial import scaled
 from common.hf import load_model, load_tokenizer
 from common.score import Scoring, load_judge, score_model
 from common.stages import versions, write_json
-from lora import load_adapter
+from lora import load_adapter, stack
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "studies" / "results"
@@ -95,6 +97,21 @@ def machine():
 def command():
     """The command line of a study."""
     return " ".join(["python", "-m", f"studies.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
+def weight_difference(good, bad, strength):
+    """AdapterWeights of base + λ (good - bad); strength: λ."""
+    return stack(scaled(good, strength), scaled(bad, -strength))
+
+
+def measured_before(name, settings, key):
+    """What studies/results/NAME.json has under a key, {} where it was measured with other
+    settings: nothing could be compared."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    return earlier[key] if earlier["settings"] == settings else {}
 
 
 def write_result(name, result):

@@ -16,14 +16,13 @@ from functools import partial
 
 from common.answers import attached
 from common.config import UserError, run, setting
-from common.dial import scaled
 from common.hf import model_digest
-from lora import stack
+from common.score import prompts_of
 from studies import tasks
 from studies.corr import correlation, within
 from studies.frontier import DPO_LRS, Experiment, rewards_of
 from studies.sampling import Policy, encode_prompts, logprobs_of_answers, sample_answers
-from studies.shared import RESULTS, write_result
+from studies.shared import RESULTS, weight_difference, write_result
 
 # The base's answers to each validation prompt.
 ANSWERS = 8
@@ -80,14 +79,16 @@ class Signal:
             20_000,
             tasks.ANSWER_TOKENS,
         )
-        self.answers = [[answer.ids for answer in answers] for answers in drawn]
+        self.answers = []
+        for answers in drawn:
+            self.answers.append([answer.ids for answer in answers])
         self.rewards = rewards_of(experiment.scorer, prompts, drawn)
         self.base = self.logprobs(None)
 
     def logprobs(self, weights, prompt="plain"):
         """Σ log π of each answer under the base with an adapter (or None), [P, n]."""
         model = self.experiment.model
-        prompts = [pair.prompts[prompt].tolist() for pair in self.encoded]
+        prompts = prompts_of(self.encoded, prompt)
         pad_id = self.experiment.tokenizer.pad_token_id
         with attached(model, weights):
             return logprobs_of_answers(model, prompts, self.answers, pad_id)
@@ -140,8 +141,7 @@ def of_instructed(variant, signal):
 
 
 def weights_of(variant):
-    good, bad = variant.dual()
-    return stack(scaled(good, LAMBDA), scaled(bad, -LAMBDA))
+    return weight_difference(*variant.dual(), LAMBDA)
 
 
 def log_ratios(experiment):

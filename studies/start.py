@@ -19,10 +19,9 @@ import torch
 
 import align
 from common.config import run, setting
-from common.dial import scaled
 from common.hf import choose_device, choose_tokens_per_pass, load_tokenizer, load_trunk
-from lora import AdapterWeights, LoRA, load_adapter, stack
-from studies.shared import write_result
+from lora import AdapterWeights, LoRA, load_adapter
+from studies.shared import weight_difference, write_result
 
 
 @dataclass
@@ -106,7 +105,7 @@ class Study:
 def main(config):
     study = Study(config)
     good, bad = (load_adapter(study.folder / name, study.trunk) for name in ("good", "bad"))
-    total = stack(scaled(good, study.alpha), scaled(bad, -study.alpha))
+    total = weight_difference(good, bad, study.alpha)
     rank = study.settings.lora_rank
     cut = cut_to_rank(total, rank)
     result = {"strength": config.strength, "alpha": study.alpha, "layers": study.settings.layers}

@@ -20,11 +20,10 @@ from common.answers import GenerationSettings, attached, generate, text_of
 from common.config import run, setting
 from common.data import prepare_pairs
 from common.hf import load_model, load_tokenizer
-from common.stages import versions, write_json
+from common.score import prompts_of
 from lora import load_adapter
-from studies.shared import configure
+from studies.shared import configure, write_result
 
-RESULT = Path(__file__).parent / "results" / "strengths.json"
 DEFAULT = toy.LATER["align"]["strength"]
 STRENGTHS = (-DEFAULT, 0.0, DEFAULT, 2 * DEFAULT)
 
@@ -83,7 +82,7 @@ def main(config):
     for kind, pair in chosen.items():
         answers[kind] = {"question": pair.pair.prompt[-1][1], "answers": {}}
     generation = GenerationSettings(max_new_tokens=64, batch_size=8, seed=0)
-    prompts = [pair.prompts["plain"].tolist() for pair in chosen.values()]
+    prompts = prompts_of(chosen.values(), "plain")
     for strength, weights in adapters.items():
         with attached(model, weights):
             replies = generate(model, tokenizer, prompts, generation)
@@ -91,9 +90,7 @@ def main(config):
             answers[kind]["answers"][f"{strength:g}"] = text_of(tokenizer, reply)
     for kind in answers:
         print(answers[kind]["question"], markdown(answers, kind), sep="\n")
-    result = {"command": "python -m studies.strengths", "versions": versions(), "answers": answers}
-    write_json(RESULT, result)
-    print(f"wrote {RESULT}")
+    write_result("strengths", {"answers": answers})
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import itertools
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,7 +284,10 @@ def draw_answers(model, tokenizer, prompts, count, seed):
     """The texts of `count` answers of the base to each prompt: lists of texts."""
     encoded = encode_prompts(tokenizer, prompts)
     drawn = sample_answers(model, tokenizer, encoded, Policy(), count, seed, ANSWER_TOKENS)
-    return [[answer.text for answer in answers] for answers in drawn]
+    texts = []
+    for answers in drawn:
+        texts.append([answer.text for answer in answers])
+    return texts
 
 
 def main(config):
@@ -305,8 +309,7 @@ def main(config):
     for task in TASKS:
         path = folder / f"{task}-{config.seed}.jsonl.gz"
         write_rows(path, rows[task])
-        counts = {split: sum(row["split"] == split for row in rows[task]) for split in splits}
-        print(f"wrote {path}: {counts}")
+        print(f"wrote {path}: {dict(Counter(row['split'] for row in rows[task]))}")
 
 
 if __name__ == "__main__":

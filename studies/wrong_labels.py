@@ -9,9 +9,9 @@ second wrong_labels.json and .png, all in studies/results. On two free cores the
 an hour and an hour.
 
 Every method but the new form gets what is best for it at each share of wrong labels: SFT its
-length, DPO its learning rate, the paper's RAHF its α, weight arithmetic its λ. The new form has
-one strength ρ, one rank and one choice of layers for all shares and both methods, chosen on two
-shares.
+length, the paper's RAHF its α, weight arithmetic its λ, DPO its learning rate (tried at 0% and 30%
+alone). The new form has one strength ρ, one rank and one choice of layers for all shares and both
+methods, chosen on two shares.
 """
 
 import contextlib
@@ -38,10 +38,11 @@ from common.chat import render_transcript
 from common.config import run, setting
 from common.data import collate, prepare_pairs, shuffled_batches
 from common.hf import load_model, load_tokenizer, response_logprobs
+from common.score import prompts_of
 from common.stages import write_json
 from common.training import cosine_with_warmup
-from lora import AdapterWeights, LoRA, enable_only, load_adapter, stack
-from studies.shared import RESULTS, processor, quietly, swap_labels, write_result
+from lora import LoRA, enable_only, load_adapter
+from studies.shared import RESULTS, processor, quietly, swap_labels, weight_difference, write_result
 
 METHODS = ("dual", "scit")
 # The seeds of each phase, and how often every answer is sampled.
@@ -124,13 +125,6 @@ def dpo_loss(model, adapter, pairs, pad_id, beta=0.1):
         base_logprob = response_logprobs(model, batch)[0].sum(1)
     chosen, rejected = (logprob - base_logprob).view(2, -1)
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
-
-
-def weight_difference(good, bad, strength):
-    """Weights of base + λ (good - bad), as one adapter."""
-    plus = AdapterWeights(good.tensors, good.rank, good.alpha * strength)
-    minus = AdapterWeights(bad.tensors, bad.rank, -bad.alpha * strength)
-    return stack(plus, minus)
 
 
 class Experiment:
@@ -220,7 +214,7 @@ class Experiment:
         """The judge's verdict on the answer to every prompt as text, a "1" or "0" each: for the
         greedy answers, and for one or three samplings at temperature 1."""
         verdicts = []
-        prompts = [pair.prompts["plain"].tolist() for pair in self.pairs]
+        prompts = prompts_of(self.pairs, "plain")
         with attached(self.model, weights):
             for i in range(1 + self.samplings):
                 generation = GenerationSettings(

@@ -30,6 +30,7 @@ from common.hf import (
     load_tokenizer,
     response_logprobs,
 )
+from common.score import prompts_of
 from common.stage1 import check_adapters, open_stage1
 from common.stages import atomic_write, choose_method, inherit, read_stage, verified_path
 from lora import enable_only, load_adapter
@@ -200,7 +201,7 @@ def main(config):
     # 3. the answers of base and aligned model
     for adapter in adapters.values():
         adapter.remove()
-    prompts = [pair.prompts["plain"].tolist() for pair in pairs]
+    prompts = prompts_of(pairs, "plain")
     generation = GenerationSettings(config.max_new_tokens, BATCH, config.seed)
     weights = load_adapter(verified_path(folder, manifest), model.base_model)
     stops = stop_tokens(model, tokenizer, pairs[0].end_token)

@@ -54,7 +54,7 @@ class Config(collect.RecordingSettings):
     train_pairs: int = setting(256, "training pairs to measure v on, at most", minimum=1)
     valid_pairs: int = setting(128, "validation pairs to score moved states on, at most", minimum=1)
     plot: str | None = setting(
-        None, "also draw NLL and |v|/|b| over the blocks: a .png", group="run"
+        None, "also draw NLL and |v|/|b| over the blocks: a .png, .pdf or .svg", group="run"
     )
 
 

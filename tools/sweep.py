@@ -65,12 +65,16 @@ class Config(align.Config):
     strength: list[float] | None = setting(None, "values of ρ, see align.py")
     alpha: list[float] | None = setting(None, "values of α, see align.py")
     judge: str | None = setting(
-        None, "module:function that scores (prompt, response); empty takes stage 1's"
+        None,
+        "module:function that scores (prompt, response); empty takes the embedded default's, where "
+        "stage 1 ran on it",
     )
     max_kl: float = setting(
         5, "without judge and reward model: the KL of the best, in nats, at most", minimum=0
     )
-    plot: str | None = setting(None, "also draw the scores over the KL: a .png", group="run")
+    plot: str | None = setting(
+        None, "also draw the scores over the KL: a .png, .pdf or .svg", group="run"
+    )
     reward_model: str | None = setting(
         None, "sequence classifier of one label that scores the answers: folder or hub name"
     )
