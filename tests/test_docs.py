@@ -226,9 +226,11 @@ def test_answers_at_several_strengths():
 
 
 def test_judge_in_the_quick_start():
-    figures = result("embedded_default")["seeds"]["0"]["figures"]
-    base, aligned = (figures[name]["judge_greedy"] for name in ("base", "scit_aligned"))
-    assert f"rose from {base:.2f} to {aligned:.2f} (greedy decoding)" in " ".join(README.split())
+    models, text = result("quick_start")["models"], " ".join(README.split())
+    base, aligned = models["base"], models["scit_aligned"]
+    greedy = f"from {base['judge_greedy']:.2f} to {aligned['judge_greedy']:.2f} (greedy decoding)"
+    sampled = f"from {base['judge_sampled']:.2f} to {aligned['judge_sampled']:.2f} at temperature 1"
+    assert f"rose {greedy} and {sampled}" in text
 
 
 def test_paper_form_and_controls():
