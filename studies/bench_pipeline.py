@@ -55,9 +55,6 @@ from lora import LoRA, save_adapter
 from studies import authors
 from studies.shared import write_result
 
-DEVICE = choose_device(None)
-DTYPE = choose_dtype(None, DEVICE)
-
 # Deciles of HH-RLHF's harmless pairs, in tokens (1.3 a word).
 PROMPT_LENGTHS = (9, 18, 26, 49, 79, 108, 138, 172, 220, 324, 700)
 RESPONSE_LENGTHS = (2, 12, 17, 23, 30, 39, 49, 65, 84, 121, 400)
@@ -150,6 +147,11 @@ class Config:
 # ---------------------------------------------------------------- inputs
 
 
+def default_dtype():
+    """The stages' default on this machine: bfloat16 on a GPU that has it, else float32."""
+    return choose_dtype(None, choose_device(None))
+
+
 def folder_of(config, method, pairs):
     return Path(config.work) / f"{config.shape}-{method}-{pairs}"
 
@@ -186,9 +188,9 @@ def make_model(shape):
     special_tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
     llama_config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, **special_tokens)
     torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, DTYPE))
+    torch.set_default_dtype(getattr(torch, default_dtype()))
     try:
-        with DEVICE:
+        with choose_device(None):
             return LlamaForCausalLM(llama_config)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -225,7 +227,7 @@ def write_stage1(out, method, model):
         "data": [str(out / "pairs.jsonl")],
         "template": "plain",
         "out": str(out),
-        "dtype": DTYPE,
+        "dtype": default_dtype(),
         "max_length": WINDOW[method],
         "split_seed": 0,
     }
@@ -283,11 +285,15 @@ class Memory:
 
 def run_form(config, form, method, pairs):
     """What one measurement measures: one epoch of a form."""
-    out, device, layers = folder_of(config, method, pairs), DEVICE, LAYERS[config.shape]
+    out, device, layers = (
+        folder_of(config, method, pairs),
+        choose_device(None),
+        LAYERS[config.shape],
+    )
     if form == "collect":
         names = [str(layer) for layer in layers]
         shared = {"out": str(out), "method": method, "layers": names, "max_gb": 1e6}
-        collect.main(collect.Config(**shared, limit=pairs, compute_dtype=DTYPE))
+        collect.main(collect.Config(**shared, limit=pairs, compute_dtype=default_dtype()))
     elif form.startswith("align"):
         reading = contextlib.nullcontext()
         if form == "align, nothing read":
@@ -323,7 +329,7 @@ def run_form(config, form, method, pairs):
             method,
             WINDOW[method],
             config.batch_size,
-            DTYPE,
+            default_dtype(),
             device,
         )
     else:
@@ -337,7 +343,7 @@ def run_form(config, form, method, pairs):
 def read_nothing(width, device):
     """Within the context, align.py finds its states in memory. Any states will do: they cost the
     same."""
-    states = torch.randn(10**4, width, device=device, dtype=getattr(torch, DTYPE))
+    states = torch.randn(10**4, width, device=device, dtype=getattr(torch, default_dtype()))
 
     def read(self, indices, device):
         responses = [self.responses[i] for i in indices]
@@ -428,7 +434,7 @@ def summarize(config, method, rounds):
     medians = {form: seconds["median"] for form, seconds in summary["seconds"].items()}
     timed = ("collect + align", "align", "longest", "window")
     summary["tokens a second"] = {form: round(tokens / medians[form]) for form in timed}
-    peak = peak_flops(DEVICE)
+    peak = peak_flops(choose_device(None))
     if peak:
         flops = 4 * block_parameters(config, method) * tokens
         summary["align, model FLOP utilisation"] = round(flops / medians["align"] / peak, 3)

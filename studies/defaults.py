@@ -48,16 +48,6 @@ def measure(config, task):
     return {"seconds": seconds, "pairs": report["settings"]["pairs"], "models": report["models"]}
 
 
-def main(config):
-    settings = {"dtype": config.dtype, "digest": model_digest(config.model)[:12]}
-    measured = measured_before("defaults", settings, "tasks")
-    for task in tasks.TASKS:
-        if task not in measured:
-            measured[task] = measure(config, task)
-            write_result("defaults", {"settings": settings, "tasks": measured})
-    print(table(measured))
-
-
 def table(measured):
     """The models of all tasks as a table in markdown."""
     lines = [f"| task | model | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
@@ -66,6 +56,16 @@ def table(measured):
             values = [f"{result['models'][name][column]:.2f}" for column in COLUMNS]
             lines.append(f"| {task} | {name} | {' | '.join(values)} |")
     return "\n".join(lines)
+
+
+def main(config):
+    settings = {"dtype": config.dtype, "digest": model_digest(config.model)[:12]}
+    measured = measured_before("defaults", settings, "tasks")
+    for task in tasks.TASKS:
+        if task not in measured:
+            measured[task] = measure(config, task)
+            write_result("defaults", {"settings": settings, "tasks": measured})
+    print(table(measured))
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def measure_stage(stage, out, tiny):
         shared |= {**source, "out": str(out / "trained"), "steps": steps, "lr": 2e-4}
     elif stage is collect:
         shared |= {"method": "dual", "limit": 32 if tiny else 200, "max_gb": 100}
-        shared["compute_dtype"] = bench_pipeline.DTYPE
+        shared["compute_dtype"] = bench_pipeline.default_dtype()
     else:
         shared |= {"method": "dual", "steps": steps, "strength": align.STRENGTH}
     with (
@@ -159,7 +159,7 @@ def measure_answers(out, tiny):
     """Answers as a sweep draws them: {"tokens", "seconds", "tokens/s"}."""
     device = choose_device(None)
     tokenizer = load_tokenizer(str(out / "model"))
-    model = load_model(str(out / "model"), bench_pipeline.DTYPE, device)
+    model = load_model(str(out / "model"), bench_pipeline.default_dtype(), device)
     rows = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
     count, length = (8, 4) if tiny else (ANSWERS, ANSWER_TOKENS)
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows[:count]]

@@ -165,6 +165,9 @@ def test_the_frontier_on_a_real_model():
             figures = ahead["difference"]
             mean, low, high = (f"{value:+.2f}".replace("-", "−") for value in figures)
             assert f"{mean} [{low}, {high}]" in text, (task, method, budget)
+    ahead = result("frontier")["plain"]["ahead of the best DPO"]["DUAL"].values()
+    leads = [f"{compared['difference'][0]:.2f}" for compared in ahead]
+    assert f"{min(leads)} to {max(leads)} above it" in " ".join(README.split())
     seconds = frontier.read_lines()["sentiment", 1, "SCIT", 1.0]["seconds of stages"]["."]
     stages = "{scit:,.0f}, {scit collect:.0f} and {scit align:.0f} s".format_map(seconds)
     assert f"its three stages took {stages}" in text
