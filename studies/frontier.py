@@ -83,6 +83,8 @@ class Experiment:
         self.scorer = tasks.TASKS[config.task].score
         # those of stage 1 that differ from its defaults
         self.stage1_settings = {}
+        # of the forward passes whose states are collected
+        self.compute_dtype = collect.Config.compute_dtype
         self.dtype = config.dtype
         # another model, another folder
         self.digest = model_digest(config.model)[:12]
@@ -176,7 +178,8 @@ class Experiment:
         if not (folder / "stage.json").exists():
             self.stage1({"dual": dual, "scit": scit}[method])
             if not (self.out / method / "collect" / "stage.json").exists():
-                self.run_stage(collect, method=method, layers=["upper", "middle"])
+                states = {"layers": ["upper", "middle"], "compute_dtype": self.compute_dtype}
+                self.run_stage(collect, method=method, **states)
             self.run_stage(align, method=method, layers=[layers], strength=align.STRENGTH)
             (self.out / method / "align").rename(folder)
         return self.load(f"{method}/align-{layers}")

@@ -11,6 +11,7 @@ of sampling. Each is written as soon as it is there, and a later call goes on wi
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,7 +53,7 @@ SCIT_VARIANTS = {
 @dataclass
 class Config:
     task: str = setting("sentiment", f"one of {', '.join(tasks.TASKS)}")
-    figures: list[str] = setting(None, "figures to measure; empty takes all")
+    figures: list[str] = setting(None, "figures to measure, in this order; empty takes all")
     wrong_labels: float = setting(0.0, "as in studies.frontier", group="data")
     seed: int = setting(0, "seed of the pairs and of what is trained", group="run")
     model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
@@ -144,6 +145,17 @@ def weights_of(variant):
     return weight_difference(*variant.dual(), LAMBDA)
 
 
+def aligned_to_rounded_states(experiment, other):
+    """AdapterWeights of DUAL aligned with the same stage 1 to states of bfloat16 forward passes."""
+    experiment.dual()
+    for name in ("good", "bad"):
+        shutil.copytree(
+            experiment.out / "dual" / name, other.out / "dual" / name, dirs_exist_ok=True
+        )
+    other.compute_dtype = "bfloat16"
+    return other.aligned("dual")
+
+
 def log_ratios(experiment):
     """{figure: function of a Signal that trains what it needs and returns its x [P, n]}."""
     # in a folder of their own: a line of the frontier names all settings in its folder
@@ -166,6 +178,8 @@ def log_ratios(experiment):
         for layers in ("upper", "middle"):
             load = partial(experiment.aligned, method, layers)
             ratios[f"{method.upper()} aligned, {layers} layers"] = partial(of_policy, load)
+    load = partial(aligned_to_rounded_states, experiment, others.variant("rounded states"))
+    ratios["DUAL aligned, states in bfloat16"] = partial(of_policy, load)
     return ratios
 
 
@@ -176,8 +190,7 @@ def measure(config):
     if unknown := set(config.figures or []) - set(ratios):
         raise UserError(f"--figures {min(unknown)!r}: choose from {'; '.join(ratios)}")
     figures = Figures(config)
-    missing = [name for name in ratios if name in (config.figures or ratios)]
-    missing = [name for name in missing if name not in figures]
+    missing = [name for name in config.figures or ratios if name not in figures]
     if missing:
         signal = Signal(experiment)
         for name in missing:

@@ -7,12 +7,14 @@
 To first order base + α (good - bad) has the hidden states that align.py trains for. Distances of
 validation states to the target b + α (h+ - h-), in all target layers: of the base, of this sum, of
 the sum cut to the rank of align's LoRA, and of the adapter trained from nothing and from the cut
-sum. Writes studies/results/start.json.
+sum. A second collection of the same stage 1, by `collect.py --compute-dtype bfloat16`, gives a
+second run. Writes studies/results/start.json.
 """
 
 import contextlib
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ import align
 from common.config import run, setting
 from common.hf import choose_device, choose_tokens_per_pass, load_tokenizer, load_trunk
 from lora import AdapterWeights, LoRA, load_adapter
-from studies.shared import weight_difference, write_result
+from studies.shared import measured_before, weight_difference, write_result
 
 
 @dataclass
@@ -66,20 +68,21 @@ class Study:
         n_blocks, dtype = settings.layers[-1] + 1, manifest["settings"]["dtype"]
         self.trunk = load_trunk(settings.model, n_blocks, dtype, device)
 
-    def distance(self, adapter):
-        """Mean distance of the validation states to the target; adapter None: of the base."""
-        adapter = adapter or LoRA(self.trunk).eval()
+    def distance(self, adapter, alpha):
+        """Mean distance of the validation states to the target at an α."""
         distances = align.validation_distances(
-            self.trunk, adapter, self.validation, self.alpha, self.settings
+            self.trunk, adapter, self.validation, alpha, self.settings
         )
         return sum(distances) / len(distances)
 
-    def measure(self, weights):
-        """The distance with some AdapterWeights."""
+    def measure(self, weights, alpha=None):
+        """The distance with some AdapterWeights, None: of the base. At α 0 the target is b, and the
+        base's distance is what rounding leaves."""
+        alpha = self.alpha if alpha is None else alpha
         adapter = LoRA(self.trunk, weights=weights).eval()
-        distance = self.distance(adapter)
+        distance = self.distance(adapter, alpha)
         adapter.remove()
-        return distance
+        return {"distance": distance, "alpha": alpha}
 
     def train(self, weights=None):
         """Train an adapter, from weights or from nothing. Returns {step: loss} and the distance at
@@ -97,30 +100,42 @@ class Study:
             target = (self.trunk, adapter, self.collection, self.alpha)
             align.train(*target, self.settings, path, {}, write_line)
         path.unlink(missing_ok=True)
-        distance = self.distance(adapter)
+        distance = self.distance(adapter, self.alpha)
         adapter.remove()
-        return {"losses": losses, "distance": distance}
+        return {"distance": distance, "alpha": self.alpha, "losses": losses}
+
+
+def table(runs):
+    """The distances of all runs as a table in markdown, {dtype of the states: {what: figures}}."""
+    columns = " | ".join(f"states in {dtype}" for dtype in runs)
+    lines = [f"| | {columns} |", "|---" * (len(runs) + 1) + "|"]
+    for name in next(iter(runs.values())):
+        distances = [f"{figures[name]['distance']:.2f}" for figures in runs.values()]
+        lines.append(f"| {name} | {' | '.join(distances)} |")
+    return "\n".join(lines)
 
 
 def main(config):
     study = Study(config)
     good, bad = (load_adapter(study.folder / name, study.trunk) for name in ("good", "bad"))
     total = weight_difference(good, bad, study.alpha)
-    rank = study.settings.lora_rank
-    cut = cut_to_rank(total, rank)
-    result = {"strength": config.strength, "alpha": study.alpha, "layers": study.settings.layers}
-    result["rank of the sum, and cut to"] = [total.rank, rank]
-    measures = {
-        "base": lambda: study.distance(None),
-        "base + α (good - bad)": lambda: study.measure(total),
-        "the same, cut": lambda: study.measure(cut),
-        "trained from nothing": study.train,
-        "trained from the cut sum": lambda: study.train(cut),
-    }
+    cut = cut_to_rank(total, study.settings.lora_rank)
+    policies = {"base": None, "base + α (good - bad)": total, "the same, cut": cut}
+    measures = {"rounding alone": lambda: study.measure(None, alpha=0.0)}
+    for name, weights in policies.items():
+        measures[name] = partial(study.measure, weights)
+    measures["trained from nothing"] = study.train
+    measures["trained from the cut sum"] = partial(study.train, cut)
+    collected = study.manifest["settings"]
+    settings = {"strength": config.strength, "steps": config.steps, "layers": study.settings.layers}
+    settings |= {"model": collected["model"], "dtype": collected["dtype"]}
+    runs, figures = measured_before("start", settings, "states"), {}
     for name, measure in measures.items():
-        result[name] = measure()
-        print(f"{name}: {result[name]}", flush=True)
-        write_result("start", result)
+        figures[name] = measure()
+        print(f"{name}: distance {figures[name]['distance']:.3f}", flush=True)
+        runs[collected["compute_dtype"]] = figures
+        write_result("start", {"settings": settings, "states": runs})
+    print(table(runs))
 
 
 if __name__ == "__main__":

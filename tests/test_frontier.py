@@ -11,11 +11,23 @@ import pytest
 import torch
 from helpers import make_model, random_adapter
 
+import align
 from common.answers import answer_logprobs, kl_to_base
 from common.config import UserError
 from common.data import encode_pairs
 from common.pairs import Pair
-from studies import corr, frontier, frontier_report, sampling, shared, signal, smollm2, tasks
+from studies import (
+    corr,
+    defaults,
+    frontier,
+    frontier_report,
+    hh,
+    sampling,
+    shared,
+    signal,
+    smollm2,
+    tasks,
+)
 from studies.sampling import Policy, logprobs_of_answers, sample_answers
 
 
@@ -266,7 +278,8 @@ def test_the_signal_of_everything_that_is_trained(small_study, monkeypatch, tmp_
         signal.measure(signal.Config(figures=["SKIT"], **settings))
     # of the aligned adapters one is enough
     names = ["base, p+ against p-", "good against bad", "weights", "good against bad, γ 0", "SCIT"]
-    settings["figures"] = [*names, "SCIT, no anchors", "SCIT aligned, upper layers"]
+    names += ["SCIT, no anchors", "SCIT aligned, upper layers", "DUAL aligned, states in bfloat16"]
+    settings["figures"] = names
     figures = signal.measure(signal.Config(**settings))
     assert set(figures) == set(settings["figures"])
     for values in figures.values():
@@ -276,9 +289,51 @@ def test_the_signal_of_everything_that_is_trained(small_study, monkeypatch, tmp_
     assert pair["corr"] != other["corr"]
     assert figures["SCIT"]["corr"] != figures["SCIT, no anchors"]["corr"]
     assert f"| SCIT | {figures['SCIT']['corr']:.2f} ± " in signal.markdown(figures)
+    work = Path(small_study.work)
+    [rounded] = work.rglob("rounded states/dual/collect/stage.json")
+    assert json.loads(rounded.read_text())["settings"]["compute_dtype"] == "bfloat16"
+    [stage1] = work.rglob("plain-0/dual/good/stage.json")
+    assert (rounded.parent.parent / "good" / "stage.json").read_bytes() == stage1.read_bytes()
     # a later call measures nothing again
     monkeypatch.setattr(signal.Signal, "measure", None)
     assert signal.measure(signal.Config(**settings)) == figures
+
+
+def test_the_defaults_study_goes_on_with_the_missing_task(small_study, monkeypatch, tmp_path):
+    monkeypatch.setattr(shared, "RESULTS", tmp_path)
+    # a random model learns nothing that would move it by nats
+    monkeypatch.setattr(align, "KL", 0.02)
+    both, one = dict(tasks.TASKS), {"plain": tasks.TASKS["plain"]}
+    work = str(tmp_path / "defaults")
+    monkeypatch.setattr(tasks, "TASKS", one)
+    defaults.main(defaults.Config(model=small_study.model, work=work))
+    result = json.loads((tmp_path / "defaults.json").read_text())["tasks"]
+    assert set(result["plain"]["seconds"]) == {"dual", "collect", "align", "evaluate"}
+    models = result["plain"]["models"]
+    assert models["base"]["kl_to_base"] == 0 < models["dual_aligned"]["kl_to_base"]
+    base = f"| plain | base | {models['base']['judge_sampled']:.2f} | 0.00 |"
+    assert base in defaults.table(result)
+    # nothing is measured again
+    monkeypatch.setattr(defaults, "measure", lambda config, task: result["plain"])
+    monkeypatch.setattr(tasks, "TASKS", both)
+    defaults.main(defaults.Config(model=small_study.model, work=work))
+    assert set(json.loads((tmp_path / "defaults.json").read_text())["tasks"]) == set(both)
+
+
+def test_real_pairs_at_two_strengths(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(shared, "RESULTS", tmp_path)
+    source = {"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl")}
+    hh.main(hh.Config(**source, kl=[0.01, 0.04], work=str(tmp_path / "hh")))
+    result = json.loads((tmp_path / "hh.json").read_text())
+    policies = result["policies"]
+    assert list(policies) == ["base", "good", "bad", "kl 0.01", "kl 0.04"]
+    assert result["scales"]["kl 0.01"] < result["scales"]["kl 0.04"]
+    assert 0 < policies["kl 0.01"]["kl_to_base"] < policies["kl 0.04"]["kl_to_base"]
+    assert all(len(figures["answers"]) == hh.SHOWN for figures in policies.values())
+    # by their training on the chosen and on the rejected responses
+    assert policies["good"]["rewards/margins"] > policies["bad"]["rewards/margins"]
+    base = f"| base | {policies['base']['preference_accuracy']:.2f} |  |  |"
+    assert base in hh.table(policies)
 
 
 # ---------------------------------------------------------------- what is missing

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import SMALL_WORLD, make_model, random_adapter
 
+import collect
 from common import toy
 from common.data import encode_pairs
 from common.pairs import parse_row
@@ -184,16 +185,27 @@ def test_the_cut_is_the_best_approximation_of_its_rank():
 
 def test_the_study_of_starts(copy, tmp_path, monkeypatch):
     monkeypatch.setattr(shared, "RESULTS", tmp_path)
-    start.main(start.Config(out=str(copy), steps=20))
-    result = json.loads((tmp_path / "start.json").read_text())
+    config = start.Config(out=str(copy), steps=20)
+    start.main(config)
+    result = json.loads((tmp_path / "start.json").read_text())["states"]["float32"]
     # the base is α |v| away from its target
     manifest = json.loads((copy / "dual" / "collect" / "stage.json").read_text())
-    assert result["base"] == pytest.approx(result["alpha"] * manifest["norm_v"][0], rel=0.2)
+    distance, alpha = result["base"]["distance"], result["base"]["alpha"]
+    assert distance == pytest.approx(alpha * manifest["norm_v"][0], rel=0.2)
     for name in ("trained from nothing", "trained from the cut sum"):
         losses = result[name]["losses"]
         assert list(losses) == ["10", "20"]
-    trained = result["trained from nothing"]["distance"]
-    assert trained < result["base"]
+    assert result["trained from nothing"]["distance"] < distance
+    rounding = result["rounding alone"]["distance"]
+    assert rounding < 1e-3 * distance
+    # a second collection is a second run
+    states = {"layers": manifest["settings"]["layers"], "compute_dtype": "bfloat16"}
+    collect.main(collect.Config(out=str(copy), method="dual", **states))
+    start.main(config)
+    runs = json.loads((tmp_path / "start.json").read_text())["states"]
+    assert runs["float32"] == result
+    assert runs["bfloat16"]["rounding alone"]["distance"] > 10 * rounding
+    assert f"| base | {distance:.2f} |" in start.table(runs)
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_its_updates_are_orthogonal():
