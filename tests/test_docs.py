@@ -17,11 +17,13 @@ import evaluate
 import scit
 from common import toy
 from common.config import Parser
+from common.score import signs_of_collapse
 from kernel import bench
 from kernel.bench_forms import forms
 from studies import (
     bench_pipeline,
     campaign,
+    defaults,
     disk,
     dpo,
     embedded,
@@ -29,9 +31,11 @@ from studies import (
     found,
     frontier,
     frontier_report,
+    hh,
     real,
     signal,
     smollm2,
+    start,
     strengths,
     tasks,
     toy_base,
@@ -47,7 +51,7 @@ DOCS = README + RESULTS
 SCRIPTS = {f"{stage.__name__}.py": stage for stage in (scit, dual, collect, align, evaluate)}
 MODULES = (toy, bench, bench_pipeline, campaign, disk, embedded, few_tokens, found, real)
 MODULES += (strengths, wrong_labels, export, profile, survey, sweep)
-MODULES += (dpo, frontier, frontier_report, signal, smollm2, tasks)
+MODULES += (defaults, dpo, frontier, frontier_report, hh, signal, smollm2, start, tasks)
 SCRIPTS |= {f"-m {module.__name__}": module for module in MODULES}
 
 
@@ -209,14 +213,24 @@ def test_quantized_base():
     assert f"worse by {before[1] - before[0]:.2f} nats" in RESULTS
 
 
-def test_seconds_of_a_real_model():
-    lines = (ROOT / "studies" / "results" / "frontier.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in lines.split("\n") if line]
-    line = next(line for line in lines if (line["task"], line["method"]) == ("sentiment", "DUAL"))
-    collected = line["settings"]["dual/collect"]["layers"]
-    assert (line["seed"], line["dtype"], len(collected)) == (0, "bfloat16", 10)
-    sentence = "took {dual:.0f}, {collect:.0f} (of ten layers) and {align:.0f} seconds"
-    assert sentence.format(**line["seconds of stages"]["."]) in " ".join(README.split())
+def test_what_the_defaults_give_on_a_real_model():
+    measured = result("defaults")["tasks"]
+    assert defaults.table(measured) in RESULTS
+    took = "{dual:.0f}, {collect:.0f}, {align:.0f} and {evaluate:.0f}"
+    results = " ".join(RESULTS.split())
+    for task in measured.values():
+        base, aligned = task["models"]["base"], task["models"]["dual_aligned"]
+        assert aligned["judge_sampled"] > base["judge_sampled"] + 0.2
+        # "within 4%"
+        assert aligned["kl_to_base"] == pytest.approx(align.KL, rel=0.04)
+        assert took.format(**task["seconds"]) in results
+        assert not signs_of_collapse(aligned, base)
+    seconds, models = measured["sentiment"]["seconds"], measured["sentiment"]["models"]
+    text = " ".join(README.split())
+    assert f"took {took.format(**seconds)} seconds on two cores" in text
+    before, after = (models[name]["judge_sampled"] for name in ("base", "dual_aligned"))
+    kl = models["dual_aligned"]["kl_to_base"]
+    assert f"score rose from {before:.2f} to {after:.2f} for {kl:.1f} nats" in text
 
 
 def test_answers_at_several_strengths():
