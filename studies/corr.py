@@ -7,8 +7,16 @@ s² var(x) / 2 nats. So at KL k it gains
 
 where x = Σ_t log π+(r_t) - log π-(r_t) is the log-ratio that the tilt goes along, of an answer r of
 the base, R its reward and σ_R the standard deviation of R within prompts. The correlation is taken
-within prompts, too: what differs from prompt to prompt alone is lost to any policy. To first order
-it bounds what a method can reach that goes along x, and it takes some forward passes.
+within prompts, too: what differs from prompt to prompt alone is lost to any policy. This is the
+gain to first order, and it takes some forward passes.
+
+A model is tilted token by token: π(v) ∝ π_base(v) e^(s x(v)) at each position. Its log-ratio to the
+base is then Σ_t (s x_t - log Z_t) with log Z_t ≈ s E[x_t] + s² var(x_t) / 2, mean and variance over
+the base's next token. The first part centres x_t. The second depends on the text so far but not on
+the token that is chosen; it grows with s², and far from the base it may dominate the log-ratio and
+its correlation. So a policy is measured at a small scale. The log-ratio between two models that are
+far from the base (DUAL's good and bad) has such parts, too: its correlation is that of tilting
+whole answers, and a model that is tilted token by token may reach less or more.
 """
 
 import numpy as np

@@ -17,7 +17,7 @@ import evaluate
 from common.config import run, setting
 from common.hf import model_digest
 from studies import tasks
-from studies.shared import measured_before, quietly, write_result
+from studies.shared import machine, measured_before, quietly, write_result
 
 # What the table shows of evaluate's figures.
 COLUMNS = ("judge_sampled", "kl_to_base", "repeated_ngrams", "mean_length", "ended")
@@ -45,7 +45,8 @@ def measure(config, task):
         took = quietly(stage, out=str(out), device="cpu", **settings)
         seconds[stage.__name__] = round(took, 1)
     report = json.loads((out / "evaluate" / "report.json").read_text(encoding="utf-8"))
-    return {"seconds": seconds, "pairs": report["settings"]["pairs"], "models": report["models"]}
+    figures = {"pairs": report["settings"]["pairs"], "models": report["models"]}
+    return {"machine": machine(), "seconds": seconds, **figures}
 
 
 def table(measured):

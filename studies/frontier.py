@@ -83,7 +83,7 @@ class Experiment:
         self.scorer = tasks.TASKS[config.task].score
         # those of stage 1 that differ from its defaults
         self.stage1_settings = {}
-        # of the forward passes whose states are collected
+        # what collect computes in
         self.compute_dtype = collect.Config.compute_dtype
         self.dtype = config.dtype
         # another model, another folder
@@ -114,6 +114,8 @@ class Experiment:
     def run_stage(self, stage, **settings):
         """Run a stage; its seconds are added to what the folder's stages have taken."""
         shared = {"out": str(self.out), "device": "cpu", "seed": self.seed}
+        if stage is collect:
+            shared["compute_dtype"] = self.compute_dtype
         name = f"{settings['method']} {stage.__name__}" if "method" in settings else stage.__name__
         self.add_seconds(name, quietly(stage, **shared, **settings))
 
@@ -178,8 +180,7 @@ class Experiment:
         if not (folder / "stage.json").exists():
             self.stage1({"dual": dual, "scit": scit}[method])
             if not (self.out / method / "collect" / "stage.json").exists():
-                states = {"layers": ["upper", "middle"], "compute_dtype": self.compute_dtype}
-                self.run_stage(collect, method=method, **states)
+                self.run_stage(collect, method=method, layers=["upper", "middle"])
             self.run_stage(align, method=method, layers=[layers], strength=align.STRENGTH)
             (self.out / method / "align").rename(folder)
         return self.load(f"{method}/align-{layers}")

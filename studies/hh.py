@@ -2,10 +2,11 @@
 
     python -m studies.hh --data PATH       (needs out/smollm2: python -m studies.smollm2)
 
-All stages have their defaults, and align's one adapter is scaled to each KL on validation prompts.
-Scored are held-out pairs: how often a policy prefers the chosen response, by its log-probability
-and by its log-ratio to the base, and the answers to their prompts, some of which are written down
-to be read. Writes studies/results/hh.json, policy by policy.
+dual and collect run with their defaults, align without its scaling: its one adapter is scaled to
+each KL here, on validation prompts. On held-out pairs the study measures how often a policy prefers
+the chosen response, by its mean log-probability per token, and by its log-ratio to the base, summed
+over the response. It scores the answers to their prompts, too, and keeps some of them to be read.
+Writes studies/results/hh.json, policy by policy.
 """
 
 import contextlib
@@ -28,10 +29,10 @@ from lora import load_adapter
 from studies.shared import quietly, write_result
 from tools.sweep import read_pairs
 
-# The pairs that are scored, of the test split, and that the adapter is scaled on.
+# The test pairs that are scored, and the validation pairs whose prompts the adapter is scaled on.
 TEST_PAIRS, VALIDATION_PAIRS = 200, 64
 
-# The first prompts, whose sampled answers are written down.
+# So many sampled answers of each policy are kept.
 SHOWN = 8
 
 
@@ -46,7 +47,7 @@ class Config:
     model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
     kl: list[float] = setting(None, "strengths in nats an answer; empty takes 2 and 5")
     dtype: str = setting("float32", "of the base model", group="run")
-    work: str = setting("/tmp/rahf-hh", "folder of the stages, reused", group="run")
+    work: str = setting("/tmp/rahf-hh", "folder of the stages", group="run")
 
 
 class Study:
@@ -104,7 +105,7 @@ def main(config):
     shared = {"out": config.work, "device": "cpu"}
     source = {"model": config.model, "data": [config.data], "dtype": config.dtype}
     seconds = {}
-    # a strength in place of a KL: the adapter is scaled below
+    # with a strength align does not scale its adapter: Study.scale_to does
     for stage, settings in (
         (dual, source),
         (collect, {}),
@@ -122,8 +123,8 @@ def main(config):
     measured = {}
     for name, weights in policies.items():
         measured[name] = study.score(weights)
-        figures = {"seconds": seconds, "scales": scales, "policies": measured}
-        write_result("hh", {"settings": settings, **figures})
+        result = {"settings": settings, "seconds": seconds, "scales": scales}
+        write_result("hh", {**result, "policies": measured})
     print(table(measured))
 
 

@@ -5,8 +5,9 @@
 
 For answers of the base to the validation prompts, x is the log-ratio that a method would tilt the
 base along; see studies/corr.py for what its correlation with the reward says. The method's own
-settings are chosen by it: a figure takes minutes of forward passes where a frontier takes an hour
-of sampling. Each is written as soon as it is there, and a later call goes on with the missing ones.
+settings are chosen by this correlation: it takes minutes of forward passes where a frontier takes
+an hour of sampling. Each is written as soon as it is there, and a later call goes on with the
+missing ones.
 """
 
 import copy
@@ -15,8 +16,10 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 
+import dual
 from common.answers import attached
 from common.config import UserError, run, setting
+from common.dial import scaled
 from common.hf import model_digest
 from common.score import prompts_of
 from studies import tasks
@@ -28,8 +31,9 @@ from studies.shared import RESULTS, weight_difference, write_result
 # The base's answers to each validation prompt.
 ANSWERS = 8
 
-# The λ of base + λ (good - bad).
-LAMBDA = 0.5
+# The spread of x in nats that adapters are scaled to before they are measured: a correlation says
+# where a policy goes only near the base (see studies/corr.py).
+SPREAD = 1.0
 
 # Stage 1 with other settings than the default's: {name: settings of dual.py}.
 DUAL_VARIANTS = {
@@ -125,8 +129,12 @@ def of_base(signal):
 
 
 def of_policy(load, signal):
-    """A policy against the base. load: a function that returns its AdapterWeights."""
-    return signal.logprobs(load()) - signal.base
+    """A policy against the base, scaled to about SPREAD. load: a function that returns its
+    AdapterWeights."""
+    weights = load()
+    x = signal.logprobs(weights) - signal.base
+    scale = SPREAD / within(x).std()
+    return signal.logprobs(scaled(weights, scale)) - signal.base
 
 
 def of_pair(variant, signal):
@@ -142,18 +150,18 @@ def of_instructed(variant, signal):
 
 
 def weights_of(variant):
-    return weight_difference(*variant.dual(), LAMBDA)
+    return weight_difference(*variant.dual(), 1.0)
 
 
-def aligned_to_rounded_states(experiment, other):
-    """AdapterWeights of DUAL aligned with the same stage 1 to states of bfloat16 forward passes."""
-    experiment.dual()
+def aligned_to_rounded_states(experiment, rounded):
+    """AdapterWeights of DUAL with an experiment's good and bad model, but aligned to states that
+    collect computed in bfloat16, in the folder of another experiment."""
+    experiment.stage1(dual)
     for name in ("good", "bad"):
         shutil.copytree(
-            experiment.out / "dual" / name, other.out / "dual" / name, dirs_exist_ok=True
+            experiment.out / "dual" / name, rounded.out / "dual" / name, dirs_exist_ok=True
         )
-    other.compute_dtype = "bfloat16"
-    return other.aligned("dual")
+    return rounded.aligned("dual")
 
 
 def log_ratios(experiment):
@@ -178,8 +186,10 @@ def log_ratios(experiment):
         for layers in ("upper", "middle"):
             load = partial(experiment.aligned, method, layers)
             ratios[f"{method.upper()} aligned, {layers} layers"] = partial(of_policy, load)
-    load = partial(aligned_to_rounded_states, experiment, others.variant("rounded states"))
-    ratios["DUAL aligned, states in bfloat16"] = partial(of_policy, load)
+    rounded = others.variant("rounded states")
+    rounded.compute_dtype = "bfloat16"
+    load = partial(aligned_to_rounded_states, experiment, rounded)
+    ratios["DUAL aligned, upper layers, states in bfloat16"] = partial(of_policy, load)
     return ratios
 
 
@@ -190,7 +200,7 @@ def measure(config):
     if unknown := set(config.figures or []) - set(ratios):
         raise UserError(f"--figures {min(unknown)!r}: choose from {'; '.join(ratios)}")
     figures = Figures(config)
-    missing = [name for name in config.figures or ratios if name not in figures]
+    missing = [name for name in dict.fromkeys(config.figures or ratios) if name not in figures]
     if missing:
         signal = Signal(experiment)
         for name in missing:

@@ -7,8 +7,9 @@
 To first order base + α (good - bad) has the hidden states that align.py trains for. Distances of
 validation states to the target b + α (h+ - h-), in all target layers: of the base, of this sum, of
 the sum cut to the rank of align's LoRA, and of the adapter trained from nothing and from the cut
-sum. A second collection of the same stage 1, by `collect.py --compute-dtype bfloat16`, gives a
-second run. Writes studies/results/start.json.
+sum. Before them, what rounding has to do with it: the distance of the base to the b that was
+recorded. Run `collect.py --compute-dtype bfloat16` and this again, and the same distances to a
+target that is computed in bfloat16 become a second column. Writes studies/results/start.json.
 """
 
 import contextlib
@@ -21,7 +22,13 @@ import torch
 
 import align
 from common.config import run, setting
-from common.hf import choose_device, choose_tokens_per_pass, load_tokenizer, load_trunk
+from common.hf import (
+    choose_device,
+    choose_tokens_per_pass,
+    load_tokenizer,
+    load_trunk,
+    model_digest,
+)
 from lora import AdapterWeights, LoRA, load_adapter
 from studies.shared import measured_before, weight_difference, write_result
 
@@ -76,8 +83,8 @@ class Study:
         return sum(distances) / len(distances)
 
     def measure(self, weights, alpha=None):
-        """The distance with some AdapterWeights, None: of the base. At α 0 the target is b, and the
-        base's distance is what rounding leaves."""
+        """The distance with some AdapterWeights, None: of the base. At α 0 the target is the b that
+        was recorded: the base's distance is a rounding error."""
         alpha = self.alpha if alpha is None else alpha
         adapter = LoRA(self.trunk, weights=weights).eval()
         distance = self.distance(adapter, alpha)
@@ -106,8 +113,9 @@ class Study:
 
 
 def table(runs):
-    """The distances of all runs as a table in markdown, {dtype of the states: {what: figures}}."""
-    columns = " | ".join(f"states in {dtype}" for dtype in runs)
+    """The distances of all runs as a table in markdown. runs: {what collect computed in: {what is
+    measured: figures}}."""
+    columns = " | ".join(f"collected in {dtype}" for dtype in runs)
     lines = [f"| | {columns} |", "|---" * (len(runs) + 1) + "|"]
     for name in next(iter(runs.values())):
         distances = [f"{figures[name]['distance']:.2f}" for figures in runs.values()]
@@ -121,20 +129,22 @@ def main(config):
     total = weight_difference(good, bad, study.alpha)
     cut = cut_to_rank(total, study.settings.lora_rank)
     policies = {"base": None, "base + α (good - bad)": total, "the same, cut": cut}
-    measures = {"rounding alone": lambda: study.measure(None, alpha=0.0)}
+    measures = {"rounding of b": lambda: study.measure(None, alpha=0.0)}
     for name, weights in policies.items():
         measures[name] = partial(study.measure, weights)
     measures["trained from nothing"] = study.train
     measures["trained from the cut sum"] = partial(study.train, cut)
     collected = study.manifest["settings"]
     settings = {"strength": config.strength, "steps": config.steps, "layers": study.settings.layers}
-    settings |= {"model": collected["model"], "dtype": collected["dtype"]}
-    runs, figures = measured_before("start", settings, "states"), {}
+    settings |= {"model": model_digest(collected["model"])[:12], "dtype": collected["dtype"]}
+    settings["adapters"] = study.manifest["adapters"]
+    figures = {}
     for name, measure in measures.items():
         figures[name] = measure()
         print(f"{name}: distance {figures[name]['distance']:.3f}", flush=True)
-        runs[collected["compute_dtype"]] = figures
-        write_result("start", {"settings": settings, "states": runs})
+    runs = measured_before("start", settings, "collected in")
+    runs[collected["compute_dtype"]] = figures
+    write_result("start", {"settings": settings, "collected in": runs})
     print(table(runs))
 
 

@@ -31,7 +31,6 @@ from studies import (
     found,
     frontier,
     frontier_report,
-    hh,
     real,
     signal,
     smollm2,
@@ -51,7 +50,7 @@ DOCS = README + RESULTS
 SCRIPTS = {f"{stage.__name__}.py": stage for stage in (scit, dual, collect, align, evaluate)}
 MODULES = (toy, bench, bench_pipeline, campaign, disk, embedded, few_tokens, found, real)
 MODULES += (strengths, wrong_labels, export, profile, survey, sweep)
-MODULES += (defaults, dpo, frontier, frontier_report, hh, signal, smollm2, start, tasks)
+MODULES += (defaults, dpo, frontier, frontier_report, signal, smollm2, start, tasks)
 SCRIPTS |= {f"-m {module.__name__}": module for module in MODULES}
 
 
@@ -221,16 +220,22 @@ def test_what_the_defaults_give_on_a_real_model():
     for task in measured.values():
         base, aligned = task["models"]["base"], task["models"]["dual_aligned"]
         assert aligned["judge_sampled"] > base["judge_sampled"] + 0.2
-        # "within 4%"
+        # "within 4%", "standard errors of 3%"
         assert aligned["kl_to_base"] == pytest.approx(align.KL, rel=0.04)
+        assert round(aligned["kl_error"] / align.KL, 2) == 0.03
         assert took.format(**task["seconds"]) in results
         assert not signs_of_collapse(aligned, base)
     seconds, models = measured["sentiment"]["seconds"], measured["sentiment"]["models"]
     text = " ".join(README.split())
     assert f"took {took.format(**seconds)} seconds on two cores" in text
+    held_out = (measured[task]["pairs"] for task in ("sentiment", "plain"))
+    assert "prompts of {} and {} held-out pairs".format(*held_out) in results
+    repeated = measured["plain"]["models"]
+    repeated = [repeated[name]["repeated_ngrams"] for name in ("dual_aligned", "base")]
+    assert "{:.0%} of the 4-grams against {:.0%}".format(*repeated) in results
     before, after = (models[name]["judge_sampled"] for name in ("base", "dual_aligned"))
     kl = models["dual_aligned"]["kl_to_base"]
-    assert f"score rose from {before:.2f} to {after:.2f} for {kl:.1f} nats" in text
+    assert f"score at temperature 1 rose from {before:.2f} to {after:.2f} for {kl:.1f} nats" in text
 
 
 def test_answers_at_several_strengths():

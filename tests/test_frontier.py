@@ -278,13 +278,17 @@ def test_the_signal_of_everything_that_is_trained(small_study, monkeypatch, tmp_
         signal.measure(signal.Config(figures=["SKIT"], **settings))
     # of the aligned adapters one is enough
     names = ["base, p+ against p-", "good against bad", "weights", "good against bad, γ 0", "SCIT"]
-    names += ["SCIT, no anchors", "SCIT aligned, upper layers", "DUAL aligned, states in bfloat16"]
+    names += ["SCIT, no anchors", "SCIT aligned, upper layers", "weights, γ 0"]
+    names.append("DUAL aligned, upper layers, states in bfloat16")
     settings["figures"] = names
     figures = signal.measure(signal.Config(**settings))
-    assert set(figures) == set(settings["figures"])
+    assert list(figures) == settings["figures"]
     for values in figures.values():
         assert -1 <= values["corr"] <= 1
         assert values["spread"] > 0
+    # policies are scaled to one spread
+    for name in ("weights", "weights, γ 0", "SCIT aligned, upper layers"):
+        assert figures[name]["spread"] == pytest.approx(signal.SPREAD, rel=0.5)
     pair, other = figures["good against bad"], figures["good against bad, γ 0"]
     assert pair["corr"] != other["corr"]
     assert figures["SCIT"]["corr"] != figures["SCIT, no anchors"]["corr"]
@@ -313,8 +317,12 @@ def test_the_defaults_study_goes_on_with_the_missing_task(small_study, monkeypat
     assert models["base"]["kl_to_base"] == 0 < models["dual_aligned"]["kl_to_base"]
     base = f"| plain | base | {models['base']['judge_sampled']:.2f} | 0.00 |"
     assert base in defaults.table(result)
-    # nothing is measured again
-    monkeypatch.setattr(defaults, "measure", lambda config, task: result["plain"])
+
+    def measure(config, task):
+        assert task != "plain", "measured again"
+        return result["plain"]
+
+    monkeypatch.setattr(defaults, "measure", measure)
     monkeypatch.setattr(tasks, "TASKS", both)
     defaults.main(defaults.Config(model=small_study.model, work=work))
     assert set(json.loads((tmp_path / "defaults.json").read_text())["tasks"]) == set(both)

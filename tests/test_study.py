@@ -187,7 +187,7 @@ def test_the_study_of_starts(copy, tmp_path, monkeypatch):
     monkeypatch.setattr(shared, "RESULTS", tmp_path)
     config = start.Config(out=str(copy), steps=20)
     start.main(config)
-    result = json.loads((tmp_path / "start.json").read_text())["states"]["float32"]
+    result = json.loads((tmp_path / "start.json").read_text())["collected in"]["float32"]
     # the base is α |v| away from its target
     manifest = json.loads((copy / "dual" / "collect" / "stage.json").read_text())
     distance, alpha = result["base"]["distance"], result["base"]["alpha"]
@@ -196,15 +196,15 @@ def test_the_study_of_starts(copy, tmp_path, monkeypatch):
         losses = result[name]["losses"]
         assert list(losses) == ["10", "20"]
     assert result["trained from nothing"]["distance"] < distance
-    rounding = result["rounding alone"]["distance"]
+    rounding = result["rounding of b"]["distance"]
     assert rounding < 1e-3 * distance
     # a second collection is a second run
     states = {"layers": manifest["settings"]["layers"], "compute_dtype": "bfloat16"}
     collect.main(collect.Config(out=str(copy), method="dual", **states))
     start.main(config)
-    runs = json.loads((tmp_path / "start.json").read_text())["states"]
+    runs = json.loads((tmp_path / "start.json").read_text())["collected in"]
     assert runs["float32"] == result
-    assert runs["bfloat16"]["rounding alone"]["distance"] > 10 * rounding
+    assert runs["bfloat16"]["rounding of b"]["distance"] > 10 * rounding
     assert f"| base | {distance:.2f} |" in start.table(runs)
 
 
