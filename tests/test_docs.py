@@ -238,6 +238,21 @@ def test_what_the_defaults_give_on_a_real_model():
     assert f"score at temperature 1 rose from {before:.2f} to {after:.2f} for {kl:.1f} nats" in text
 
 
+def test_what_the_third_stage_adds_to_arithmetic():
+    runs = result("start")["collected in"]
+    assert start.table(runs) in RESULTS
+    figures = runs["float32"]
+    base = figures["base"]["distance"]
+    assert f"α is {figures['base']['alpha']:.2f}, ρ 0.1" in RESULTS
+    text = " ".join(RESULTS.split())
+    rows = ("base + α (good - bad)", "trained from nothing", "trained from the cut sum")
+    gone = [1 - figures[name]["distance"] / base for name in rows]
+    for words, share in zip(("weights goes {}", "training go {}", "cut sum goes {}"), gone):
+        assert words.format(f"{share:.0%}") in text
+    losses = [figures[name]["losses"] for name in rows[1:]]
+    assert losses[1]["30"] == pytest.approx(losses[0]["80"], rel=0.01)
+
+
 def test_answers_at_several_strengths():
     answers = result("strengths")["answers"]
     shown = [kind for kind in answers if answers[kind]["question"] in README]
