@@ -162,6 +162,7 @@ def test_the_frontier_on_a_real_model():
     text = " ".join(RESULTS.split())
     stated = {("sentiment", "DUAL"): ("1", "2", "5", "10"), ("sentiment", "SCIT"): ("1", "2")}
     stated |= {("plain", "DUAL"): ("1", "2", "5", "10"), ("plain", "weights"): ("5",)}
+    stated["sentiment", "logits"] = ("1", "2", "5", "10")
     for (task, method), budgets in stated.items():
         for budget in budgets:
             ahead = result("frontier")[task]["ahead of the best DPO"][method][budget]
