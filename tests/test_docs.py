@@ -239,6 +239,15 @@ def test_what_the_defaults_give_on_a_real_model():
     assert f"score at temperature 1 rose from {before:.2f} to {after:.2f} for {kl:.1f} nats" in text
 
 
+def test_what_carries_the_signal():
+    [figures] = result("signal")["runs"].values()
+    assert signal.markdown(figures) in RESULTS
+    corr = {name: values["corr"] for name, values in figures.items()}
+    lost = 1 - corr["DUAL aligned, middle layers"] / corr["weights"]
+    assert lost == pytest.approx(0.2, abs=0.05)
+    assert max(corr, key=corr.get) == "good against bad"
+
+
 def test_what_the_third_stage_adds_to_arithmetic():
     runs = result("start")["collected in"]
     assert start.table(runs) in RESULTS
