@@ -285,11 +285,9 @@ class Memory:
 
 def run_form(config, form, method, pairs):
     """What one measurement measures: one epoch of a form."""
-    out, device, layers = (
-        folder_of(config, method, pairs),
-        choose_device(None),
-        LAYERS[config.shape],
-    )
+    out = folder_of(config, method, pairs)
+    device = choose_device(None)
+    layers = LAYERS[config.shape]
     if form == "collect":
         names = [str(layer) for layer in layers]
         shared = {"out": str(out), "method": method, "layers": names, "max_gb": 1e6}

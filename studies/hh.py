@@ -35,6 +35,8 @@ TEST_PAIRS, VALIDATION_PAIRS = 200, 64
 # So many sampled answers of each policy are kept.
 SHOWN = 8
 
+# Strengths in nats an answer.
+KLS = (2.0, 5.0)
 
 # What the table shows of a policy's figures. The rewards are its log-ratios to the base.
 COLUMNS = ("preference_accuracy", "rewards/accuracies", "rewards/margins", "implicit_dual_sampled")
@@ -45,7 +47,9 @@ COLUMNS += ("kl_to_base", "repeated_ngrams", "mean_length")
 class Config:
     data: str = field(metadata={"help": "preference pairs"})
     model: str = setting("out/smollm2", "the folder that studies.smollm2 wrote", group="data")
-    kl: list[float] = setting(None, "strengths in nats an answer; empty takes 2 and 5")
+    kl: list[float] = setting(
+        None, f"strengths in nats an answer; empty takes {KLS[0]:g} and {KLS[1]:g}", minimum=1e-3
+    )
     dtype: str = setting("float32", "of the base model", group="run")
     work: str = setting("/tmp/rahf-hh", "folder of the stages", group="run")
 
@@ -116,7 +120,7 @@ def main(config):
     study = Study(config)
     policies = {"base": None, "good": study.stage1["good"], "bad": study.stage1["bad"]}
     scales = {}
-    for kl in config.kl or [2.0, 5.0]:
+    for kl in config.kl or KLS:
         scales[f"kl {kl:g}"], policies[f"kl {kl:g}"] = study.scale_to(kl)
     settings = {"model": model_digest(config.model)[:12], "data": Path(config.data).name}
     settings |= {"dtype": config.dtype, "test pairs": len(study.held_out["test"])}

@@ -92,8 +92,8 @@ class Study:
         return {"distance": distance, "alpha": alpha}
 
     def train(self, weights=None):
-        """Train an adapter, from weights or from nothing. Returns {step: loss} and the distance at
-        the end."""
+        """Train an adapter, from weights or from nothing. Returns the distance at the end, α, and
+        the losses {step: loss}."""
         torch.manual_seed(self.settings.seed)
         adapter = LoRA(self.trunk, weights=weights)
         losses = {}
@@ -129,7 +129,7 @@ def main(config):
     total = weight_difference(good, bad, study.alpha)
     cut = cut_to_rank(total, study.settings.lora_rank)
     policies = {"base": None, "base + α (good - bad)": total, "the same, cut": cut}
-    measures = {"rounding of b": lambda: study.measure(None, alpha=0.0)}
+    measures = {"rounding of b": partial(study.measure, None, alpha=0.0)}
     for name, weights in policies.items():
         measures[name] = partial(study.measure, weights)
     measures["trained from nothing"] = study.train
