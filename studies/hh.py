@@ -2,11 +2,12 @@
 
     python -m studies.hh --data PATH       (needs out/smollm2: python -m studies.smollm2)
 
-dual and collect run with their defaults, align without its scaling: its one adapter is scaled to
-each KL here, on validation prompts. On held-out pairs the study measures how often a policy prefers
-the chosen response, by its mean log-probability per token, and by its log-ratio to the base, summed
-over the response. It scores the answers to their prompts, too, and keeps some of them to be read.
-Writes studies/results/hh.json, policy by policy.
+dual runs with its defaults, collect in the model's dtype (studies/signal.py: that loses nothing),
+align without its scaling: its one adapter is scaled to each KL here, on validation prompts. On
+held-out pairs the study measures how often a policy prefers the chosen response, by its mean
+log-probability per token, and by its log-ratio to the base, summed over the response. It scores its
+answers to their prompts, too. Writes studies/results/hh.json, policy by policy, with some answers;
+all of them are in the work folder, with their prompts. A later call goes on where this one stopped.
 """
 
 import contextlib
@@ -22,17 +23,24 @@ from common.config import run, setting
 from common.data import sample
 from common.dial import dial, scaled
 from common.hf import load_model, load_tokenizer, model_digest
-from common.score import Scoring, implicit_rewards, prompts_of, reward_metrics, score_model
+from common.score import (
+    Scoring,
+    implicit_rewards,
+    prompts_of,
+    reward_metrics,
+    score_model,
+    write_rows,
+)
 from common.stage1 import open_stage1
-from common.stages import read_stage
+from common.stages import MANIFEST, read_stage
 from lora import load_adapter
-from studies.shared import quietly, write_result
+from studies.shared import measured_before, quietly, write_result
 from tools.sweep import read_pairs
 
 # The test pairs that are scored, and the validation pairs whose prompts the adapter is scaled on.
 TEST_PAIRS, VALIDATION_PAIRS = 200, 64
 
-# So many sampled answers of each policy are kept.
+# So many sampled answers of each policy are in the result file.
 SHOWN = 8
 
 # Strengths in nats an answer.
@@ -51,37 +59,51 @@ class Config:
         None, f"strengths in nats an answer; empty takes {KLS[0]:g} and {KLS[1]:g}", minimum=1e-3
     )
     dtype: str = setting("float32", "of the base model", group="run")
-    work: str = setting("/tmp/rahf-hh", "folder of the stages", group="run")
+    work: str = setting("/tmp/rahf-hh", "folder of the stages, reused", group="run")
+
+
+def run_stages(config, out):
+    """Run the stages that have not written to the folder out yet."""
+    source = {"model": config.model, "data": [config.data], "dtype": config.dtype}
+    stages = (
+        ("bad", dual, source),
+        ("collect", collect, {"compute_dtype": config.dtype}),
+        # with a strength align does not scale its adapter: Study.scale_to does
+        ("align", align, {"strength": align.STRENGTH}),
+    )
+    for folder, stage, settings in stages:
+        if not (out / "dual" / folder / MANIFEST).exists():
+            quietly(stage, out=str(out), device="cpu", **settings)
 
 
 class Study:
     """The stages' adapters on their base, and the pairs that nothing was trained on."""
 
-    def __init__(self, config):
+    def __init__(self, config, out):
         self.generation = GenerationSettings(max_new_tokens=64, batch_size=64, seed=0)
         self.tokenizer = load_tokenizer(config.model)
         self.model = load_model(config.model, config.dtype, "cpu")
-        folder = Path(config.work) / "dual"
-        manifest = read_stage(folder / "collect", "collect", "python -m studies.hh")
+        manifest = read_stage(out / "dual" / "collect", "collect", "python -m studies.hh")
         self.held_out = {}
         with contextlib.redirect_stdout(io.StringIO()):
             for split, count in (("valid", VALIDATION_PAIRS), ("test", TEST_PAIRS)):
                 pairs = read_pairs(manifest, split, self.tokenizer)[split]
                 self.held_out[split] = sample(pairs, count, self.generation.seed)
-        self.stage1 = open_stage1(config.work, "dual").load_weights(self.model.base_model)
-        self.aligned = load_adapter(folder / "align", self.model.base_model)
+        self.stage1 = open_stage1(out, "dual").load_weights(self.model.base_model)
+        self.aligned = load_adapter(out / "dual" / "align", self.model.base_model)
 
-    def scale_to(self, kl):
-        """(scale, AdapterWeights) of the aligned adapter at a KL in nats an answer."""
+    def aligned_at(self, kl):
+        """(AdapterWeights, scale) of the aligned adapter at a KL in nats an answer."""
         valid = self.held_out["valid"]
         prompts, end_token = prompts_of(valid, "plain"), valid[0].end_token
         scale, _ = dial(
             self.model, self.tokenizer, self.aligned, prompts, end_token, kl, self.generation
         )
-        return scale, scaled(self.aligned, scale)
+        return scaled(self.aligned, scale), scale
 
     def score(self, weights):
-        """The figures of one policy on the test pairs, and its first sampled answers."""
+        """The figures of one policy on the test pairs, and its answers as common.score.score_model
+        returns them."""
         pairs, pad_id = self.held_out["test"], self.tokenizer.pad_token_id
         scoring = Scoring({}, implicit_rewards(self.stage1), self.generation)
         with attached(self.model, weights) as adapter:
@@ -90,9 +112,7 @@ class Study:
                 report |= reward_metrics(
                     self.model, [adapter], adapter, pairs, "plain", 1.0, pad_id, None
                 )
-        sampled = [row for row in rows if row["temperature"]]
-        answers = [{name: row[name] for name in ("instruction", "output")} for row in sampled]
-        return {**report, "answers": answers[:SHOWN]}
+        return report, rows
 
 
 def table(policies):
@@ -106,29 +126,29 @@ def table(policies):
 
 
 def main(config):
-    shared = {"out": config.work, "device": "cpu"}
-    source = {"model": config.model, "data": [config.data], "dtype": config.dtype}
-    seconds = {}
-    # with a strength align does not scale its adapter: Study.scale_to does
-    for stage, settings in (
-        (dual, source),
-        (collect, {}),
-        (align, {"strength": align.STRENGTH}),
-    ):
-        seconds[stage.__name__] = round(quietly(stage, **shared, **settings), 1)
-
-    study = Study(config)
-    policies = {"base": None, "good": study.stage1["good"], "bad": study.stage1["bad"]}
-    scales = {}
-    for kl in config.kl or KLS:
-        scales[f"kl {kl:g}"], policies[f"kl {kl:g}"] = study.scale_to(kl)
     settings = {"model": model_digest(config.model)[:12], "data": Path(config.data).name}
-    settings |= {"dtype": config.dtype, "test pairs": len(study.held_out["test"])}
-    measured = {}
-    for name, weights in policies.items():
-        measured[name] = study.score(weights)
-        result = {"settings": settings, "seconds": seconds, "scales": scales}
-        write_result("hh", {**result, "policies": measured})
+    settings["dtype"] = config.dtype
+    out = Path(config.work) / "-".join(settings.values())
+    run_stages(config, out)
+    study = Study(config, out)
+    settings["test pairs"] = len(study.held_out["test"])
+    measured = measured_before("hh", settings, "policies")
+
+    # {policy: function that returns its AdapterWeights and their scale}
+    policies = {"base": lambda: (None, 0.0)}
+    for name in ("good", "bad"):
+        policies[name] = lambda name=name: (study.stage1[name], 1.0)
+    for kl in config.kl or KLS:
+        policies[f"aligned, {kl:g} nats"] = lambda kl=kl: study.aligned_at(kl)
+    for name, load in policies.items():
+        if name not in measured:
+            weights, scale = load()
+            report, rows = study.score(weights)
+            with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                write_rows(file, rows)
+            answers = [row["output"] for row in rows if row["temperature"]][:SHOWN]
+            measured[name] = {"scale": scale, **report, "answers": answers}
+            write_result("hh", {"settings": settings, "policies": measured})
     print(table(measured))
 
 

@@ -331,17 +331,30 @@ def test_the_defaults_study_goes_on_with_the_missing_task(small_study, monkeypat
 def test_real_pairs_at_two_strengths(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(shared, "RESULTS", tmp_path)
     source = {"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl")}
-    hh.main(hh.Config(**source, kl=[0.01, 0.04], work=str(tmp_path / "hh")))
+    config = hh.Config(**source, kl=[0.01, 0.04], work=str(tmp_path / "hh"))
+    hh.main(config)
     result = json.loads((tmp_path / "hh.json").read_text())
     policies = result["policies"]
-    assert list(policies) == ["base", "good", "bad", "kl 0.01", "kl 0.04"]
-    assert result["scales"]["kl 0.01"] < result["scales"]["kl 0.04"]
-    assert 0 < policies["kl 0.01"]["kl_to_base"] < policies["kl 0.04"]["kl_to_base"]
+    weak, strong = policies["aligned, 0.01 nats"], policies["aligned, 0.04 nats"]
+    assert list(policies) == ["base", "good", "bad", "aligned, 0.01 nats", "aligned, 0.04 nats"]
+    assert weak["scale"] < strong["scale"]
+    assert 0 < weak["kl_to_base"] < strong["kl_to_base"]
     assert all(len(figures["answers"]) == hh.SHOWN for figures in policies.values())
     # by their training on the chosen and on the rejected responses
     assert policies["good"]["rewards/margins"] > policies["bad"]["rewards/margins"]
     base = f"| base | {policies['base']['preference_accuracy']:.2f} |  |  |"
     assert base in hh.table(policies)
+
+    # a later call trains nothing again, and measures what is missing
+    monkeypatch.setattr(hh, "quietly", None)
+    del policies["aligned, 0.04 nats"]
+    shared.write_result("hh", {"settings": result["settings"], "policies": policies})
+    scored = []
+    monkeypatch.setattr(hh.Study, "score", lambda study, weights: scored.append(1) or ({}, []))
+    hh.main(config)
+    again = json.loads((tmp_path / "hh.json").read_text())["policies"]
+    assert len(scored) == 1 and again.pop("aligned, 0.04 nats")["scale"] == strong["scale"]
+    assert again == policies
 
 
 # ---------------------------------------------------------------- what is missing
