@@ -174,16 +174,19 @@ class Experiment:
             other.run_stage(align, method="dual", alpha=5.0, **targets)
         return other.load("dual/align")
 
-    def aligned(self, method, layers="upper"):
-        """AdapterWeights of RAHF as align.py trains it, not scaled."""
-        folder = self.out / method / f"align-{layers}"
+    def aligned(self, method, layers="upper", rank=None):
+        """AdapterWeights of RAHF as align.py trains it, not scaled. rank: the directions that v is
+        projected on, None: all."""
+        folder = self.out / method / (f"align-{layers}" + (f"-rank-{rank}" if rank else ""))
         if not (folder / "stage.json").exists():
             self.stage1({"dual": dual, "scit": scit}[method])
             if not (self.out / method / "collect" / "stage.json").exists():
                 self.run_stage(collect, method=method, layers=["upper", "middle"])
-            self.run_stage(align, method=method, layers=[layers], strength=align.STRENGTH)
+            self.run_stage(
+                align, method=method, layers=[layers], strength=align.STRENGTH, rank=rank
+            )
             (self.out / method / "align").rename(folder)
-        return self.load(f"{method}/align-{layers}")
+        return load_adapter(folder, self.model.base_model)
 
     def dpo(self, lr, wrong_labels=0.0):
         """AdapterWeights of DPO; with wrong_labels by the loss that allows for that share."""
@@ -202,7 +205,7 @@ class Experiment:
 
     def settings(self):
         """What the stages that have run so far were told, {folder: settings}."""
-        names = ["steps", "batch_size", "lr", "layers", "limit"]
+        names = ["steps", "batch_size", "lr", "layers", "limit", "rank"]
         # of stage 1's losses
         names += ["contrast", "beta", "reduction", "smoothing", "anchor"]
         settings = {}
@@ -241,6 +244,9 @@ class Experiment:
         if self.wrong_labels:
             robust = functools.partial(self.dpo, ROBUST_LR, self.wrong_labels)
             methods["robust DPO"] = (lambda scale: of(robust(), scale), DPO_SCALES)
+            # in the tiny world few directions hold less of the wrong labels
+            projected = functools.partial(self.aligned, "dual", rank=8)
+            methods["DUAL, rank 8"] = (lambda scale: of(projected(), scale), SCALES)
         methods |= {
             "weights": (weights, LAMBDAS),
             "logits": (logits, LAMBDAS),

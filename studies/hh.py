@@ -136,10 +136,10 @@ def main(config):
 
     # {policy: function that returns its AdapterWeights and their scale}
     policies = {"base": lambda: (None, 0.0)}
-    for name in ("good", "bad"):
-        policies[name] = lambda name=name: (study.stage1[name], 1.0)
     for kl in config.kl or KLS:
         policies[f"aligned, {kl:g} nats"] = lambda kl=kl: study.aligned_at(kl)
+    for name in ("good", "bad"):
+        policies[name] = lambda name=name: (study.stage1[name], 1.0)
     for name, load in policies.items():
         if name not in measured:
             weights, scale = load()

@@ -31,7 +31,7 @@ from studies import (
     found,
     frontier,
     frontier_report,
-    real,
+    hh,
     signal,
     smollm2,
     start,
@@ -48,9 +48,9 @@ DOCS = README + RESULTS
 
 # every script that the documents name, as they name it
 SCRIPTS = {f"{stage.__name__}.py": stage for stage in (scit, dual, collect, align, evaluate)}
-MODULES = (toy, bench, bench_pipeline, campaign, disk, embedded, few_tokens, found, real)
+MODULES = (toy, bench, bench_pipeline, campaign, disk, embedded, few_tokens, found)
 MODULES += (strengths, wrong_labels, export, profile, survey, sweep)
-MODULES += (defaults, dpo, frontier, frontier_report, signal, smollm2, start, tasks)
+MODULES += (defaults, dpo, frontier, frontier_report, hh, signal, smollm2, start, tasks)
 SCRIPTS |= {f"-m {module.__name__}": module for module in MODULES}
 
 

@@ -253,9 +253,14 @@ def test_a_frontier_measures_what_is_missing(small_study):
 
 
 def test_wrong_labels_are_a_task_of_their_own(small_study, tmp_path):
-    small_study.wrong_labels, small_study.methods = 0.5, ["base"]
+    small_study.wrong_labels, small_study.methods = 0.5, ["base", "DUAL, rank 8"]
+    small_study.strengths = [0.0, 1.0]
     frontier.measure_missing(small_study, 0)
-    assert list(frontier.read_lines()) == [("plain, 50% wrong labels", 0, "base", 0.0)]
+    task = ("plain, 50% wrong labels", 0)
+    lines = frontier.read_lines()
+    assert list(lines) == [(*task, "base", 0.0), (*task, "DUAL, rank 8", 1.0)]
+    told = lines[*task, "DUAL, rank 8", 1.0]["settings"]
+    assert told["dual/align-upper-rank-8"]["rank"] == 8
     [swapped] = Path(small_study.work).rglob("swapped-plain-0.jsonl.gz")
     before = tasks.read_rows(tmp_path / "pairs" / "plain-0.jsonl.gz")
     after = tasks.read_rows(swapped)
@@ -336,7 +341,7 @@ def test_real_pairs_at_two_strengths(tiny, monkeypatch, tmp_path):
     result = json.loads((tmp_path / "hh.json").read_text())
     policies = result["policies"]
     weak, strong = policies["aligned, 0.01 nats"], policies["aligned, 0.04 nats"]
-    assert list(policies) == ["base", "good", "bad", "aligned, 0.01 nats", "aligned, 0.04 nats"]
+    assert list(policies) == ["base", "aligned, 0.01 nats", "aligned, 0.04 nats", "good", "bad"]
     assert weak["scale"] < strong["scale"]
     assert 0 < weak["kl_to_base"] < strong["kl_to_base"]
     assert all(len(figures["answers"]) == hh.SHOWN for figures in policies.values())
