@@ -40,15 +40,16 @@ from tools.sweep import read_pairs
 # The test pairs that are scored, and the validation pairs whose prompts the adapter is scaled on.
 TEST_PAIRS, VALIDATION_PAIRS = 200, 64
 
-# So many sampled answers of each policy are in the result file.
-SHOWN = 8
+# How refusals begin, and how many of each policy's greedy answers are in the result file.
+APOLOGIES = ("I'm sorry", "I am sorry", "Sorry")
+SHOWN = 16
 
 # Strengths in nats an answer.
 KLS = (2.0, 5.0)
 
 # What the table shows of a policy's figures. The rewards are its log-ratios to the base.
 COLUMNS = ("preference_accuracy", "rewards/accuracies", "rewards/margins", "implicit_dual_sampled")
-COLUMNS += ("kl_to_base", "repeated_ngrams", "mean_length")
+COLUMNS += ("kl_to_base", "repeated_ngrams", "mean_length", "apologies")
 
 
 @dataclass
@@ -115,6 +116,14 @@ class Study:
         return report, rows
 
 
+def read_greedy(rows):
+    """How often the greedy answers begin with an apology, and the first of them. rows: of
+    Study.score."""
+    answers = [row["output"] for row in rows if row["temperature"] == 0]
+    apologies = [answer.replace("’", "'").startswith(APOLOGIES) for answer in answers]
+    return {"apologies": sum(apologies) / len(answers), "answers": answers[:SHOWN]}
+
+
 def table(policies):
     """The figures of all policies as a table in markdown."""
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
@@ -146,8 +155,7 @@ def main(config):
             report, rows = study.score(weights)
             with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file:
                 write_rows(file, rows)
-            answers = [row["output"] for row in rows if row["temperature"]][:SHOWN]
-            measured[name] = {"scale": scale, **report, "answers": answers}
+            measured[name] = {"scale": scale, **report, **read_greedy(rows)}
             write_result("hh", {"settings": settings, "policies": measured})
     print(table(measured))
 

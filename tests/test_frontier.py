@@ -344,7 +344,7 @@ def test_real_pairs_at_two_strengths(tiny, monkeypatch, tmp_path):
     assert list(policies) == ["base", "aligned, 0.01 nats", "aligned, 0.04 nats", "good", "bad"]
     assert weak["scale"] < strong["scale"]
     assert 0 < weak["kl_to_base"] < strong["kl_to_base"]
-    assert all(len(figures["answers"]) == hh.SHOWN for figures in policies.values())
+    assert all(len(figures["answers"]) > 3 for figures in policies.values())
     # by their training on the chosen and on the rejected responses
     assert policies["good"]["rewards/margins"] > policies["bad"]["rewards/margins"]
     base = f"| base | {policies['base']['preference_accuracy']:.2f} |  |  |"
@@ -355,7 +355,11 @@ def test_real_pairs_at_two_strengths(tiny, monkeypatch, tmp_path):
     del policies["aligned, 0.04 nats"]
     shared.write_result("hh", {"settings": result["settings"], "policies": policies})
     scored = []
-    monkeypatch.setattr(hh.Study, "score", lambda study, weights: scored.append(1) or ({}, []))
+    answers = ["Sorry, no.", "I’m sorry.", "Sorrel is a herb.", "Yes."]
+    rows = [{"temperature": 0.0, "output": answer} for answer in answers]
+    rows.append({"temperature": 1.0, "output": "Sorry!"})
+    assert hh.read_greedy(rows) == {"apologies": 0.5, "answers": answers}
+    monkeypatch.setattr(hh.Study, "score", lambda study, weights: scored.append(1) or ({}, rows))
     hh.main(config)
     again = json.loads((tmp_path / "hh.json").read_text())["policies"]
     assert len(scored) == 1 and again.pop("aligned, 0.04 nats")["scale"] == strong["scale"]
