@@ -238,15 +238,14 @@ class Experiment:
             "base told p+": (lambda _: Policy([(1.0, None, "positive")]), (0.0,)),
             "preferred-SFT": (lambda scale: of(self.without_contrast().dual()[0], scale), (1.0,)),
             "DUAL": (lambda scale: of(self.aligned("dual"), scale), SCALES),
+            # v on few directions: in the tiny world they hold less of the wrong labels
+            "DUAL, rank 8": (lambda scale: of(self.aligned("dual", rank=8), scale), SCALES),
         }
         for lr in DPO_LRS:
             methods[f"DPO, lr {lr:g}"] = (lambda scale, lr=lr: of(self.dpo(lr), scale), DPO_SCALES)
         if self.wrong_labels:
             robust = functools.partial(self.dpo, ROBUST_LR, self.wrong_labels)
             methods["robust DPO"] = (lambda scale: of(robust(), scale), DPO_SCALES)
-            # in the tiny world few directions hold less of the wrong labels
-            projected = functools.partial(self.aligned, "dual", rank=8)
-            methods["DUAL, rank 8"] = (lambda scale: of(projected(), scale), SCALES)
         methods |= {
             "weights": (weights, LAMBDAS),
             "logits": (logits, LAMBDAS),

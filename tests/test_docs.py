@@ -239,6 +239,21 @@ def test_what_the_defaults_give_on_a_real_model():
     assert f"score at temperature 1 rose from {before:.2f} to {after:.2f} for {kl:.1f} nats" in text
 
 
+def test_real_pairs_on_a_real_model():
+    measured = result("hh")
+    policies = measured["policies"]
+    assert hh.table(policies) in RESULTS
+    section = " ".join(RESULTS.partition("### Real pairs")[2].partition("\n###")[0].split())
+    names = ("base", "aligned, 2 nats", "aligned, 5 nats")
+    base, weak, strong = (policies[name]["preference_accuracy"] for name in names)
+    assert f"{weak:.2f} and {strong:.2f} against {base:.2f}" in section
+    error = (base * (1 - base) / measured["settings"]["test pairs"]) ** 0.5
+    assert f"a standard error of {error:.2f}" in section
+    answers = " ".join(answer for figures in policies.values() for answer in figures["answers"])
+    quotes = re.findall(r'"([^"]+)"', section)
+    assert len(quotes) == 5 and all(quote in answers for quote in quotes)
+
+
 def test_what_carries_the_signal():
     [figures] = result("signal")["runs"].values()
     assert signal.markdown(figures) in RESULTS

@@ -222,7 +222,7 @@ def small_study(tiny, tmp_path, monkeypatch):
 def test_a_frontier_measures_what_is_missing(small_study):
     """Every row that needs no other library, once; the second call finds all of them."""
     methods = ["base", "base told p+", "preferred-SFT", "DUAL", "weights", "logits", "SCIT"]
-    methods += ["DUAL, γ = 0", "RAHF as published", frontier.BEST_OF_N]
+    methods += ["DUAL, rank 8", "DUAL, γ = 0", "RAHF as published", frontier.BEST_OF_N]
     small_study.methods, small_study.strengths = methods, [0.25]
     frontier.measure_missing(small_study, 0)
     measured = {key[2:] for key in frontier.read_lines() if key[2] != frontier.BEST_OF_N}
@@ -230,7 +230,7 @@ def test_a_frontier_measures_what_is_missing(small_study):
     small_study.strengths = None
     frontier.measure_missing(small_study, 0)
     lines = frontier.read_lines()
-    assert len(lines) == 3 + 4 + 3 + 3 + 4 + 2 + 2 + 4
+    assert len(lines) == 3 + 2 * 4 + 3 + 3 + 4 + 2 + 2 + 4
     kl = {key[2:]: np.mean(line["kl"]) for key, line in lines.items()}
     assert kl["base", 0.0] == 0
     best = [np.mean(lines["plain", 0, frontier.BEST_OF_N, n]["reward"]) for n in frontier.BEST_OF]
