@@ -35,6 +35,9 @@ ANSWERS = 8
 # where a policy goes only near the base (see studies/corr.py).
 SPREAD = 1.0
 
+# The directions of each layer that align projects v on.
+RANKS = (2, 8, 32)
+
 # Stage 1 with other settings than the default's: {name: settings of dual.py}.
 DUAL_VARIANTS = {
     "γ 0 (the paper)": {"contrast": 0.0},
@@ -186,6 +189,9 @@ def log_ratios(experiment):
         for layers in ("upper", "middle"):
             load = partial(experiment.aligned, method, layers)
             ratios[f"{method.upper()} aligned, {layers} layers"] = partial(of_policy, load)
+    for rank in RANKS:
+        load = partial(experiment.aligned, "dual", rank=rank)
+        ratios[f"DUAL aligned, rank {rank}"] = partial(of_policy, load)
     rounded = others.variant("rounded states")
     rounded.compute_dtype = "bfloat16"
     load = partial(aligned_to_rounded_states, experiment, rounded)

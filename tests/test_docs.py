@@ -157,18 +157,24 @@ def test_templates_and_families():
 
 
 def test_the_frontier_on_a_real_model():
-    for task in ("sentiment", "plain"):
+    wrong = "sentiment, 30% wrong labels"
+    for task in ("sentiment", "plain", wrong):
         assert frontier_report.markdown(result("frontier")[task]) in RESULTS
     text = " ".join(RESULTS.split())
     stated = {("sentiment", "DUAL"): ("1", "2", "5", "10"), ("sentiment", "SCIT"): ("1", "2")}
     stated |= {("plain", "DUAL"): ("1", "2", "5", "10"), ("plain", "weights"): ("5",)}
     stated["sentiment", "logits"] = ("1", "2", "5", "10")
+    stated["sentiment", "DUAL, rank 8"] = ("1", "2", "5")
+    stated |= {(wrong, "DUAL"): ("2",), (wrong, "DUAL, rank 8"): ("1", "2")}
     for (task, method), budgets in stated.items():
         for budget in budgets:
             ahead = result("frontier")[task]["ahead of the best DPO"][method][budget]
             figures = ahead["difference"]
             mean, low, high = (f"{value:+.2f}".replace("-", "−") for value in figures)
             assert f"{mean} [{low}, {high}]" in text, (task, method, budget)
+    rewards = result("frontier")[wrong]["at budgets"]
+    projected, whole = (rewards[name]["5"]["reward"][0] for name in ("DUAL, rank 8", "DUAL"))
+    assert f"{projected:.3f} at 5 nats, without the projection {whole:.3f}" in text
     ahead = result("frontier")["plain"]["ahead of the best DPO"]["DUAL"].values()
     leads = [f"{compared['difference'][0]:.2f}" for compared in ahead]
     assert f"{min(leads)} to {max(leads)} above it" in " ".join(README.split())
@@ -247,6 +253,11 @@ def test_real_pairs_on_a_real_model():
     names = ("base", "aligned, 2 nats", "aligned, 5 nats")
     base, weak, strong = (policies[name]["preference_accuracy"] for name in names)
     assert f"{weak:.2f} and {strong:.2f} against {base:.2f}" in section
+    good = policies["good"]
+    assert f"The good model alone is {good['kl_to_base']:.1f} nats away" in section
+    assert good["rewards/accuracies"] == pytest.approx(0.5, abs=0.02)
+    ranked = policies["aligned, 2 nats"]["rewards/accuracies"]
+    assert f"ranks {ranked:.2f} at 2 nats" in section
     error = (base * (1 - base) / measured["settings"]["test pairs"]) ** 0.5
     assert f"a standard error of {error:.2f}" in section
     answers = " ".join(answer for figures in policies.values() for answer in figures["answers"])

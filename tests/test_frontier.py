@@ -284,7 +284,7 @@ def test_the_signal_of_everything_that_is_trained(small_study, monkeypatch, tmp_
     # of the aligned adapters one is enough
     names = ["base, p+ against p-", "good against bad", "weights", "good against bad, γ 0", "SCIT"]
     names += ["SCIT, no anchors", "SCIT aligned, upper layers", "weights, γ 0"]
-    names.append("DUAL aligned, upper layers, states in bfloat16")
+    names += ["DUAL aligned, upper layers, states in bfloat16", "DUAL aligned, rank 2"]
     settings["figures"] = names
     figures = signal.measure(signal.Config(**settings))
     assert list(figures) == settings["figures"]
