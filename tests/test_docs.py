@@ -164,7 +164,7 @@ def test_the_frontier_on_a_real_model():
     stated = {("sentiment", "DUAL"): ("1", "2", "5", "10"), ("sentiment", "SCIT"): ("1", "2")}
     stated |= {("plain", "DUAL"): ("1", "2", "5", "10"), ("plain", "weights"): ("5",)}
     stated["sentiment", "logits"] = ("1", "2", "5", "10")
-    stated["sentiment", "DUAL, rank 8"] = ("1", "2", "5")
+    stated |= {(task, "DUAL, rank 8"): ("1", "2", "5") for task in ("sentiment", "plain")}
     stated |= {(wrong, "DUAL"): ("2",), (wrong, "DUAL, rank 8"): ("1", "2")}
     for (task, method), budgets in stated.items():
         for budget in budgets:
@@ -257,7 +257,7 @@ def test_real_pairs_on_a_real_model():
     assert f"The good model alone is {good['kl_to_base']:.1f} nats away" in section
     assert good["rewards/accuracies"] == pytest.approx(0.5, abs=0.02)
     ranked = policies["aligned, 2 nats"]["rewards/accuracies"]
-    assert f"ranks {ranked:.2f} at 2 nats" in section
+    assert f"ranks {ranked:.2f} of them right at 2 nats" in section
     error = (base * (1 - base) / measured["settings"]["test pairs"]) ** 0.5
     assert f"a standard error of {error:.2f}" in section
     answers = " ".join(answer for figures in policies.values() for answer in figures["answers"])
@@ -272,6 +272,10 @@ def test_what_carries_the_signal():
     lost = 1 - corr["DUAL aligned, middle layers"] / corr["weights"]
     assert lost == pytest.approx(0.2, abs=0.05)
     assert max(corr, key=corr.get) == "good against bad"
+    names = ("DUAL aligned, rank 8", "DUAL aligned, rank 2", "DUAL aligned, upper layers")
+    by_rank = "{:.2f} with 8 of them, {:.2f} with 2, {:.2f} with all"
+    text = " ".join(RESULTS.split())
+    assert by_rank.format(*(corr[name] for name in names)) in text
 
 
 def test_what_the_third_stage_adds_to_arithmetic():
