@@ -238,7 +238,7 @@ class Experiment:
             "base told p+": (lambda _: Policy([(1.0, None, "positive")]), (0.0,)),
             "preferred-SFT": (lambda scale: of(self.without_contrast().dual()[0], scale), (1.0,)),
             "DUAL": (lambda scale: of(self.aligned("dual"), scale), SCALES),
-            # v on few directions: in the tiny world they hold less of the wrong labels
+            # a projection of v, which in the tiny world keeps less of what wrong labels add
             "DUAL, rank 8": (lambda scale: of(self.aligned("dual", rank=8), scale), SCALES),
         }
         for lr in DPO_LRS:

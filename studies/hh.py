@@ -19,7 +19,7 @@ import align
 import collect
 import dual
 from common.answers import GenerationSettings, attached
-from common.config import run, setting
+from common.config import UserError, run, setting
 from common.data import sample
 from common.dial import dial, scaled
 from common.hf import load_model, load_tokenizer, model_digest
@@ -64,7 +64,8 @@ class Config:
 
 
 def run_stages(config, out):
-    """Run the stages that have not written to the folder out yet."""
+    """Run the stages that have not written to the folder out yet. Returns the collection's
+    manifest. UserError where they ran on other data."""
     source = {"model": config.model, "data": [config.data], "dtype": config.dtype}
     stages = (
         ("bad", dual, source),
@@ -75,20 +76,27 @@ def run_stages(config, out):
     for folder, stage, settings in stages:
         if not (out / "dual" / folder / MANIFEST).exists():
             quietly(stage, out=str(out), device="cpu", **settings)
+    collected = read_stage(out / "dual" / "collect", "collect", "python -m studies.hh")
+    if collected["settings"]["data"] != [config.data]:
+        trained_on = ", ".join(collected["settings"]["data"])
+        raise UserError(
+            f"--work {config.work}: its stages ran on {trained_on}: name another folder"
+        )
+    return collected
 
 
 class Study:
     """The stages' adapters on their base, and the pairs that nothing was trained on."""
 
-    def __init__(self, config, out):
+    def __init__(self, config, out, collected):
+        """out: the stages' folder; collected: the manifest of its collection."""
         self.generation = GenerationSettings(max_new_tokens=64, batch_size=64, seed=0)
         self.tokenizer = load_tokenizer(config.model)
         self.model = load_model(config.model, config.dtype, "cpu")
-        manifest = read_stage(out / "dual" / "collect", "collect", "python -m studies.hh")
         self.held_out = {}
         with contextlib.redirect_stdout(io.StringIO()):
             for split, count in (("valid", VALIDATION_PAIRS), ("test", TEST_PAIRS)):
-                pairs = read_pairs(manifest, split, self.tokenizer)[split]
+                pairs = read_pairs(collected, split, self.tokenizer)[split]
                 self.held_out[split] = sample(pairs, count, self.generation.seed)
         self.stage1 = open_stage1(out, "dual").load_weights(self.model.base_model)
         self.aligned = load_adapter(out / "dual" / "align", self.model.base_model)
@@ -138,8 +146,9 @@ def main(config):
     settings = {"model": model_digest(config.model)[:12], "data": Path(config.data).name}
     settings["dtype"] = config.dtype
     out = Path(config.work) / "-".join(settings.values())
-    run_stages(config, out)
-    study = Study(config, out)
+    collected = run_stages(config, out)
+    study = Study(config, out, collected)
+    settings["pairs"] = collected["inputs"]["pairs"][:12]
     settings["test pairs"] = len(study.held_out["test"])
     measured = measured_before("hh", settings, "policies")
 
@@ -147,8 +156,7 @@ def main(config):
     policies = {"base": lambda: (None, 0.0)}
     for kl in config.kl or KLS:
         policies[f"aligned, {kl:g} nats"] = lambda kl=kl: study.aligned_at(kl)
-    for name in ("good", "bad"):
-        policies[name] = lambda name=name: (study.stage1[name], 1.0)
+    policies["good"] = lambda: (study.stage1["good"], 1.0)
     for name, load in policies.items():
         if name not in measured:
             weights, scale = load()

@@ -35,8 +35,8 @@ ANSWERS = 8
 # where a policy goes only near the base (see studies/corr.py).
 SPREAD = 1.0
 
-# The directions of each layer that align projects v on.
-RANKS = (2, 8, 32)
+# How many directions of each layer align projects v on.
+RANKS = (2, 8)
 
 # Stage 1 with other settings than the default's: {name: settings of dual.py}.
 DUAL_VARIANTS = {

@@ -174,7 +174,7 @@ def test_the_frontier_on_a_real_model():
             assert f"{mean} [{low}, {high}]" in text, (task, method, budget)
     rewards = result("frontier")[wrong]["at budgets"]
     projected, whole = (rewards[name]["5"]["reward"][0] for name in ("DUAL, rank 8", "DUAL"))
-    assert f"{projected:.3f} at 5 nats, without the projection {whole:.3f}" in text
+    assert f"it has {projected:.3f}, and {whole:.3f} without the projection" in text
     ahead = result("frontier")["plain"]["ahead of the best DPO"]["DUAL"].values()
     leads = [f"{compared['difference'][0]:.2f}" for compared in ahead]
     assert f"{min(leads)} to {max(leads)} above it" in " ".join(README.split())
@@ -251,18 +251,27 @@ def test_real_pairs_on_a_real_model():
     assert hh.table(policies) in RESULTS
     section = " ".join(RESULTS.partition("### Real pairs")[2].partition("\n###")[0].split())
     names = ("base", "aligned, 2 nats", "aligned, 5 nats")
-    base, weak, strong = (policies[name]["preference_accuracy"] for name in names)
-    assert f"{weak:.2f} and {strong:.2f} against {base:.2f}" in section
+    accuracies = [policies[name]["preference_accuracy"] for name in names]
+    assert "from {:.3f} to {:.3f} and {:.3f}".format(*accuracies) in section
+    base, n_pairs = accuracies[0], measured["settings"]["test pairs"]
+    more = [round((accuracy - base) * n_pairs) for accuracy in accuracies[1:]]
+    assert "{} and {} of {} pairs".format(*more, n_pairs) in section
+    assert f"a standard error of {(base * (1 - base) / n_pairs) ** 0.5:.3f}" in section
+    ranked = [policies[name]["rewards/accuracies"] for name in names[1:]]
+    assert "of the rewards, {:.2f} and {:.2f}, is".format(*ranked) in section
     good = policies["good"]
     assert f"The good model alone is {good['kl_to_base']:.1f} nats away" in section
-    assert good["rewards/accuracies"] == pytest.approx(0.5, abs=0.02)
-    ranked = policies["aligned, 2 nats"]["rewards/accuracies"]
-    assert f"ranks {ranked:.2f} of them right at 2 nats" in section
-    error = (base * (1 - base) / measured["settings"]["test pairs"]) ** 0.5
-    assert f"a standard error of {error:.2f}" in section
-    answers = " ".join(answer for figures in policies.values() for answer in figures["answers"])
-    quotes = re.findall(r'"([^"]+)"', section)
-    assert len(quotes) == 5 and all(quote in answers for quote in quotes)
+    assert f"ranks {good['preference_accuracy']:.2f} of the pairs right" in section
+    assert f"its log-ratio to the base {good['rewards/accuracies']:.2f}" in section
+    apologies = [policies[name]["apologies"] for name in (*names, "good")]
+    assert apologies[3] == pytest.approx(apologies[0], abs=0.02) and apologies[1] > 0.4
+    speakers = {"Awesome": "base", "I'm sorry for": "aligned, 5 nats", "No, no": "base"}
+    speakers["I’m not sure"] = "aligned, 5 nats"
+    quotes = re.findall(r'"([^"]+)"', section.partition("Read by eye")[2])
+    assert len(quotes) == len(speakers)
+    for beginning, name in speakers.items():
+        [quote] = [quote for quote in quotes if quote.startswith(beginning)]
+        assert any(quote in answer for answer in policies[name]["answers"]), quote
 
 
 def test_what_carries_the_signal():
@@ -273,7 +282,7 @@ def test_what_carries_the_signal():
     assert lost == pytest.approx(0.2, abs=0.05)
     assert max(corr, key=corr.get) == "good against bad"
     names = ("DUAL aligned, rank 8", "DUAL aligned, rank 2", "DUAL aligned, upper layers")
-    by_rank = "{:.2f} with 8 of them, {:.2f} with 2, {:.2f} with all"
+    by_rank = "{:.2f} with 8 directions, {:.2f} with 2, {:.2f} with all"
     text = " ".join(RESULTS.split())
     assert by_rank.format(*(corr[name] for name in names)) in text
 
