@@ -175,8 +175,8 @@ class Experiment:
         return other.load("dual/align")
 
     def aligned(self, method, layers="upper", rank=None):
-        """AdapterWeights of RAHF as align.py trains it, not scaled. rank: the directions that v is
-        projected on, None: all."""
+        """AdapterWeights of RAHF as align.py trains it, not scaled. rank: how many directions v is
+        projected on; None takes v as it is."""
         folder = self.out / method / (f"align-{layers}" + (f"-rank-{rank}" if rank else ""))
         if not (folder / "stage.json").exists():
             self.stage1({"dual": dual, "scit": scit}[method])

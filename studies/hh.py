@@ -2,12 +2,13 @@
 
     python -m studies.hh --data PATH       (needs out/smollm2: python -m studies.smollm2)
 
-dual runs with its defaults, collect in the model's dtype (studies/signal.py: that loses nothing),
+dual runs with its defaults, collect in the model's dtype (studies/signal.py saw no loss in it),
 align without its scaling: its one adapter is scaled to each KL here, on validation prompts. On
 held-out pairs the study measures how often a policy prefers the chosen response, by its mean
-log-probability per token, and by its log-ratio to the base, summed over the response. It scores its
-answers to their prompts, too. Writes studies/results/hh.json, policy by policy, with some answers;
-all of them are in the work folder, with their prompts. A later call goes on where this one stopped.
+log-probability per token, and by its log-ratio to the base, summed over the response. It scores the
+policy's answers to their prompts, too. Writes studies/results/hh.json, policy by policy, with some
+of the answers; all of them are in the work folder, with their prompts. A later call goes on where
+this one stopped.
 """
 
 import contextlib
@@ -70,7 +71,7 @@ def run_stages(config, out):
     stages = (
         ("bad", dual, source),
         ("collect", collect, {"compute_dtype": config.dtype}),
-        # with a strength align does not scale its adapter: Study.scale_to does
+        # with a strength align does not scale its adapter: Study.aligned_at does
         ("align", align, {"strength": align.STRENGTH}),
     )
     for folder, stage, settings in stages:
